@@ -1,0 +1,75 @@
+#include "cpu/eval.h"
+
+#include <algorithm>
+#include <string>
+
+namespace mlxsae::cpu {
+
+void parallel_ranges(int64_t n, int64_t least, const std::function<void(int64_t, int64_t)>& task) {
+  if (n <= 0) return;
+  int64_t parts = std::clamp<int64_t>(n / std::max<int64_t>(1, least), 1, 8 * num_threads());
+  parallel_for(parts, [&](int64_t i, int) { task(n * i / parts, n * (i + 1) / parts); });
+}
+
+void check_indices(const char* op, const uint32_t* indices, int64_t n, int64_t d_sae) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, indices[i]);
+  if (n > 0 && largest >= d_sae)
+    throw std::out_of_range(std::string("[") + op + "] indices must be below d_sae=" + std::to_string(d_sae) +
+                            " but got " + std::to_string(largest) + ".");
+}
+
+namespace {
+
+float value_at(const Code& c, int64_t i) {
+  if (!c.values) return 1.0f;
+  switch (c.type) {
+    case Type::f32: return static_cast<const float*>(c.values)[i];
+    case Type::f16: return static_cast<float>(static_cast<const mx::float16_t*>(c.values)[i]);
+    case Type::bf16: return static_cast<float>(static_cast<const mx::bfloat16_t*>(c.values)[i]);
+  }
+  return 0;
+}
+
+}  // namespace
+
+Grouped::Grouped(const Code& c, int64_t d_sae) : starts_(d_sae + 2, 0) {
+  int64_t nnz = c.offsets ? c.offsets[c.n] : c.n * c.k;
+  rows_ = std::make_unique_for_overwrite<uint32_t[]>(nnz + 1);
+  values_ = std::make_unique_for_overwrite<float[]>(nnz + 1);
+  rows_[nnz] = 0;  // a row to prefetch after the last
+  // starts_[j + 2] counts, then starts_[j + 1] is where the next entry of feature j goes, then where feature j + 1 starts.
+  for (int64_t i = 0; i < nnz; ++i) ++starts_[c.indices[i] + 2];
+  for (int64_t j = 2; j < d_sae + 2; ++j) starts_[j] += starts_[j - 1];
+  for (int64_t t = 0; t < c.n; ++t) {
+    int64_t begin = c.offsets ? c.offsets[t] : t * c.k, end = c.offsets ? c.offsets[t + 1] : (t + 1) * c.k;
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t place = starts_[c.indices[i] + 1]++;
+      rows_[place] = static_cast<uint32_t>(t);
+      values_[place] = value_at(c, i);
+    }
+  }
+  starts_.pop_back();
+}
+
+std::vector<int64_t> Grouped::ranges(int64_t parts, double per_feature) const {
+  int64_t d_sae = static_cast<int64_t>(starts_.size()) - 1;
+  double total = static_cast<double>(starts_[d_sae]) + per_feature * d_sae;
+  std::vector<int64_t> cuts{0};
+  for (int64_t p = 1; p < parts; ++p) {
+    double goal = total * p / parts;
+    int64_t lo = cuts.back(), hi = d_sae;
+    while (lo < hi) {
+      int64_t mid = (lo + hi) / 2;
+      if (static_cast<double>(starts_[mid]) + per_feature * mid < goal)
+        lo = mid + 1;
+      else
+        hi = mid;
+    }
+    cuts.push_back(lo);
+  }
+  cuts.push_back(d_sae);
+  return cuts;
+}
+
+}  // namespace mlxsae::cpu

@@ -1,0 +1,55 @@
+#pragma once
+// What every eval_cpu shares.
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "ops/common.h"
+
+namespace mlxsae::cpu {
+
+inline Type type_of(const mx::array& a) {
+  return a.dtype() == mx::float32 ? Type::f32 : a.dtype() == mx::float16 ? Type::f16 : Type::bf16;
+}
+inline Rows rows_of(const mx::array& a) { return {a.data<char>(), type_of(a), a.shape(0), a.shape(1)}; }
+inline Code code_of(const mx::array* values, const mx::array& indices) {
+  return {values ? values->data<char>() : nullptr, values ? type_of(*values) : Type::f32, indices.data<uint32_t>(),
+          nullptr, indices.shape(0), indices.shape(1)};
+}
+
+inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
+
+/**
+ * Runs `task` on the stream's thread. It must hold pointers and sizes by value, never arrays: MLX keeps the buffers of
+ * inputs and outputs until the task is done.
+ */
+template <class Task>
+void dispatch(mx::Stream s, const Arrays& inputs, Arrays& outputs, Task task) {
+  auto& encoder = mx::cpu::get_command_encoder(s);
+  for (auto& a : inputs) encoder.set_input_array(a);
+  for (auto& a : outputs) encoder.set_output_array(a);
+  encoder.dispatch(std::move(task));
+}
+
+/** parallel_for over [0, n) in ranges: several for each thread, of at least `least` items. */
+void parallel_ranges(int64_t n, int64_t least, const std::function<void(int64_t begin, int64_t end)>& task);
+
+/** Throws std::out_of_range unless every index is below d_sae. */
+void check_indices(const char* op, const uint32_t* indices, int64_t n, int64_t d_sae);
+
+/** The entries of a code, counted and sorted by feature (a counting sort: stable, so rows ascend in each feature). */
+class Grouped {
+ public:
+  Grouped(const Code& code, int64_t d_sae);
+  ByFeature view() const { return {starts_.data(), rows_.get(), values_.get()}; }
+  /** Ranges of features that cost about the same: entries plus `per_feature` each. */
+  std::vector<int64_t> ranges(int64_t parts, double per_feature) const;
+
+ private:
+  std::vector<int64_t> starts_;
+  std::unique_ptr<uint32_t[]> rows_;
+  std::unique_ptr<float[]> values_;
+};
+
+}  // namespace mlxsae::cpu

@@ -1,0 +1,30 @@
+// The kernels of one instruction set; compiled once for each (CMakeLists.txt, mlxsae_kernels).
+#include "cpu/kernels.h"
+
+#include <new>
+
+#include "cpu/kernel_encode.h"
+#include "cpu/kernel_sparse.h"
+
+#define MLXSAE_STRING_(x) #x
+#define MLXSAE_STRING(x) MLXSAE_STRING_(x)
+
+namespace mlxsae::cpu::MLXSAE_ISA {
+
+void Scratch::throw_bad_alloc() { throw std::bad_alloc(); }
+
+const Kernels& table();
+const Kernels& table() {
+  static const Kernels t{
+      .isa = MLXSAE_STRING(MLXSAE_ISA),
+      .token_block = 2 * kTileVectors * kLanes,
+      .encode = encode,
+      .merge = merge,
+      .decode = decode,
+      .gather_dot = gather_dot,
+      .outer = outer,
+  };
+  return t;
+}
+
+}  // namespace mlxsae::cpu::MLXSAE_ISA

@@ -1,0 +1,85 @@
+#pragma once
+// mlxsae's operations on MLX arrays. Every weight is feature-major: an encoder is [d_sae, d_in], a decoder
+// [d_sae, d_out], a feature a row. Floating types are float32, float16 and bfloat16 in any mixture; accumulation is in
+// float32. A sparse code is a pair (values [n, k], indices [n, k] uint32); a slot with value 0 is unused.
+//
+// All ops but `tokens_since_fired` have derivatives (vjp, jvp) of every order, and vmap. On a device without a kernel of
+// its own an op is a graph of plain MLX ops; `kernel_for` tells.
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/utils.h"
+#include "mlxsae/version.h"
+
+#if defined(__GNUC__)
+#define MLXSAE_API __attribute__((visibility("default")))
+#else
+#define MLXSAE_API
+#endif
+
+namespace mlxsae {
+
+/**
+ * The k largest pre-activations of each row, then relu.
+ *
+ *   pre = x w_enc^T + b_enc          [n, d_sae], never stored
+ *   indices[t] = places of the k largest of pre[t], ascending; of equal ones the lowest place is taken
+ *   values[t, i] = max(pre[t, indices[t, i]], 0)
+ *
+ * x [n, d_in], w_enc [d_sae, d_in], b_enc [d_sae], 0 < k <= d_sae. Selection is on float32 pre-activations, each one
+ * chain of fused multiply-adds over ascending coordinates plus the bias; values are then rounded to the promoted type
+ * of x and w_enc. NaN counts as the largest value and stays NaN. The derivative is that of the selected entries, and
+ * zero where the value is not positive.
+ *
+ * Throws std::invalid_argument for other ranks, sizes, types or k.
+ */
+MLXSAE_API std::pair<mlx::core::array, mlx::core::array> topk_encode(
+    const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc, int k,
+    mlx::core::StreamOrDevice s = {});
+
+/**
+ * x_hat[t] = sum_i values[t, i] w_dec[indices[t, i]] + b_dec, [n, d_out].
+ *
+ * Unused slots are skipped whatever their row holds. An index that is not below d_sae raises std::out_of_range when
+ * the array is evaluated (on the CPU).
+ */
+MLXSAE_API mlx::core::array sparse_decode(
+    const mlx::core::array& values, const mlx::core::array& indices, const mlx::core::array& w_dec,
+    const std::optional<mlx::core::array>& b_dec = std::nullopt, mlx::core::StreamOrDevice s = {});
+
+/** out[t, i] = <rows[t], weight[indices[t, i]]>, [n, k]: rows weight^T at the code's places only. */
+MLXSAE_API mlx::core::array gather_dot(
+    const mlx::core::array& rows, const mlx::core::array& weight, const mlx::core::array& indices,
+    mlx::core::StreamOrDevice s = {});
+
+/**
+ * out[j] = sum over the entries (t, i) with indices[t, i] = j of values[t, i] rows[t], [d_sae, d]: the transposed
+ * decode, and the gradient of a decoder. Deterministic: entries are added in ascending order of t, without atomics.
+ */
+MLXSAE_API mlx::core::array sparse_outer(
+    const mlx::core::array& values, const mlx::core::array& indices, const mlx::core::array& rows, int d_sae,
+    mlx::core::StreamOrDevice s = {});
+
+/**
+ * Tokens since each feature fired last: 0 where some value > 0 (or NaN) in this batch, else the old count + n_tokens,
+ * saturating at 2^31 - 1. tokens_since_fired [d_sae] int32, n_tokens >= 0.
+ */
+MLXSAE_API mlx::core::array tokens_since_fired(
+    const mlx::core::array& tokens_since_fired, const mlx::core::array& values, const mlx::core::array& indices,
+    int n_tokens, mlx::core::StreamOrDevice s = {});
+
+/** The names of all ops. */
+MLXSAE_API const std::vector<std::string>& op_names();
+
+/** What runs `op` on a device: "kernel (avx512)" and the like, or "fallback" (plain MLX ops). */
+MLXSAE_API std::string kernel_for(const std::string& op, mlx::core::Device device);
+
+/** Threads of the CPU kernels; MLXSAE_NUM_THREADS sets the first value. */
+MLXSAE_API int num_threads();
+MLXSAE_API void set_num_threads(int n);
+
+}  // namespace mlxsae

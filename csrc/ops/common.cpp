@@ -1,0 +1,77 @@
+#include "ops/common.h"
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "no_gpu/no_gpu.h"
+
+namespace mlxsae {
+
+mx::array check_code(const char* op, const mx::array* values, const mx::array& indices, mx::Stream s) {
+  if (!mx::issubdtype(indices.dtype(), mx::integer)) fail(op, "indices must be integers but got ", indices.dtype(), ".");
+  if (indices.ndim() != 2) fail(op, "indices must have shape [n, k] but got ", indices.shape(), ".");
+  if (values) {
+    check_float(op, "values", *values);
+    if (values->shape() != indices.shape())
+      fail(op, "values and indices must have one shape but got ", values->shape(), " and ", indices.shape(), ".");
+  }
+  return mx::astype(indices, mx::uint32, s);
+}
+
+void FusedPrimitive::eval_gpu(const Arrays&, Arrays&) {
+  // Not reached: without a kernel the op returns its graph instead of this primitive.
+  throw std::runtime_error(std::string("[") + name() + "] has no GPU kernel in this build.");
+}
+
+Arrays FusedPrimitive::jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) {
+  Arrays all;
+  for (size_t i = 0, j = 0; i < primals.size(); ++i) {
+    bool given = j < argnums.size() && argnums[j] == static_cast<int>(i);
+    all.push_back(given ? tangents[j++] : mx::zeros_like(primals[i], stream()));
+  }
+  return mx::jvp(graph_, primals, all).second;
+}
+
+Arrays FusedPrimitive::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+                           const Arrays&) {
+  auto all = mx::vjp(graph_, primals, cotangents).second;
+  Arrays wanted;
+  for (int i : argnums) wanted.push_back(all[i]);
+  return wanted;
+}
+
+std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+  auto outputs = mx::vmap(graph_, axes)(inputs);
+  return {outputs, std::vector<int>(outputs.size(), 0)};
+}
+
+mx::array add_all(const Arrays& terms, mx::Stream s) {
+  mx::array total = terms.at(0);
+  for (size_t i = 1; i < terms.size(); ++i) total = mx::add(total, terms[i], s);
+  return total;
+}
+
+const std::vector<std::string>& op_names() {
+  static const std::vector<std::string> names{MLXSAE_OP_NAMES};
+  return names;
+}
+
+bool has_kernel(const char* op, mx::Device device) {
+  return device == mx::Device::cpu || gpu::has_kernel(op);
+}
+
+std::string kernel_for(const std::string& op, mx::Device device) {
+  bool known = false;
+  for (auto& name : op_names()) known |= name == op;
+  if (!known) fail("kernel_for", "there is no op named ", op, ".");
+  if (!has_kernel(op.c_str(), device)) return "fallback";
+  return device == mx::Device::cpu ? std::string("kernel (") + cpu::kernels().isa + ")" : "kernel";
+}
+
+int num_threads() { return cpu::num_threads(); }
+
+void set_num_threads(int n) {
+  if (n < 1) fail("set_num_threads", "n must be at least 1 but got ", n, ".");
+  cpu::set_num_threads(n);
+}
+
+}  // namespace mlxsae

@@ -1,0 +1,21 @@
+#pragma once
+
+#include "ops/common.h"
+
+namespace mlxsae {
+
+/** Inputs rows, weight, indices. */
+class GatherDot : public FusedPrimitive {
+ public:
+  using FusedPrimitive::FusedPrimitive;
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;
+  Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override;
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override;
+  const char* name() const override { return "GatherDot"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[2].shape()}; }
+};
+
+}  // namespace mlxsae

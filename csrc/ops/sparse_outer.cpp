@@ -1,0 +1,77 @@
+#include "ops/sparse_outer.h"
+
+#include "ops/slots.h"
+
+namespace mlxsae {
+namespace {
+
+Arrays graph(const Arrays& in, int d_sae, mx::Stream s) {
+  const auto &values = in[0], &indices = in[1], &rows = in[2];
+  int n = rows.shape(0), d = rows.shape(1);
+  auto r = mx::expand_dims(mx::astype(rows, mx::float32, s), 1, s);
+  auto out = mx::zeros({d_sae, d}, mx::float32, s);
+  for (auto [begin, end] : slot_chunks(values.shape(1), n, d)) {
+    auto v = mx::expand_dims(mx::astype(columns(values, begin, end, s), mx::float32, s), 2, s);
+    auto used = mx::not_equal(v, mx::array(0.0f), s);
+    auto parts = mx::where(used, mx::multiply(v, r, s), mx::array(0.0f), s);
+    out = mx::scatter_add(out, columns(indices, begin, end, s), mx::expand_dims(parts, 2, s), 0, s);
+  }
+  return {mx::astype(out, mx::promote_types(values.dtype(), rows.dtype()), s)};
+}
+
+}  // namespace
+
+mx::array sparse_outer(const mx::array& values, const mx::array& indices, const mx::array& rows, int d_sae,
+                       mx::StreamOrDevice s_) {
+  const char* op = "sparse_outer";
+  auto s = mx::to_stream(s_);
+  auto ids = check_code(op, &values, indices, s);
+  check_matrix(op, "rows", rows);
+  if (rows.shape(0) != values.shape(0))
+    fail(op, "values [n, k] and rows [n, d] must share n but got ", values.shape(), " and ", rows.shape(), ".");
+  if (d_sae <= 0) fail(op, "d_sae must be positive but got ", d_sae, ".");
+  auto define = [s, d_sae](const Arrays& in) { return graph(in, d_sae, s); };
+  Arrays inputs{values, ids, rows};
+  if (!has_kernel(op, s.device)) return define(inputs)[0];
+  for (auto& a : inputs) a = normal(a, s);
+  return mx::array({d_sae, rows.shape(1)}, mx::promote_types(values.dtype(), rows.dtype()),
+                   std::make_shared<SparseOuter>(s, define, d_sae), inputs);
+}
+
+Arrays SparseOuter::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
+  auto s = stream();
+  const auto &values = primals[0], &indices = primals[1], &rows = primals[2], &ct = cotangents[0];
+  Arrays grads;
+  for (int a : argnums) {
+    if (a == 0)
+      grads.push_back(mx::astype(gather_dot(rows, ct, indices, s), values.dtype(), s));
+    else if (a == 1)
+      grads.push_back(mx::zeros_like(indices, s));
+    else
+      grads.push_back(mx::astype(sparse_decode(values, indices, ct, std::nullopt, s), rows.dtype(), s));
+  }
+  return grads;
+}
+
+Arrays SparseOuter::jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) {
+  auto s = stream();
+  Arrays terms{mx::zeros({d_sae_, primals[2].shape(1)}, mx::promote_types(primals[0].dtype(), primals[2].dtype()), s)};
+  for (size_t i = 0; i < argnums.size(); ++i) {
+    if (argnums[i] == 0) terms.push_back(sparse_outer(tangents[i], primals[1], primals[2], d_sae_, s));
+    if (argnums[i] == 2) terms.push_back(sparse_outer(primals[0], primals[1], tangents[i], d_sae_, s));
+  }
+  return {add_all(terms, s)};
+}
+
+std::pair<Arrays, std::vector<int>> SparseOuter::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+  auto s = stream();  // one problem with a block of features for each element of the batch
+  int n = inputs[2].shape(axes[2] == 0 ? 1 : 0);
+  auto [batch, rows] = batch_rows(inputs, axes, s);
+  if (static_cast<int64_t>(batch) * d_sae_ > INT32_MAX) return FusedPrimitive::vmap(inputs, axes);
+  auto block = mx::expand_dims(mx::repeat(mx::arange(0, batch, mx::uint32, s), n, 0, s), 1, s);
+  auto ids = mx::add(rows[1], mx::multiply(block, mx::array(d_sae_, mx::uint32), s), s);
+  auto out = sparse_outer(rows[0], ids, rows[2], batch * d_sae_, s);
+  return {{mx::unflatten(out, 0, {batch, d_sae_}, s)}, {0}};
+}
+
+}  // namespace mlxsae

@@ -1,0 +1,66 @@
+"""Loads MLX and the compiled module, and turns whatever can go wrong into a sentence that says what to install."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+MLX_VERSION = "0.32.4"
+_EXTRAS = 'pip install "mlxsae[cpu]" (or "mlxsae[cuda13]" on a machine with an NVIDIA GPU; never both)'
+
+
+def _mlx_advice() -> str:
+    return f"Install it: pip install mlx=={MLX_VERSION}" if sys.platform == "darwin" else f"Install one: {_EXTRAS}"
+
+
+def _import_mlx() -> None:
+    try:
+        import mlx.core  # noqa: F401  registers mlx.core.array, and loads the libmlx that _ext links to
+    except ImportError as e:
+        if sys.platform == "linux":
+            have = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
+            if not have & {"mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"}:
+                raise ImportError(f"On Linux, MLX has no backend of its own. {_EXTRAS}.") from e
+        raise ImportError(f"mlxsae needs mlx {MLX_VERSION}, which does not import: {e}. {_mlx_advice()}.") from e
+
+
+def _check_version() -> None:
+    """MLX has no stable C++ ABI: a patch release may change a signature that _ext links to."""
+    import mlx.core as mx
+
+    if mx.__version__ != MLX_VERSION:
+        raise ImportError(
+            f"This mlxsae was built against mlx {MLX_VERSION}, but mlx {mx.__version__} is installed. {_mlx_advice()}."
+        )
+
+
+def _import_ext() -> None:
+    import mlx.core as mx
+
+    try:
+        from . import _ext
+    except ImportError as e:
+        raise ImportError(
+            f"mlxsae's compiled module does not load with the installed mlx {mx.__version__}: {e}. "
+            "Reinstall both: pip install --force-reinstall mlxsae."
+        ) from e
+    if _ext.built_mlx_version != mx.__version__:
+        raise ImportError(
+            f"mlxsae's compiled module was built against mlx {_ext.built_mlx_version}, but mlx {mx.__version__} is "
+            "installed. Rebuild it: pip install --force-reinstall --no-deps mlxsae."
+        )
+    try:
+        _ext._probe(mx.array(0.0))
+    except TypeError as e:
+        raise ImportError(
+            "mlxsae's compiled module does not recognise mlx.core.array: it was built with a nanobind whose internals "
+            "are not those of this mlx wheel. Rebuild it with nanobind 3.1.0: "
+            "pip install --force-reinstall --no-deps --no-binary mlxsae mlxsae."
+        ) from e
+
+
+def load() -> None:
+    """Imports MLX and ``_ext``, checked."""
+    _import_mlx()
+    _check_version()
+    _import_ext()

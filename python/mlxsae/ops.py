@@ -1,0 +1,155 @@
+"""The operations, as functions on MLX arrays and sparse codes.
+
+Every weight argument is feature-major: an encoder ``[d_sae, d_in]``, a decoder ``[d_sae, d_out]``, a feature a row (an
+SAE's public ``W_enc.T`` is such a view, and is recognised without a copy). Floating types are float32, float16 and
+bfloat16 in any mixture; accumulation is in float32. All but :func:`update_tokens_since_fired` are differentiable to any
+order, and all work under ``mx.compile`` and ``mx.vmap``. Where a device has no kernel of ours, plain MLX ops run
+instead; :func:`backends` tells.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from . import _ext
+from .code import SparseCode
+
+Stream = mx.Stream | mx.Device | None
+
+__all__ = [
+    "backends",
+    "gather_dot",
+    "num_threads",
+    "set_num_threads",
+    "sparse_decode",
+    "sparse_outer",
+    "topk_encode",
+    "update_tokens_since_fired",
+]
+
+
+def topk_encode(
+    x: mx.array, w_enc: mx.array, b_enc: mx.array | None = None, *, k: int, stream: Stream = None
+) -> SparseCode:
+    r"""The ``k`` largest pre-activations of each row, then relu.
+
+    .. math:: z = x W_{enc}^\top + b_{enc}, \qquad f = \mathrm{relu}(\mathrm{top}_k(z))
+
+    Selection is exact on float32 pre-activations, each accumulated over ascending coordinates with fused multiply-adds,
+    and ties go to the lowest index. The pre-activations are never stored: memory is O(n k), whatever ``d_sae`` is. NaN
+    counts as the largest value and stays NaN.
+
+    Args:
+        x: ``[n, d_in]``.
+        w_enc: ``[d_sae, d_in]``.
+        b_enc: ``[d_sae]`` or None.
+        k: entries kept per row, in ``(0, d_sae]``. Always ``k`` slots: where fewer pre-activations are positive, the
+            others hold value 0.
+
+    Returns:
+        ``SparseCode(values [n, k], indices [n, k])``, values in the promoted type of ``x`` and ``w_enc``, indices
+        ascending in each row. The gradient is that of the selected entries, zero where the value is not positive.
+
+    Raises:
+        ValueError: for other ranks, sizes, types or ``k``.
+
+    Example:
+        >>> code = topk_encode(mx.random.normal((8, 64)), mx.random.normal((1024, 64)), k=4)
+        >>> code.values.shape, code.indices.dtype
+        ((8, 4), mlx.core.uint32)
+
+    Source: Gao et al., *Scaling and evaluating sparse autoencoders*, 2024, section 2.3.
+    """
+    return SparseCode(*_ext.topk_encode(x, w_enc, b_enc, k=k, stream=stream))
+
+
+def sparse_decode(
+    code: SparseCode, w_dec: mx.array, b_dec: mx.array | None = None, *, stream: Stream = None
+) -> mx.array:
+    r"""The weighted sum of decoder rows that a code names.
+
+    .. math:: \hat x_t = \sum_i v_{ti} \, W_{dec}[j_{ti}] + b_{dec}
+
+    Args:
+        code: values and indices ``[n, k]``.
+        w_dec: ``[d_sae, d_out]``.
+        b_dec: ``[d_out]`` or None.
+
+    Returns:
+        ``[n, d_out]`` in the promoted type of values and ``w_dec``. Unused slots are skipped, whatever their row holds.
+
+    Raises:
+        ValueError: for other ranks, sizes or types. An index that is not below ``d_sae`` raises ``IndexError`` when the
+            result is evaluated on the CPU.
+    """
+    return _ext.sparse_decode(code.values, code.indices, w_dec, b_dec, stream=stream)
+
+
+def gather_dot(rows: mx.array, weight: mx.array, indices: mx.array, *, stream: Stream = None) -> mx.array:
+    r"""Dot products of each row with the weight rows that its indices name: ``rows @ weight.T`` at these places only.
+
+    .. math:: o_{ti} = \langle r_t, W[j_{ti}] \rangle
+
+    Args:
+        rows: ``[n, d]``.
+        weight: ``[d_sae, d]``.
+        indices: ``[n, k]``, integers.
+
+    Returns:
+        ``[n, k]`` in the promoted type of ``rows`` and ``weight``.
+    """
+    return _ext.gather_dot(rows, weight, indices, stream=stream)
+
+
+def sparse_outer(code: SparseCode, rows: mx.array, *, d_sae: int, stream: Stream = None) -> mx.array:
+    r"""The transposed decode: what each feature gathers from the rows of the tokens that it fires on.
+
+    .. math:: o_j = \sum_{(t, i):\, j_{ti} = j} v_{ti} \, r_t
+
+    Args:
+        code: values and indices ``[n, k]``.
+        rows: ``[n, d]``.
+        d_sae: number of features.
+
+    Returns:
+        ``[d_sae, d]``. Deterministic on the CPU: tokens are added in ascending order.
+    """
+    return _ext.sparse_outer(code.values, code.indices, rows, d_sae=d_sae, stream=stream)
+
+
+def update_tokens_since_fired(
+    tokens_since_fired: mx.array, code: SparseCode, *, n_tokens: int | None = None, stream: Stream = None
+) -> mx.array:
+    """Dead-feature bookkeeping: 0 where a feature fired (value > 0) in this batch, else the old count plus ``n_tokens``.
+
+    Args:
+        tokens_since_fired: ``[d_sae]`` int32.
+        code: values and indices ``[n, k]``.
+        n_tokens: tokens of the batch; the rows of the code where None.
+
+    Returns:
+        ``[d_sae]`` int32, saturating at 2**31 - 1.
+    """
+    n = code.values.shape[0] if n_tokens is None else n_tokens
+    return _ext.tokens_since_fired(tokens_since_fired, code.values, code.indices, n_tokens=n, stream=stream)
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What runs each op on each device that MLX has here: ``{"topk_encode": {"cpu": "kernel (avx512)"}, ...}``.
+
+    ``"fallback"`` means a graph of plain MLX ops.
+    """
+    devices = {"cpu": mx.Device(mx.cpu)}
+    if mx.is_available(mx.gpu):
+        devices["gpu"] = mx.Device(mx.gpu)
+    return {op: {name: _ext.kernel_for(op, d) for name, d in devices.items()} for op in _ext.op_names()}
+
+
+def num_threads() -> int:
+    """Threads of the CPU kernels; ``MLXSAE_NUM_THREADS`` sets the first value, else the cores this process may use."""
+    return _ext.num_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Sets the threads of the CPU kernels, ``n >= 1``. No result depends on it."""
+    _ext.set_num_threads(n)

@@ -1,0 +1,48 @@
+// The Python module _ext: one m.def per op and no logic. Only mlxsae/ops.py imports it.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "mlx/version.h"
+#include "mlxsae/ops.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+#define ARRAY "mlx.core.array"
+#define STREAM "stream: mlx.core.Stream | mlx.core.Device | None = None"
+
+NB_MODULE(_ext, m) {
+  nb::module_::import_("mlx.core");  // registers array, Stream and Device in the domain "mlx"
+  m.attr("version") = MLXSAE_VERSION;
+  m.attr("built_mlx_version") = MLXSAE_BUILT_MLX;
+  m.def("_probe", [](const mlx::core::array&) {}, nb::sig("def _probe(a: " ARRAY ") -> None"));
+
+  m.def("topk_encode", &mlxsae::topk_encode, "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a,
+        "stream"_a = nb::none(),
+        nb::sig("def topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, " STREAM
+                ") -> tuple[" ARRAY ", " ARRAY "]"));
+  m.def("sparse_decode", &mlxsae::sparse_decode, "values"_a, "indices"_a, "w_dec"_a, "b_dec"_a.none(), nb::kw_only(),
+        "stream"_a = nb::none(),
+        nb::sig("def sparse_decode(values: " ARRAY ", indices: " ARRAY ", w_dec: " ARRAY ", b_dec: " ARRAY
+                " | None, *, " STREAM ") -> " ARRAY));
+  m.def("gather_dot", &mlxsae::gather_dot, "rows"_a, "weight"_a, "indices"_a, nb::kw_only(), "stream"_a = nb::none(),
+        nb::sig("def gather_dot(rows: " ARRAY ", weight: " ARRAY ", indices: " ARRAY ", *, " STREAM ") -> " ARRAY));
+  m.def("sparse_outer", &mlxsae::sparse_outer, "values"_a, "indices"_a, "rows"_a, nb::kw_only(), "d_sae"_a,
+        "stream"_a = nb::none(),
+        nb::sig("def sparse_outer(values: " ARRAY ", indices: " ARRAY ", rows: " ARRAY ", *, d_sae: int, " STREAM
+                ") -> " ARRAY));
+  m.def("tokens_since_fired", &mlxsae::tokens_since_fired, "tokens_since_fired"_a, "values"_a, "indices"_a,
+        nb::kw_only(), "n_tokens"_a, "stream"_a = nb::none(),
+        nb::sig("def tokens_since_fired(tokens_since_fired: " ARRAY ", values: " ARRAY ", indices: " ARRAY
+                ", *, n_tokens: int, " STREAM ") -> " ARRAY));
+
+  m.def("op_names", &mlxsae::op_names, nb::sig("def op_names() -> list[str]"));
+  m.def("kernel_for", &mlxsae::kernel_for, "op"_a, "device"_a,
+        nb::sig("def kernel_for(op: str, device: mlx.core.Device) -> str"));
+  m.def("num_threads", &mlxsae::num_threads, nb::sig("def num_threads() -> int"));
+  m.def("set_num_threads", &mlxsae::set_num_threads, "n"_a, nb::sig("def set_num_threads(n: int) -> None"));
+}

@@ -10,6 +10,7 @@
 #include "mlxsae/ops.h"
 
 namespace nb = nanobind;
+namespace mx = mlx::core;
 using namespace nb::literals;
 
 #define ARRAY "mlx.core.array"
@@ -39,6 +40,29 @@ NB_MODULE(_ext, m) {
         nb::kw_only(), "n_tokens"_a, "stream"_a = nb::none(),
         nb::sig("def tokens_since_fired(tokens_since_fired: " ARRAY ", values: " ARRAY ", indices: " ARRAY
                 ", *, n_tokens: int, " STREAM ") -> " ARRAY));
+
+  m.def("decode_residual", &mlxsae::decode_residual, "values"_a, "indices"_a, "w_dec"_a, "target"_a, "b_dec"_a.none(),
+        nb::kw_only(), "stream"_a = nb::none(),
+        nb::sig("def decode_residual(values: " ARRAY ", indices: " ARRAY ", w_dec: " ARRAY ", target: " ARRAY
+                ", b_dec: " ARRAY " | None, *, " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
+  m.def(
+      "feature_update",
+      [](const mx::array& x, const mx::array& loss, const std::vector<std::vector<mx::array>>& terms,
+         const std::vector<mx::array>& params, const std::vector<mx::array>& m, const std::vector<mx::array>& v, float lr,
+         float beta1, float beta2, float eps, int step, bool project_decoder, bool normalize_decoder, bool b_dec_to_input,
+         float clip_norm, mx::StreamOrDevice stream) {
+        std::vector<mlxsae::UpdateTerm> list;
+        for (auto& t : terms) list.push_back({t.at(0), t.at(1), t.at(2), t.at(3)});
+        return mlxsae::feature_update(
+            x, loss, list, params, m, v,
+            {lr, beta1, beta2, eps, step, project_decoder, normalize_decoder, b_dec_to_input, clip_norm}, stream);
+      },
+      "x"_a, "loss"_a, "terms"_a, "params"_a, "m"_a, "v"_a, nb::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "step"_a,
+      "project_decoder"_a, "normalize_decoder"_a, "b_dec_to_input"_a, "clip_norm"_a, "stream"_a = nb::none(),
+      nb::sig("def feature_update(x: " ARRAY ", loss: " ARRAY ", terms: list[tuple[" ARRAY ", " ARRAY ", " ARRAY ", " ARRAY
+              "]], params: list[" ARRAY "], m: list[" ARRAY "], v: list[" ARRAY
+              "], *, lr: float, beta1: float, beta2: float, eps: float, step: int, project_decoder: bool, "
+              "normalize_decoder: bool, b_dec_to_input: bool, clip_norm: float, " STREAM ") -> list[" ARRAY "]"));
 
   m.def("op_names", &mlxsae::op_names, nb::sig("def op_names() -> list[str]"));
   m.def("kernel_for", &mlxsae::kernel_for, "op"_a, "device"_a,

@@ -42,6 +42,15 @@ class Scratch {
   size_t size_ = 0;
 };
 
+template <class F>
+MLXSAE_INLINE void with_type(Type type, F&& f) {
+  switch (type) {
+    case Type::f32: return f(float{});
+    case Type::f16: return f(f16{});
+    case Type::bf16: return f(bf16{});
+  }
+}
+
 // Order-preserving integers: key(a) < key(b) iff a < b; both zeros are one; NaN is the largest.
 constexpr int32_t kNanKey = INT32_MAX;
 
@@ -241,13 +250,13 @@ inline void scan(const TW* w, int64_t d, const float* bias, int64_t f0, int64_t 
 }
 
 /** The lists of `n` tokens over all of [f0, f1). With `guess`, some may end with fewer than k: they must be redone. */
-template <int MR, int NV, class TX, class TW>
+template <int MR, int NV, class TW>
 inline void collect(const Encode& e, const int64_t* tokens, int64_t n, bool guess, Scratch (&mem)[3], Lists& lists) {
   constexpr int W = NV * kLanes;
   int64_t d = e.x.d, panels = (n + W - 1) / W, padded = panels * W, f_total = e.f1 - e.f0;
   float* packed = mem[0].get<float>(padded * d + (sizeof(TW) == 4 ? 0 : MR * d));
   float* converted = packed + padded * d;
-  pack<W>(static_cast<const TX*>(e.x.data), d, tokens, n, packed);
+  with_type(e.x.type, [&]<class TX>(TX) { pack<W>(static_cast<const TX*>(e.x.data), d, tokens, n, packed); });
 
   int64_t k = e.k < f_total ? e.k : f_total;
   lists.keep(k, f_total);
@@ -307,16 +316,7 @@ inline void write_codes(const int32_t* keys, const int32_t* ids, int64_t m, int6
   }
 }
 
-template <class F>
-MLXSAE_INLINE void with_type(Type type, F&& f) {
-  switch (type) {
-    case Type::f32: return f(float{});
-    case Type::f16: return f(f16{});
-    case Type::bf16: return f(bf16{});
-  }
-}
-
-template <int MR, int NV, class TX, class TW>
+template <int MR, int NV, class TW>
 inline void encode_block(const Encode& e) {
   static thread_local Scratch mem[2][3];
   static thread_local Scratch token_mem;
@@ -341,7 +341,7 @@ inline void encode_block(const Encode& e) {
 
   Lists lists;
   bool guess = f_total >= 4096 && k * 32 <= f_total;
-  collect<MR, NV, TX, TW>(e, tokens, n, guess, mem[0], lists);
+  collect<MR, NV, TW>(e, tokens, n, guess, mem[0], lists);
   int64_t redo = 0;
   for (int64_t i = 0; i < n; ++i) {
     if (guess && lists.counts[i] < k)  // the sample was not like the rest
@@ -350,7 +350,7 @@ inline void encode_block(const Encode& e) {
       write(lists, i, tokens[i]);
   }
   if (redo) {
-    collect<MR, NV, TX, TW>(e, again, redo, false, mem[1], lists);
+    collect<MR, NV, TW>(e, again, redo, false, mem[1], lists);
     for (int64_t i = 0; i < redo; ++i) write(lists, i, again[i]);
   }
 }
@@ -369,15 +369,13 @@ constexpr int kTileFeatures = 3, kTileVectors = 4, kNarrowFeatures = 3, kNarrowV
 constexpr int64_t kPanelBytes = 600 << 10;
 
 inline void encode(const Encode& e) {
-  with_type(e.x.type, [&]<class TX>(TX) {
-    with_type(e.w.type, [&]<class TW>(TW) {
-      if (e.t1 - e.t0 <= kLanes)
-        encode_block<12, 1, TX, TW>(e);
-      else if (kTileVectors * kLanes * e.x.d * 4 <= kPanelBytes)
-        encode_block<kTileFeatures, kTileVectors, TX, TW>(e);
-      else
-        encode_block<kNarrowFeatures, kNarrowVectors, TX, TW>(e);
-    });
+  with_type(e.w.type, [&]<class TW>(TW) {
+    if (e.t1 - e.t0 <= kLanes)
+      encode_block<12, 1, TW>(e);
+    else if (kTileVectors * kLanes * e.x.d * 4 <= kPanelBytes)
+      encode_block<kTileFeatures, kTileVectors, TW>(e);
+    else
+      encode_block<kNarrowFeatures, kNarrowVectors, TW>(e);
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include "cpu/kernel_encode.h"
 #include "cpu/kernel_sparse.h"
+#include "cpu/kernel_update.h"
 
 #define MLXSAE_STRING_(x) #x
 #define MLXSAE_STRING(x) MLXSAE_STRING_(x)
@@ -23,6 +24,9 @@ const Kernels& table() {
       .decode = decode,
       .gather_dot = gather_dot,
       .outer = outer,
+      .update = update,
+      .adam = adam_vector,
+      .residual = residual,
   };
   return t;
 }

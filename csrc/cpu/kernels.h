@@ -57,6 +57,40 @@ struct ByFeature {
   const float* values;    // [nnz]
 };
 
+/** The parameters of one feature-major weight matrix or bias, with its Adam moments. */
+struct Param {
+  float *w, *m, *v;
+};
+
+/** Entries of one reconstruction: out[row] += value * w_dec[feature], whose gradient is scale * residual. */
+struct Term {
+  ByFeature by;
+  const float* residual;  // [n, d_out]
+  float scale;
+};
+
+struct Adam {
+  float beta1, beta2, eps;
+  float step_size;      // lr / (1 - beta1^t)
+  float inv_sqrt_bias;  // 1 / sqrt(1 - beta2^t)
+};
+
+/** The feature-major backward pass and update of [f0, f1) (kernel_update.h). */
+struct Update {
+  const float* x;  // [n, d_in], what the encoder saw
+  int64_t d_in, d_out;
+  const Term* terms;  // the main one, and perhaps an auxiliary one
+  int n_terms;
+  Param w_enc, b_enc, w_dec;
+  Adam adam;
+  bool project, normalize;
+  float clip;       // factor on every gradient
+  bool norms_only;  // sums up, but changes nothing
+  int64_t f0, f1;
+  float* through_input;  // [d_in] += sum_j db_enc[j] * w_enc[j], or null
+  double* square;        // += squares of all gradients, before the clip
+};
+
 struct Kernels {
   const char* isa;
   int token_block;  // tokens of one encode task that fill the tile and the cache well, at d_in = 1024
@@ -70,6 +104,12 @@ struct Kernels {
   void (*gather_dot)(const Rows& rows, const Rows& w, const Code&, void* out, Type out_type, int64_t t0, int64_t t1);
   /** out[j] = sum over the entries of feature j of value * rows[row], for j in [f0, f1). */
   void (*outer)(const ByFeature&, const Rows& rows, void* out, Type out_type, int64_t f0, int64_t f1);
+  void (*update)(const Update&);
+  /** One Adam step on d numbers with gradient g * clip. */
+  void (*adam)(const Param&, const float* g, float clip, const Adam&, int64_t d);
+  /** residual[t] = decode(t) - target[t], square[t] = |residual[t]|^2, for float32 arrays. */
+  void (*residual)(const Code&, const float* w, const float* bias, const float* target, int64_t d, float* residual,
+                   float* square, int64_t t0, int64_t t1);
 };
 
 /** The table for this machine: the best set it has, or the one that MLXSAE_CPU_ISA names. */

@@ -9,6 +9,8 @@ instead; :func:`backends` tells.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from . import _ext
@@ -17,7 +19,11 @@ from .code import SparseCode
 Stream = mx.Stream | mx.Device | None
 
 __all__ = [
+    "Params",
+    "Term",
     "backends",
+    "decode_residual",
+    "feature_update",
     "gather_dot",
     "num_threads",
     "set_num_threads",
@@ -132,6 +138,108 @@ def update_tokens_since_fired(
     """
     n = code.values.shape[0] if n_tokens is None else n_tokens
     return _ext.tokens_since_fired(tokens_since_fired, code.values, code.indices, n_tokens=n, stream=stream)
+
+
+def decode_residual(
+    code: SparseCode, w_dec: mx.array, target: mx.array, b_dec: mx.array | None = None, *, stream: Stream = None
+) -> tuple[mx.array, mx.array]:
+    r"""Decode, residual and squared error in one pass.
+
+    .. math:: r_t = \sum_i v_{ti} W_{dec}[j_{ti}] + b_{dec} - y_t, \qquad s_t = |r_t|^2
+
+    Args:
+        code: values and indices ``[n, k]``.
+        w_dec: ``[d_sae, d_out]``.
+        target: ``[n, d_out]``.
+        b_dec: ``[d_out]`` or None.
+
+    Returns:
+        ``residual [n, d_out]`` and ``square [n]``, float32.
+    """
+    return _ext.decode_residual(code.values, code.indices, w_dec, target, b_dec, stream=stream)
+
+
+class Params(NamedTuple):
+    """The parameters of encoder and decoder, feature-major, or a moment of each."""
+
+    w_enc: mx.array  # [d_sae, d_in]
+    b_enc: mx.array  # [d_sae]
+    w_dec: mx.array  # [d_sae, d_out]
+    b_dec: mx.array  # [d_out]
+
+
+class Term(NamedTuple):
+    """One reconstruction of a loss; the gradient at its output is ``scale * residual``."""
+
+    residual: mx.array  # [n, d_out]
+    code: SparseCode
+    scale: mx.array  # one number
+
+
+def feature_update(
+    x: mx.array,
+    terms: list[Term],
+    params: Params,
+    m: Params,
+    v: Params,
+    *,
+    loss: mx.array,
+    lr: float,
+    step: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    project_decoder: bool = True,
+    normalize_decoder: bool = True,
+    b_dec_to_input: bool = False,
+    clip_norm: float = 0.0,
+    stream: Stream = None,
+) -> tuple[Params, Params, Params, mx.array]:
+    r"""The backward pass of encode and decode and one Adam step, feature by feature, without gradient buffers.
+
+    For feature ``j`` with entries ``(t, v)``, ``v > 0``, and :math:`g_t = s\, r_t`:
+
+    .. math::
+        \delta_t = \langle g_t, W_{dec}[j] \rangle, \quad \nabla W_{dec}[j] = \sum v\, g_t, \quad
+        \nabla W_{enc}[j] = \sum \delta_t x_t, \quad \nabla b_{enc}[j] = \sum \delta_t
+
+    then the projection of :math:`\nabla W_{dec}[j]` off :math:`W_{dec}[j]`, clipping by the global norm, Adam with bias
+    correction on every feature (dense-exact: an untouched one still moves by its momentum), and the renorm of
+    :math:`W_{dec}[j]`. ``b_dec`` learns through the main term, and through the encoder where ``b_dec_to_input``.
+
+    Args:
+        x: ``[n, d_in]``, what the encoder saw.
+        terms: the main reconstruction, and at most one auxiliary one (which has no bias).
+        params, m, v: float32. Their buffers are reused where nobody else holds them: keep no second reference.
+        loss: where it is not finite, nothing changes.
+        step: ``t >= 1`` of Adam's bias correction.
+        clip_norm: largest global norm of all gradients after the projection; 0 for no clipping. Clipping is exact, by a
+            first pass that computes the norm.
+
+    Returns:
+        ``(params, m, v, grad_norm)``; ``grad_norm`` is that before clipping, NaN where the step was skipped.
+
+    Deterministic, and independent of the number of threads.
+    Source: Kingma and Ba, *Adam*, 2015, Algorithm 1; Bricken et al., *Towards monosemanticity*, 2023 (projection).
+    """
+    out = _ext.feature_update(
+        x,
+        loss,
+        [(t.residual, t.code.values, t.code.indices, t.scale) for t in terms],
+        list(params),
+        list(m),
+        list(v),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        step=step,
+        project_decoder=project_decoder,
+        normalize_decoder=normalize_decoder,
+        b_dec_to_input=b_dec_to_input,
+        clip_norm=clip_norm,
+        stream=stream,
+    )
+    return Params(*out[:4]), Params(*out[4:8]), Params(*out[8:12]), out[12]
 
 
 def backends() -> dict[str, dict[str, str]]:

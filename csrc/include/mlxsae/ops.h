@@ -3,7 +3,7 @@
 // [d_sae, d_out], a feature a row. Floating types are float32, float16 and bfloat16 in any mixture; accumulation is in
 // float32. A sparse code is a pair (values [n, k], indices [n, k] uint32); a slot with value 0 is unused.
 //
-// All ops but `tokens_since_fired` have derivatives (vjp, jvp) of every order, and vmap. On a device without a kernel of
+// All ops but `tokens_since_fired` and `feature_update` have derivatives (vjp, jvp) of every order, and vmap. On a device without a kernel of
 // its own an op is a graph of plain MLX ops; `kernel_for` tells.
 
 #include <optional>
@@ -71,6 +71,50 @@ MLXSAE_API mlx::core::array sparse_outer(
 MLXSAE_API mlx::core::array tokens_since_fired(
     const mlx::core::array& tokens_since_fired, const mlx::core::array& values, const mlx::core::array& indices,
     int n_tokens, mlx::core::StreamOrDevice s = {});
+
+/**
+ * Decode, residual and squared error in one pass: residual = decode(code) - target [n, d_out] and
+ * square[t] = |residual[t]|^2 [n], both float32.
+ */
+MLXSAE_API std::pair<mlx::core::array, mlx::core::array> decode_residual(
+    const mlx::core::array& values, const mlx::core::array& indices, const mlx::core::array& w_dec,
+    const mlx::core::array& target, const std::optional<mlx::core::array>& b_dec = std::nullopt,
+    mlx::core::StreamOrDevice s = {});
+
+/** One reconstruction of a loss: the gradient at its output is scale * residual. */
+struct UpdateTerm {
+  mlx::core::array residual;  // [n, d_out]
+  mlx::core::array values;    // [n, k]
+  mlx::core::array indices;   // [n, k]
+  mlx::core::array scale;     // one number
+};
+
+struct UpdateOptions {
+  float lr;
+  float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f;
+  int step = 1;  // t >= 1 of Adam's bias correction
+  bool project_decoder = true;    // remove the part of dw_dec along w_dec
+  bool normalize_decoder = true;  // rows of w_dec back to norm 1
+  bool b_dec_to_input = false;    // x was taken minus b_dec
+  float clip_norm = 0;            // global norm of all gradients, after the projection; 0: no clipping
+};
+
+/**
+ * The backward pass of encode and decode and one Adam step, feature by feature, without gradient buffers.
+ *
+ * x [n, d_in] is what the encoder saw. terms[0] is the main reconstruction, through which b_dec learns; terms[1], if
+ * any, an auxiliary one (its own values and indices, no bias). params, m and v are each w_enc [d_sae, d_in],
+ * b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out], all float32. Per feature: dz = <g, w_dec>, the gradients of both
+ * rows, the projection, Adam with bias correction (every feature, touched or not), the renorm. Where `loss` is not
+ * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped).
+ *
+ * The buffers of params, m and v are reused where nobody else holds them; else they are copied. Deterministic; the
+ * result does not depend on the number of threads.
+ */
+MLXSAE_API std::vector<mlx::core::array> feature_update(
+    const mlx::core::array& x, const mlx::core::array& loss, const std::vector<UpdateTerm>& terms,
+    const std::vector<mlx::core::array>& params, const std::vector<mlx::core::array>& m,
+    const std::vector<mlx::core::array>& v, const UpdateOptions& options, mlx::core::StreamOrDevice s = {});
 
 /** The names of all ops. */
 MLXSAE_API const std::vector<std::string>& op_names();

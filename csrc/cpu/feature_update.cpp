@@ -1,0 +1,110 @@
+#include "ops/feature_update.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/eval.h"
+
+namespace mlxsae {
+
+void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  // Every output holds the inputs, and would keep them from being donated. All outputs come into being here, so only
+  // the list that this call reads is needed; MLX drops the others right after it anyway.
+  for (auto& out : outputs)
+    if (&out.inputs() != &inputs) out.inputs().clear();
+
+  size_t first = 2 + 4 * n_terms_;
+  std::vector<std::tuple<float*, const float*, int64_t>> copies;
+  for (size_t i = 0; i < 12; ++i) {
+    const auto& in = inputs[first + i];
+    if (in.is_donatable()) {
+      outputs[i].copy_shared_buffer(in);
+    } else {
+      cpu::allocate(outputs[i]);
+      copies.emplace_back(outputs[i].data<float>(), in.data<float>(), in.size());
+    }
+  }
+  cpu::allocate(outputs[12]);
+
+  struct TermData {
+    const float* residual;
+    cpu::Code code;
+    const float* scale;
+  };
+  std::vector<TermData> terms;
+  for (int q = 0; q < n_terms_; ++q)
+    terms.push_back({inputs[2 + 4 * q].data<float>(), cpu::code_of(&inputs[3 + 4 * q], inputs[4 + 4 * q]),
+                     inputs[5 + 4 * q].data<float>()});
+  auto param = [&](int i) {
+    return cpu::Param{outputs[i].data<float>(), outputs[4 + i].data<float>(), outputs[8 + i].data<float>()};
+  };
+
+  cpu::dispatch(
+      stream(), inputs, outputs,
+      [copies, terms, x = inputs[0].data<float>(), loss = inputs[1].data<float>(), n = int64_t{inputs[0].shape(0)},
+       d_in = int64_t{inputs[0].shape(1)}, d_sae = int64_t{outputs[0].shape(0)}, d_out = int64_t{outputs[2].shape(1)},
+       w_enc = param(0), b_enc = param(1), w_dec = param(2), b_dec = param(3), norm_out = outputs[12].data<float>(),
+       o = options_] {
+        for (auto& [to, from, size] : copies) std::memcpy(to, from, size * sizeof(float));
+        *norm_out = NAN;
+        if (!std::isfinite(*loss)) return;  // the step is skipped: parameters and moments stay what they were
+
+        const auto& kernels = cpu::kernels();
+        std::vector<cpu::Grouped> grouped;
+        std::vector<cpu::Term> walk;
+        for (auto& t : terms) {
+          cpu::check_indices("feature_update", t.code.indices, t.code.n * t.code.k, d_sae);
+          grouped.emplace_back(t.code, d_sae);
+          walk.push_back({grouped.back().view(), t.residual, *t.scale});
+        }
+        // A fixed number of ranges, so that sums over them do not depend on the number of threads.
+        auto cuts = grouped[0].ranges(64, 3.0);
+        int64_t parts = static_cast<int64_t>(cuts.size()) - 1;
+        std::vector<float> through(o.b_dec_to_input ? parts * d_in : 0, 0.0f);
+        std::vector<double> squares(parts, 0.0);
+
+        cpu::Update u{};
+        u.x = x, u.d_in = d_in, u.d_out = d_out;
+        u.terms = walk.data(), u.n_terms = static_cast<int>(walk.size());
+        u.w_enc = w_enc, u.b_enc = b_enc, u.w_dec = w_dec;
+        float step = static_cast<float>(o.step);
+        u.adam = {o.beta1, o.beta2, o.eps, o.lr / (1 - std::pow(o.beta1, step)), 1 / std::sqrt(1 - std::pow(o.beta2, step))};
+        u.project = o.project_decoder, u.normalize = o.normalize_decoder;
+        u.clip = 1;
+        auto pass = [&](bool norms_only, bool sums) {
+          u.norms_only = norms_only;
+          cpu::parallel_for(parts, [&](int64_t i, int) {
+            cpu::Update part = u;
+            part.f0 = cuts[i], part.f1 = cuts[i + 1];
+            part.through_input = sums && o.b_dec_to_input ? through.data() + i * d_in : nullptr;
+            part.square = sums ? &squares[i] : nullptr;
+            kernels.update(part);
+          });
+        };
+        bool clip = o.clip_norm > 0;
+        pass(clip, true);
+
+        std::vector<double> sum(d_out, 0.0);  // db_dec = scale * sum_t residual_t - sum_j db_enc[j] w_enc[j]
+        for (int64_t t = 0; t < n; ++t)
+          for (int64_t c = 0; c < d_out; ++c) sum[c] += terms[0].residual[t * d_out + c];
+        std::vector<float> g(d_out);
+        double square = 0;
+        for (double q : squares) square += q;
+        for (int64_t c = 0; c < d_out; ++c) {
+          double v = sum[c] * *terms[0].scale;
+          if (o.b_dec_to_input)
+            for (int64_t i = 0; i < parts; ++i) v -= through[i * d_in + c];
+          g[c] = static_cast<float>(v);
+          square += v * v;
+        }
+        double norm = std::sqrt(square);
+        *norm_out = static_cast<float>(norm);
+        if (clip) {
+          u.clip = norm > o.clip_norm ? static_cast<float>(o.clip_norm / norm) : 1.0f;
+          pass(false, false);
+        }
+        kernels.adam(b_dec, g.data(), u.clip, u.adam, d_out);
+      });
+}
+
+}  // namespace mlxsae

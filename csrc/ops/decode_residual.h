@@ -1,0 +1,18 @@
+#pragma once
+
+#include "ops/common.h"
+
+namespace mlxsae {
+
+/** Inputs values, indices, w_dec, target[, b_dec], all float32; outputs residual, square. Derivatives by the graph. */
+class DecodeResidual : public FusedPrimitive {
+ public:
+  using FusedPrimitive::FusedPrimitive;
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  const char* name() const override { return "DecodeResidual"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[3].shape(), {in[3].shape(0)}}; }
+};
+
+}  // namespace mlxsae

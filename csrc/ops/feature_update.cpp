@@ -1,0 +1,115 @@
+#include "ops/feature_update.h"
+
+#include <cmath>
+
+namespace mlxsae {
+namespace {
+
+/** The definition in plain MLX ops, with dense gradients. */
+Arrays graph(const Arrays& in, int n_terms, const UpdateOptions& o, mx::Stream s) {
+  const auto &x = in[0], &loss = in[1];
+  Arrays p(in.begin() + 2 + 4 * n_terms, in.end());
+  const auto &w_enc = p[0], &w_dec = p[2];
+  int d_sae = w_enc.shape(0);
+  auto d_enc = mx::zeros_like(w_enc, s), d_dec = mx::zeros_like(w_dec, s), d_bias = mx::zeros({d_sae, 1}, mx::float32, s);
+  auto ones = mx::ones({x.shape(0), 1}, mx::float32, s);
+  auto d_b_dec = mx::multiply(mx::sum(in[2], 0, false, s), in[5], s);
+  for (int q = 0; q < n_terms; ++q) {
+    const auto &residual = in[2 + 4 * q], &values = in[3 + 4 * q], &indices = in[4 + 4 * q], &scale = in[5 + 4 * q];
+    auto used = mx::logical_not(mx::less_equal(values, mx::array(0.0f), s), s);
+    auto v = mx::where(used, values, mx::array(0.0f), s);
+    auto g = mx::multiply(residual, scale, s);
+    auto dz = mx::where(used, gather_dot(g, w_dec, indices, s), mx::array(0.0f), s);
+    d_dec = mx::add(d_dec, sparse_outer(v, indices, g, d_sae, s), s);
+    d_enc = mx::add(d_enc, sparse_outer(dz, indices, x, d_sae, s), s);
+    d_bias = mx::add(d_bias, sparse_outer(dz, indices, ones, d_sae, s), s);
+  }
+  if (o.b_dec_to_input) d_b_dec = mx::subtract(d_b_dec, mx::sum(mx::multiply(d_bias, w_enc, s), 0, false, s), s);
+  if (o.project_decoder) {
+    auto along = mx::sum(mx::multiply(d_dec, w_dec, s), 1, true, s);
+    d_dec = mx::subtract(d_dec, mx::multiply(along, w_dec, s), s);
+  }
+  Arrays grads{d_enc, mx::squeeze(d_bias, 1, s), d_dec, d_b_dec};
+  Arrays squares;
+  for (auto& g : grads) squares.push_back(mx::sum(mx::square(g, s), s));
+  auto norm = mx::sqrt(add_all(squares, s), s);
+  auto factor = o.clip_norm > 0 ? mx::minimum(mx::array(1.0f), mx::divide(mx::array(o.clip_norm), norm, s), s) : mx::array(1.0f);
+  auto ok = mx::isfinite(loss, s);
+  float step_size = o.lr / (1 - std::pow(o.beta1, static_cast<float>(o.step)));
+  float inv_sqrt_bias = 1 / std::sqrt(1 - std::pow(o.beta2, static_cast<float>(o.step)));
+  Arrays w(4, x), m(4, x), v(4, x);
+  for (int i = 0; i < 4; ++i) {
+    auto g = mx::multiply(grads[i], factor, s);
+    auto new_m = mx::add(mx::multiply(mx::array(o.beta1), p[4 + i], s), mx::multiply(mx::array(1 - o.beta1), g, s), s);
+    auto new_v = mx::add(mx::multiply(mx::array(o.beta2), p[8 + i], s),
+                         mx::multiply(mx::array(1 - o.beta2), mx::square(g, s), s), s);
+    auto denominator = mx::add(mx::multiply(mx::sqrt(new_v, s), mx::array(inv_sqrt_bias), s), mx::array(o.eps), s);
+    auto new_w = mx::subtract(p[i], mx::divide(mx::multiply(mx::array(step_size), new_m, s), denominator, s), s);
+    if (i == 2 && o.normalize_decoder) {
+      auto length = mx::sqrt(mx::sum(mx::square(new_w, s), 1, true, s), s);
+      new_w = mx::divide(new_w, mx::where(mx::greater(length, mx::array(0.0f), s), length, mx::array(1.0f), s), s);
+    }
+    w[i] = mx::where(ok, new_w, p[i], s);
+    m[i] = mx::where(ok, new_m, p[4 + i], s);
+    v[i] = mx::where(ok, new_v, p[8 + i], s);
+  }
+  Arrays out(w);
+  out.insert(out.end(), m.begin(), m.end());
+  out.insert(out.end(), v.begin(), v.end());
+  out.push_back(norm);
+  return out;
+}
+
+}  // namespace
+
+Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vector<UpdateTerm>& terms, const Arrays& params,
+                      const Arrays& m, const Arrays& v, const UpdateOptions& options, mx::StreamOrDevice s_) {
+  const char* op = "feature_update";
+  auto s = mx::to_stream(s_);
+  if (params.size() != 4 || m.size() != 4 || v.size() != 4)
+    fail(op, "params, m and v must hold w_enc, b_enc, w_dec and b_dec but got ", params.size(), ", ", m.size(), " and ",
+         v.size(), " arrays.");
+  if (terms.empty() || terms.size() > 2) fail(op, "terms must hold the main term and at most one more but got ", terms.size(), ".");
+  if (options.step < 1) fail(op, "step must be at least 1 but got ", options.step, ".");
+  Arrays inputs{x, mx::astype(loss, mx::float32, s)};
+  int n = x.ndim() == 2 ? x.shape(0) : -1, d_out = params[2].ndim() == 2 ? params[2].shape(1) : -1;
+  for (auto& t : terms) {
+    auto ids = check_code(op, &t.values, t.indices, s);
+    if (t.residual.shape() != mx::Shape{n, d_out} || t.values.shape(0) != n)
+      fail(op, "residual [n, d_out] and values [n, k] must fit x ", x.shape(), " and w_dec ", params[2].shape(), " but got ",
+           t.residual.shape(), " and ", t.values.shape(), ".");
+    inputs.insert(inputs.end(), {t.residual, mx::astype(t.values, mx::float32, s), ids, mx::astype(t.scale, mx::float32, s)});
+    if (t.scale.size() != 1) fail(op, "scale must be one number but got shape ", t.scale.shape(), ".");
+  }
+  int d_sae = params[0].shape(0);
+  if (params[0].shape() != mx::Shape{d_sae, x.shape(-1)} || params[1].shape() != mx::Shape{d_sae} ||
+      params[2].shape() != mx::Shape{d_sae, d_out} || params[3].shape() != mx::Shape{d_out} || (options.b_dec_to_input && x.shape(1) != d_out))
+    fail(op, "w_enc [d_sae, d_in], b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out] must fit x ", x.shape(), " but got ",
+         params[0].shape(), ", ", params[1].shape(), ", ", params[2].shape(), ", ", params[3].shape(), ".");
+  for (auto* group : {&params, &m, &v})
+    for (size_t i = 0; i < 4; ++i) {
+      if ((*group)[i].shape() != params[i].shape()) fail(op, "moments must have the shapes of their parameters.");
+      inputs.push_back((*group)[i]);
+    }
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    bool index = i >= 2 && i < 2 + 4 * terms.size() && (i - 2) % 4 == 2;
+    if (!index && inputs[i].dtype() != mx::float32)
+      fail(op, "x, residuals, parameters and moments must be float32 but got ", inputs[i].dtype(), ".");
+  }
+  int n_terms = static_cast<int>(terms.size());
+  auto define = [n_terms, options, s](const Arrays& in) { return graph(in, n_terms, options, s); };
+  if (!has_kernel(op, s.device)) return define(inputs);
+  for (auto& a : inputs) a = normal(a, s);
+  auto primitive = std::make_shared<FeatureUpdate>(s, define, n_terms, options);
+  auto shapes = primitive->output_shapes(inputs);
+  return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(13, mx::float32), primitive, inputs);
+}
+
+std::vector<mx::Shape> FeatureUpdate::output_shapes(const Arrays& in) {
+  std::vector<mx::Shape> shapes;
+  for (size_t i = 2 + 4 * n_terms_; i < in.size(); ++i) shapes.push_back(in[i].shape());
+  shapes.push_back({});
+  return shapes;
+}
+
+}  // namespace mlxsae

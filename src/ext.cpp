@@ -67,6 +67,8 @@ NB_MODULE(_ext, m) {
   m.def("op_names", &mlxsae::op_names, nb::sig("def op_names() -> list[str]"));
   m.def("kernel_for", &mlxsae::kernel_for, "op"_a, "device"_a,
         nb::sig("def kernel_for(op: str, device: mlx.core.Device) -> str"));
+  m.def("kernels_enabled", &mlxsae::kernels_enabled, nb::sig("def kernels_enabled() -> bool"));
+  m.def("enable_kernels", &mlxsae::enable_kernels, "enabled"_a, nb::sig("def enable_kernels(enabled: bool) -> None"));
   m.def("num_threads", &mlxsae::num_threads, nb::sig("def num_threads() -> int"));
   m.def("set_num_threads", &mlxsae::set_num_threads, "n"_a, nb::sig("def set_num_threads(n: int) -> None"));
 }

@@ -1,5 +1,7 @@
 #include "ops/common.h"
 
+#include <atomic>
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "no_gpu/no_gpu.h"
@@ -55,7 +57,15 @@ const std::vector<std::string>& op_names() {
   return names;
 }
 
+namespace {
+std::atomic<bool> enabled{true};
+}
+
+bool kernels_enabled() { return enabled; }
+void enable_kernels(bool on) { enabled = on; }
+
 bool has_kernel(const char* op, mx::Device device) {
+  if (!enabled) return false;
   return device == mx::Device::cpu || gpu::has_kernel(op);
 }
 

@@ -68,14 +68,14 @@ std::pair<mx::array, mx::array> topk_encode(const mx::array& x, const mx::array&
   if (b_enc) inputs.push_back(*b_enc);
   if (!has_kernel(op, s.device)) {
     auto out = define(inputs);
-    return {out[0], out[1]};
+    return {out[0], mx::stop_gradient(out[1], s)};
   }
   for (auto& a : inputs) a = normal(a, s);
   if (b_enc) inputs[2] = mx::astype(inputs[2], mx::float32, s);
   mx::Shape shape{x.shape(0), k};
   auto out = mx::array::make_arrays({shape, shape}, {mx::promote_types(x.dtype(), w_enc.dtype()), mx::uint32},
                                     std::make_shared<TopKEncode>(s, define, k), inputs);
-  return {out[0], out[1]};
+  return {out[0], mx::stop_gradient(out[1], s)};  // places have no derivative, and gathers insist on being told
 }
 
 Arrays TopKEncode::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,

@@ -9,6 +9,8 @@ instead; :func:`backends` tells.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -26,6 +28,7 @@ __all__ = [
     "feature_update",
     "gather_dot",
     "num_threads",
+    "plain",
     "set_num_threads",
     "sparse_decode",
     "sparse_outer",
@@ -251,6 +254,17 @@ def backends() -> dict[str, dict[str, str]]:
     if mx.is_available(mx.gpu):
         devices["gpu"] = mx.Device(mx.gpu)
     return {op: {name: _ext.kernel_for(op, d) for name, d in devices.items()} for op in _ext.op_names()}
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within it, ops are built from plain MLX ops, as on a device without kernels: to compare, or to find a fault."""
+    before = _ext.kernels_enabled()
+    _ext.enable_kernels(False)
+    try:
+        yield
+    finally:
+        _ext.enable_kernels(before)
 
 
 def num_threads() -> int:

@@ -122,6 +122,10 @@ MLXSAE_API const std::vector<std::string>& op_names();
 /** What runs `op` on a device: "kernel (avx512)" and the like, or "fallback" (plain MLX ops). */
 MLXSAE_API std::string kernel_for(const std::string& op, mlx::core::Device device);
 
+/** Whether ops built from now on may use kernels (true at start); otherwise they are graphs of plain MLX ops. */
+MLXSAE_API bool kernels_enabled();
+MLXSAE_API void enable_kernels(bool enabled);
+
 /** Threads of the CPU kernels; MLXSAE_NUM_THREADS sets the first value. */
 MLXSAE_API int num_threads();
 MLXSAE_API void set_num_threads(int n);

@@ -1,0 +1,186 @@
+"""The one-pass backward and Adam step against the oracle, its definition, and what it promises about memory and bits."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+from tools import graph_of, numpy
+
+from mlxsae import SparseCode, ops
+from mlxsae.ops import Params, Term
+
+NAMES = Params._fields
+
+
+def problem(rng, n, d_in, d_out, d_sae, k, n_terms):
+    def code():
+        indices = np.sort(np.stack([rng.permutation(d_sae)[:k] for _ in range(n)]), axis=1).astype(np.uint32)
+        return np.maximum(rng.standard_normal((n, k)), 0), indices
+
+    params = Params(rng.standard_normal((d_sae, d_in)), rng.standard_normal(d_sae), rng.standard_normal((d_sae, d_out)),
+                    rng.standard_normal(d_out))
+    params = params._replace(w_dec=params.w_dec / np.linalg.norm(params.w_dec, axis=1, keepdims=True))
+    x = rng.standard_normal((n, d_in))
+    terms = [(rng.standard_normal((n, d_out)), *code(), 2 / n / (q + 1)) for q in range(n_terms)]
+    m = Params(*(0.1 * rng.standard_normal(a.shape) for a in params))
+    v = Params(*(0.1 * rng.random(a.shape) for a in params))
+    f32 = lambda a: np.asarray(a, np.float32)  # noqa: E731
+    return f32(x), [(f32(r), f32(c), i, s) for r, c, i, s in terms], *(Params(*map(f32, p)) for p in (params, m, v))
+
+
+def mlx_args(x, terms, params, m, v):
+    return (mx.array(x), [Term(mx.array(r), SparseCode(mx.array(c), mx.array(i)), mx.array(s)) for r, c, i, s in terms],
+            *(Params(*map(mx.array, p)) for p in (params, m, v)))
+
+
+@pytest.mark.parametrize(("n", "d_in", "d_out", "d_sae", "k"), [(1, 1, 1, 1, 1), (33, 31, 48, 70, 5), (64, 100, 100, 31, 31),
+                                                                (7, 16, 3, 500, 2)])
+@pytest.mark.parametrize(("n_terms", "project", "clip"), list(itertools.product([1, 2], [True, False], [0.0, 0.5])))
+def test_equals_the_oracle(n, d_in, d_out, d_sae, k, n_terms, project, clip):
+    rng = np.random.default_rng(d_sae)
+    x, terms, params, m, v = problem(rng, n, d_in, d_out, d_sae, k, n_terms)
+    through = d_in == d_out
+    options = dict(lr=1e-2, step=3, b_dec_to_input=through, clip_norm=clip)
+    for run in (lambda f, *a, **q: f(*a, **q), graph_of):
+        out = run(ops.feature_update, *mlx_args(x, terms, params, m, v), loss=mx.array(1.0), project_decoder=project,
+                  normalize_decoder=project, **options)
+        as64 = lambda p: {name: a.astype(np.float64) for name, a in zip(NAMES, p, strict=True)}  # noqa: E731
+        want = oracle.feature_update(x.astype(np.float64), terms, as64(params), as64(m), as64(v), project=project,
+                                     normalize=project, **options)
+        for got, exact in zip(out[:3], want[:3], strict=True):
+            for name in NAMES:
+                np.testing.assert_allclose(numpy(getattr(got, name)), exact[name], rtol=1e-4, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(out[3].item(), want[3], rtol=1e-4)
+
+
+def test_equals_autodiff_with_mlx_adam_over_many_steps():
+    """The two engines of the trainer: same start, same parameters."""
+    import mlx.optimizers as optim
+
+    mx.random.seed(0)
+    n, d, d_sae, k = 64, 24, 200, 4
+    w_dec = mx.random.normal((d_sae, d))
+    w_dec = w_dec / mx.linalg.norm(w_dec, axis=1, keepdims=True)
+    start = Params(w_dec * 1.0, mx.zeros(d_sae), w_dec, mx.zeros(d))
+    zeros = Params(*map(mx.zeros_like, start))
+    p, m, v = start, zeros, zeros
+    tree = dict(zip(NAMES, start, strict=True))
+    adam = optim.Adam(learning_rate=1e-3, bias_correction=True)
+
+    def loss_fn(tree, x):
+        code = ops.topk_encode(x - tree["b_dec"], tree["w_enc"], tree["b_enc"], k=k)
+        return mx.mean(mx.sum(mx.square(ops.sparse_decode(code, tree["w_dec"], tree["b_dec"]) - x), axis=1))
+
+    for step in range(1, 51):
+        x = mx.random.normal((n, d)) @ mx.random.normal((d, d), key=mx.random.key(7)) * 0.3
+        loss, g = mx.value_and_grad(loss_fn)(tree, x)
+        w = tree["w_dec"]
+        g["w_dec"] = g["w_dec"] - mx.sum(g["w_dec"] * w, axis=1, keepdims=True) * w
+        tree = adam.apply_gradients(g, tree)
+        tree["w_dec"] = tree["w_dec"] / mx.linalg.norm(tree["w_dec"], axis=1, keepdims=True)
+        code = ops.topk_encode(x - p.b_dec, p.w_enc, p.b_enc, k=k)
+        residual, square = ops.decode_residual(code, p.w_dec, x, p.b_dec)
+        p, m, v, _ = ops.feature_update(x - p.b_dec, [Term(residual, code, mx.array(2 / n))], p, m, v, loss=mx.mean(square),
+                                        lr=1e-3, step=step, b_dec_to_input=True)
+        mx.eval(tree, p, m, v)
+        np.testing.assert_allclose(mx.mean(square).item(), loss.item(), rtol=1e-4)
+    for name, got in zip(NAMES, p, strict=True):
+        scale = mx.abs(tree[name]).max().item()
+        np.testing.assert_allclose(np.array(got), np.array(tree[name]), atol=1e-5 * max(scale, 1e-2), rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    args = problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1)
+    for loss in (np.nan, np.inf):
+        x, terms, params, m, v = mlx_args(*args)
+        p2, m2, v2, norm = ops.feature_update(x * np.nan, terms, params, m, v, loss=mx.array(loss), lr=0.1, step=1)
+        for got, want in zip((*p2, *m2, *v2), (*args[2], *args[3], *args[4]), strict=True):
+            np.testing.assert_array_equal(np.array(got), want)
+        assert np.isnan(norm.item())
+
+
+def test_buffers_are_reused_and_a_second_reference_is_safe():
+    n, d, d_sae = 4, 64, 20000
+    rng = np.random.default_rng(0)
+    x, terms, params, m, v = mlx_args(*problem(rng, n, d, d, d_sae, 2, 1))
+    mx.eval(x, terms, params, m, v)
+    one = params.w_enc.nbytes
+
+    def step(state):
+        p, m, v, _ = ops.feature_update(x, terms, *state, loss=mx.array(1.0), lr=0.1, step=1)
+        return p, m, v
+
+    state = (params, m, v)
+    del params, m, v
+    for _ in range(2):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        state = step(state)
+        mx.eval(state)
+        assert mx.get_peak_memory() - before < one / 2, "a copy was made"
+    kept, old = state[0].w_enc, np.array(state[0].w_enc)
+    state = step(state)
+    mx.eval(state)
+    np.testing.assert_array_equal(np.array(kept), old)
+    assert mx.abs(state[0].w_enc - kept).max().item() > 1e-3
+
+
+PROGRAM = """
+import hashlib, sys, numpy as np, mlx.core as mx
+from mlxsae import ops
+from mlxsae.ops import Params, Term
+mx.random.seed(0)
+n, d, F = 100, 50, 3000
+w = mx.random.normal((F, d)); w = w / mx.linalg.norm(w, axis=1, keepdims=True)
+p = Params(w, mx.zeros(F), w * 1.0, mx.zeros(d)); z = Params(*map(mx.zeros_like, p)); m, v = z, z
+for step in range(1, 6):
+    x = mx.random.normal((n, d)); code = ops.topk_encode(x - p.b_dec, p.w_enc, p.b_enc, k=8)
+    r, s = ops.decode_residual(code, p.w_dec, x, p.b_dec)
+    p, m, v, g = ops.feature_update(x - p.b_dec, [Term(r, code, mx.array(0.02))], p, m, v, loss=mx.mean(s), lr=1e-2,
+                                    step=step, b_dec_to_input=True, clip_norm=1.0)
+    mx.eval(p, m, v)
+print(hashlib.sha256(b"".join(np.array(a).tobytes() for a in (*p, *m, *v))).hexdigest())
+"""
+
+
+def test_same_bits_in_every_run_and_with_every_number_of_threads():
+    def run(threads):
+        out = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
+                             env={**os.environ, "MLXSAE_NUM_THREADS": str(threads)})
+        return out.stdout
+
+    assert run(1) == run(1) == run(2) == run(5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(step=0), "step must be at least 1"),
+        (dict(terms=[]), "terms must hold the main term"),
+        (dict(x=mx.zeros((7, 6))), "must fit x"),
+        (dict(x=mx.zeros((8, 5))), "must fit x"),
+        (dict(x=mx.zeros((8, 6), dtype=mx.float16)), "must be float32"),
+        (dict(m=Params(*(mx.zeros(3),) * 4)), "moments must have the shapes"),
+    ],
+)
+def test_malformed(change, message):
+    x, terms, params, m, v = mlx_args(*problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1))
+    args = dict(x=x, terms=terms, params=params, m=m, v=v, step=1) | change
+    with pytest.raises(ValueError) as e:
+        ops.feature_update(args["x"], args["terms"], args["params"], args["m"], args["v"], loss=mx.array(1.0), lr=0.1,
+                           step=args["step"])
+    assert message in str(e.value)
+
+
+def test_no_derivative():
+    x, terms, params, m, v = mlx_args(*problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1))
+    with pytest.raises(ValueError, match="no derivative"):
+        mx.grad(lambda x: ops.feature_update(x, terms, params, m, v, loss=mx.array(1.0), lr=0.1, step=1)[3])(x)

@@ -17,7 +17,7 @@ _BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -33,8 +33,8 @@ _MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "num_local_experts": 4,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "norm_topk_prob": True,
@@ -55,7 +55,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True}),
     "gpt2": (
         "gpt2",
-        {"n_ctx": 128, "n_embd": WIDTH, "n_head": 4, "n_layer": LAYERS, "n_positions": 128, "layer_norm_epsilon": 1e-5},
+        {
+            "n_ctx": 128,
+            "n_embd": WIDTH,
+            "n_head": 4,
+            "n_layer": LAYERS,
+            "n_positions": 128,
+            "layer_norm_epsilon": 1e-5,
+        },
     ),
     "gpt_neox": ("gpt_neox", {"rotary_emb_base": 10000, "rotary_pct": 0.25}),
     "gpt_neox-sequential": (
@@ -68,7 +75,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", _SSM),
     "mamba2": (
         "mamba2",
-        _SSM | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "time_step_limit": [0.001, 0.1], "layer_norm_epsilon": 1e-5},
+        _SSM
+        | {
+            "num_heads": 4,
+            "head_dim": 16,
+            "n_groups": 1,
+            "time_step_limit": [0.001, 0.1],
+            "layer_norm_epsilon": 1e-5,
+        },
     ),
     "mixtral": ("mixtral", _MOE),
     "nanochat": ("nanochat", {}),
@@ -85,7 +99,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "qk_layernorm": False}),
     "stablelm-parallel": (
         "stablelm",
-        {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "qk_layernorm": True, "use_parallel_residual": True},
+        {
+            "use_qkv_bias": True,
+            "partial_rotary_factor": 0.5,
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+        },
     ),
     "starcoder2": ("starcoder2", {}),
 }
@@ -107,7 +126,9 @@ def tokens_of(b: int, t: int, seed: int = 1) -> mx.array:
     return mx.random.randint(3, VOCAB, (b, t), key=mx.random.key(seed))
 
 
-def write_folder(folder: Path, *, dtype: mx.Dtype = mx.float32, bos: bool = True, quantize: bool = False) -> Path:
+def write_folder(
+    folder: Path, *, dtype: mx.Dtype = mx.float32, bos: bool = True, quantize: bool = False
+) -> Path:
     """A llama with a character tokenizer, as a folder that mlx-lm opens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -137,6 +158,8 @@ def write_folder(folder: Path, *, dtype: mx.Dtype = mx.float32, bos: bool = True
     tokenizer.add_special_tokens(list(specials.values()))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | specials)
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | specials
+        )
     )
     return folder

@@ -9,8 +9,10 @@ from .hooks import Edits, network, splice
 from .language_model import LanguageModel
 
 
-def token_losses(model: LanguageModel | nn.Module, tokens: mx.array, *, edits: Edits | None = None) -> mx.array:
-    """Cross entropy of each next token, in nats: float32 [b, t - 1]; entry j is that of predicting token j + 1.
+def token_losses(
+    model: LanguageModel | nn.Module, tokens: mx.array, *, edits: Edits | None = None
+) -> mx.array:
+    """Cross entropy of each next token, in nats: float32 [b, t - 1], entry j for predicting token j + 1.
 
     `loss[i, j] = logsumexp(logits[i, j]) - logits[i, j, tokens[i, j + 1]]`, with `edits` as for `splice`.
     """
@@ -23,7 +25,11 @@ def token_losses(model: LanguageModel | nn.Module, tokens: mx.array, *, edits: E
 
 
 def loss(
-    model: LanguageModel | nn.Module, tokens: mx.array, valid: mx.array | None = None, *, edits: Edits | None = None
+    model: LanguageModel | nn.Module,
+    tokens: mx.array,
+    valid: mx.array | None = None,
+    *,
+    edits: Edits | None = None,
 ) -> mx.array:
     """Mean next-token cross entropy in nats over the targets that are `valid`: a float32 scalar.
 

@@ -45,6 +45,10 @@ def _always(block: nn.Module) -> bool:
     return True
 
 
+def _as_configured(block: nn.Module) -> bool:
+    return bool(block.use_parallel_residual)
+
+
 _PRE_NORM = Family("self_attn", "mlp", "mlp")
 _POST_NORM = Family("post_attention_layernorm", "mlp", "post_feedforward_layernorm")
 _PARALLEL = Family("self_attn", "mlp", "mlp", parallel=_always)
@@ -62,7 +66,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _GEMMA3,
     "glm4": Family("post_self_attn_layernorm", "mlp", "post_mlp_layernorm"),
     "gpt2": Family("attn", "mlp", "mlp"),
-    "gpt_neox": Family("attention", "mlp", "mlp", parallel=lambda block: block.use_parallel_residual),
+    "gpt_neox": Family("attention", "mlp", "mlp", parallel=_as_configured),
     "gpt_oss": _PRE_NORM,
     "llama": _PRE_NORM,
     "mamba": Family(),
@@ -79,7 +83,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _PRE_NORM,
     "qwen3_moe": _PRE_NORM,
     "smollm3": _PRE_NORM,
-    "stablelm": Family("self_attn", "mlp", "mlp", parallel=lambda block: block.use_parallel_residual),
+    "stablelm": Family("self_attn", "mlp", "mlp", parallel=_as_configured),
     "starcoder2": _PRE_NORM,
 }
 
@@ -112,7 +116,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     blocks = getattr(model, "layers", None)
     if not isinstance(blocks, (list, tuple)) or not all(isinstance(block, nn.Module) for block in blocks):
         raise ValueError(
-            f"[hooks] model must be an mlx-lm model with a list `.layers` of blocks but got {type(model).__name__}."
+            "[hooks] model must be an mlx-lm model with a list `.layers` of blocks "
+            f"but got {type(model).__name__}."
         )
     return list(blocks)
 

@@ -33,7 +33,8 @@ def _chosen(positions: Positions, n_prompt: int) -> Callable[[int], bool]:
             case "generated":
                 return lambda position: position >= n_prompt
         raise ValueError(
-            f"[generate] positions must be 'all', 'prompt', 'generated' or a list of int but got {positions!r}."
+            "[generate] positions must be 'all', 'prompt', 'generated' or a list of int "
+            f"but got {positions!r}."
         )
     wanted = set()
     for position in positions:
@@ -47,7 +48,7 @@ def _chosen(positions: Positions, n_prompt: int) -> Callable[[int], bool]:
 
 
 def _positioned(edit: Edit, chosen: Callable[[int], bool]) -> Edit:
-    """`edit` at the chosen positions of a sequence that arrives in chunks [b, t, d], one call after the other."""
+    """`edit` at the chosen positions of a sequence that arrives in chunks [b, t, d], call after call."""
     seen = 0
 
     def fn(x: mx.array) -> mx.array:

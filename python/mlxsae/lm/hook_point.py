@@ -16,7 +16,7 @@ SITES: dict[str, str] = {
     "resid_post": "hook_resid_post",
 }
 
-# Other spellings of a site: short names, module names of mlx-lm blocks. "" is the block itself, named by its path.
+# Other spellings of a site: short names, module names of mlx-lm blocks; "" where a path ends at the block.
 _ALIASES: dict[str, str] = {
     "attn": "attn_out",
     "attention": "attn_out",
@@ -42,8 +42,8 @@ def _site(component: str, spec: object) -> str:
     known = ", ".join(SITES)
     if component == "hook_mlp_in":  # in TransformerLens this is not what the MLP gets
         raise ValueError(
-            f"[HookPoint.parse] hook_mlp_in is the residual before the norm in TransformerLens, got {spec!r}: "
-            "say resid_mid for that, or mlp_in (blocks.N.mlp.hook_in) for what the MLP module gets."
+            f"[HookPoint.parse] component must say what is meant but got {spec!r}: TransformerLens' "
+            "hook_mlp_in is the residual before the norm. Say resid_mid for that, mlp_in for the MLP's input."
         )
     raise ValueError(
         f"[HookPoint.parse] component must be one of {known} (or mlp, attn, resid, residual, output) "
@@ -123,7 +123,8 @@ class HookPoint:
                 site = _site(spec or "nothing", spec)
                 if layer is None:
                     raise ValueError(
-                        f"[HookPoint.parse] layer must be given for {spec!r}, as layer=N or as in 'blocks.N.{SITES[site]}'."
+                        f"[HookPoint.parse] layer must be given for {spec!r}, "
+                        f"as layer=N or as in 'blocks.N.{SITES[site]}'."
                     )
                 found = cls(layer, site)
         else:
@@ -131,7 +132,9 @@ class HookPoint:
                 f"[HookPoint.parse] spec must be a HookPoint, a str or a pair but got {type(spec).__name__}."
             )
         if layer is not None and layer != found.layer:
-            raise ValueError(f"[HookPoint.parse] {spec!r} names layer {found.layer} but layer={layer} was given.")
+            raise ValueError(
+                f"[HookPoint.parse] {spec!r} names layer {found.layer} but layer={layer} was given."
+            )
         return found
 
 

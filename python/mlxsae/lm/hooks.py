@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
 
 Edit = Callable[[mx.array], mx.array]
-Edits = Mapping[HookPointLike, Edit]
-# The hooks of one `with` block: (id of a module, kind) -> function. Kinds: "before" and "after" map what the module
-# gets and gives; "keep" has a block remember its input, for "mid", which maps (resid_pre, attn_out) to a new attn_out.
+Edits = Mapping[Any, Edit]  # keys: HookPointLike, spelt Any as Mapping is invariant in its keys
+# The hooks of one `with` block: (id of a module, kind) -> function. "before" and "after" map what the module
+# gets and gives; "keep" has a block remember its input, for "mid" to map (resid_pre, attn_out) to attn_out.
 _Frame = dict[tuple[int, str], Callable[..., mx.array]]
 
 _frames: ContextVar[tuple[_Frame, ...]] = ContextVar("mlxsae_lm_frames", default=())
@@ -69,7 +69,8 @@ def _call(base: type, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         if not args or not isinstance(args[0], mx.array) or args[0].ndim != 3:
             got = f"shape {args[0].shape}" if args and isinstance(args[0], mx.array) else "no such argument"
             raise ValueError(
-                f"[hooks] {base.__module__}.{base.__name__} must get its activation [b, t, d] first but got {got}."
+                f"[hooks] {base.__module__}.{base.__name__} must get its activation [b, t, d] first "
+                f"but got {got}."
             )
         args = (_apply(before, args[0]), *args[1:])
 
@@ -85,7 +86,9 @@ def _call(base: type, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if after or mid:
         if not isinstance(y, mx.array) or y.ndim != 3:
             got = f"shape {y.shape}" if isinstance(y, mx.array) else type(y).__name__
-            raise ValueError(f"[hooks] {base.__module__}.{base.__name__} must return [b, t, d] but gave {got}.")
+            raise ValueError(
+                f"[hooks] {base.__module__}.{base.__name__} must return [b, t, d] but gave {got}."
+            )
         y = _apply(after, y)
     if mid:
         y = _apply([partial(fn, _resid_pre.get()) for fn in mid], y)
@@ -122,7 +125,9 @@ def _undress(modules: Iterable[nn.Module]) -> None:
             _, users = _wearers.pop(id(module))
             if users > 1:
                 _wearers[id(module)] = (module, users - 1)
-            elif "_mlxsae_base" in vars(type(module)):  # else someone swapped it since; ours, beneath, passes through
+            elif "_mlxsae_base" in vars(
+                type(module)
+            ):  # else someone swapped it since; ours, beneath, passes through
                 object.__setattr__(module, "__class__", type(module)._mlxsae_base)  # type: ignore[attr-defined]
 
 
@@ -135,7 +140,7 @@ def network(model: nn.Module | LanguageModel) -> nn.Module:
 
 @contextmanager
 def _hooks(model: nn.Module, edits: Mapping[HookPoint, Edit]) -> Iterator[None]:
-    """Have `edits` act on `model` in this context; they run after those of the `with` blocks around this one."""
+    """Have `edits` act on `model` in this context, after those of the `with` blocks around this one."""
     frame: _Frame = {}
     modules: dict[int, nn.Module] = {}
     add = family_of(model).add
@@ -212,7 +217,9 @@ def splice(model: nn.Module | LanguageModel, edits: Edits) -> Iterator[None]:
         if hook_point in parsed:
             raise ValueError(f"[splice] each hook point must be given once but got {hook_point} twice.")
         if not callable(edit):
-            raise ValueError(f"[splice] the edit at {hook_point} must be callable but got {type(edit).__name__}.")
+            raise ValueError(
+                f"[splice] the edit at {hook_point} must be callable but got {type(edit).__name__}."
+            )
         parsed[hook_point] = _checked(hook_point, edit)
     with _hooks(net, parsed):
         yield
@@ -228,7 +235,11 @@ def _forward(
     """Logits (None where the pass was cut short) and captured activations, all lazy."""
     net, wanted = network(model), parse_all(hook_points)
     if not isinstance(tokens, mx.array) or tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
-        got = f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, mx.array) else type(tokens).__name__
+        got = (
+            f"{tokens.dtype} of shape {tokens.shape}"
+            if isinstance(tokens, mx.array)
+            else type(tokens).__name__
+        )
         raise ValueError(f"[capture] tokens must be integers of shape [b, t] but got {got}.")
     if not wanted:
         raise ValueError("[capture] hook_points must name at least one hook point but got none.")
@@ -243,11 +254,8 @@ def _forward(
         return x
 
     logits = None
-    with _hooks(net, {hook_point: partial(keep, hook_point) for hook_point in wanted}):
-        try:
-            logits = net(tokens) if kv_cache is None else net(tokens, cache=kv_cache)
-        except _Stop:
-            pass
+    with _hooks(net, {hook_point: partial(keep, hook_point) for hook_point in wanted}), suppress(_Stop):
+        logits = net(tokens) if kv_cache is None else net(tokens, cache=kv_cache)
     if missing := [str(hook_point) for hook_point in wanted if hook_point not in found]:
         raise RuntimeError(f"[capture] the forward pass never reached {', '.join(missing)}.")
     return logits, {hook_point: found[hook_point] for hook_point in wanted}

@@ -140,15 +140,17 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: mx.Dtype | None = None)
         The hub cannot deliver the model.
     """
     text = os.fspath(path_or_name)
-    folder = Path(text).expanduser()
+    folder = Path(text or os.devnull).expanduser()  # Path("") would be the working directory
     if text == TINY and not folder.is_dir():
         from .tiny import folder as tiny_folder
 
         folder, name = Path(tiny_folder()), TINY
     elif folder.is_dir():
         name = folder.resolve().name
-    elif folder.exists():
-        raise FileNotFoundError(f"[load] path must be a folder with a config and weights but {text!r} is a file.")
+    elif text and folder.exists():
+        raise FileNotFoundError(
+            f"[load] path must be a folder with a config and weights but {text!r} is a file."
+        )
     elif _HUB_NAME.fullmatch(text):
         folder, name = _from_hub(text), text
     else:
@@ -163,19 +165,22 @@ def load(path_or_name: str | os.PathLike[str], *, dtype: mx.Dtype | None = None)
     try:
         model, tokenizer = mlx_lm.load(str(folder), lazy=True)[:2]
     except Exception as e:  # mlx-lm's errors are of every kind, down to KeyError
-        raise ValueError(f"[load] {text!r} must be a model that mlx-lm can read but it says: {_say(e)}") from e
+        raise ValueError(
+            f"[load] {text!r} must be a model that mlx-lm can read but it says: {_say(e)}"
+        ) from e
     _cast(model, dtype)
     mx.eval(model.parameters())
     return LanguageModel(model, tokenizer, name)
 
 
 def _say(e: BaseException) -> str:
-    said = str(e).strip() or type(e).__name__
+    said = " ".join(str(e).split()) or type(e).__name__
     return said if len(said) < 400 else said[:400] + " ..."
 
 
 def _from_hub(name: str) -> Path:
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, snapshot_download
+    from huggingface_hub import snapshot_download
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     try:
         return Path(snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS))
@@ -206,7 +211,9 @@ def _check_folder(folder: Path) -> None:
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise ValueError(f"[load] {str(index)!r} must map weights to files but is damaged: {e}.") from e
         if missing := sorted(named - {file.name for file in files}):
-            raise FileNotFoundError(f"[load] {str(folder)!r} must hold every shard but lacks {', '.join(missing)}.")
+            raise FileNotFoundError(
+                f"[load] {str(folder)!r} must hold every shard but lacks {', '.join(missing)}."
+            )
     if not files:
         raise FileNotFoundError(
             f"[load] a model folder must hold weights as model*.safetensors but {str(folder)!r} has none."
@@ -225,7 +232,9 @@ def _check_safetensors(file: Path) -> None:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > size - 8:
-            raise damaged(f"its {size} bytes are too few for its header; it is truncated or no safetensors file")
+            raise damaged(
+                f"its {size} bytes are too few for its header; it is truncated or no safetensors file"
+            )
         try:
             header = json.loads(f.read(length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
@@ -247,16 +256,13 @@ def _cast(model: nn.Module, dtype: mx.Dtype | None) -> None:
         if dtype is not None:
             raise ValueError("[load] dtype must be None for a quantised model: its weights are not floats.")
         return
+    weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     if dtype is None:
-        half = any(p.dtype in (mx.float16, mx.bfloat16) for _, p in tree_flatten(model.parameters()))
+        half = any(w.dtype in (mx.float16, mx.bfloat16) for _, w in weights)
         if mx.default_device().type != mx.DeviceType.cpu or not half:
             return
         dtype = mx.float32
-    keep = getattr(model, "cast_predicate", None)  # mlx-lm: weights that a family wants in float32
-    flat = tree_flatten(model.parameters())
+    keeps = getattr(model, "cast_predicate", lambda key: True)  # mlx-lm: false for what stays in float32
     model.load_weights(
-        [
-            (key, p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) and (keep is None or keep(key)) else p)
-            for key, p in flat
-        ]
+        [(k, w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) and keeps(k) else w) for k, w in weights]
     )

@@ -63,7 +63,12 @@ def read_texts(source: str | os.PathLike[str], text_field: str | None = None) ->
         documents = itertools.chain.from_iterable(_read_file(file, field) for file in files)
     elif path.is_file():
         documents = _read_file(path, field)
-    elif path.suffix.lower() in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    elif (
+        path.suffix.lower() in SUFFIXES
+        or path.is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+    ):
         raise FileNotFoundError(f"[read_texts] source must exist but there is no {name!r}.")
     else:
         documents = _read_hub(name, field)
@@ -118,7 +123,9 @@ def _json_line(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as e:
-        raise ValueError(f"[read_texts] line {number} of {str(path)!r} must be JSON but is damaged: {e}.") from e
+        raise ValueError(
+            f"[read_texts] line {number} of {str(path)!r} must be JSON but is damaged: {e}."
+        ) from e
 
 
 def _read_hub(name: str, field: str) -> Iterator[str]:
@@ -157,7 +164,10 @@ def tokenize(
     TokenBatch
         tokens int32 [b, t] and valid bool [b, t] where t is the longest row's length.
     """
-    rows = [lm.encode(text) if isinstance(text, str) else list(text) for text in ([texts] if isinstance(texts, str) else texts)]
+    rows = [
+        lm.encode(text) if isinstance(text, str) else list(text)
+        for text in ([texts] if isinstance(texts, str) else texts)
+    ]
     rows = [row[:max_length] for row in rows]
     if not rows or not all(rows):
         raise ValueError("[tokenize] texts must hold at least one text, each of at least one token.")
@@ -230,7 +240,8 @@ def token_batches(
     """
     if context_size < 2 or batch_size < 1:
         raise ValueError(
-            f"[token_batches] context_size must be >= 2 and batch_size >= 1 but got {context_size} and {batch_size}."
+            "[token_batches] context_size must be >= 2 and batch_size >= 1 "
+            f"but got {context_size} and {batch_size}."
         )
     if split not in (None, "train", "heldout"):
         raise ValueError(f"[token_batches] split must be 'train', 'heldout' or None but got {split!r}.")
@@ -252,7 +263,8 @@ def token_batches(
             part = (
                 text
                 for text in texts
-                if text.strip() and (split is None or in_heldout(text, heldout_fraction) == (split == "heldout"))
+                if text.strip()
+                and (split is None or in_heldout(text, heldout_fraction) == (split == "heldout"))
             )
             if seed is not None:
                 part = _shuffled(part, random.Random(f"{seed}/{epoch}"))

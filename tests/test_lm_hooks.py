@@ -167,6 +167,15 @@ def test_edits_are_cast_to_the_models_dtype(model: nn.Module) -> None:
     assert logits.dtype == found[POST2].dtype == mx.bfloat16
 
 
+def test_an_identity_at_resid_mid_loses_no_bit_in_low_precision(model: nn.Module) -> None:
+    """Taking the sum apart again, (x + a) - x, would."""
+    model.set_dtype(mx.bfloat16)
+    tokens = tokens_of(8, 12)
+    plain = model(tokens)
+    with lm.splice(model, {HookPoint(layer, "resid_mid"): lambda x: x for layer in range(LAYERS)}):
+        assert mx.array_equal(model(tokens), plain)
+
+
 def test_gradients_flow_through_a_splice(model: nn.Module) -> None:
     """d loss / d steering vector, against central differences."""
     tokens = tokens_of(2, 6)
@@ -221,7 +230,8 @@ def test_a_captured_array_holds_on_to_nothing(model: nn.Module) -> None:
     before = mx.get_active_memory()
     found = lm.capture(model, tokens, POST2)
     gc.collect()
-    assert mx.get_active_memory() - before <= 2 * found[POST2].nbytes
+    size = found[POST2].nbytes
+    assert size <= mx.get_active_memory() - before <= 2 * size  # computed already, and nothing beside it
 
 
 def test_only_at(model: nn.Module) -> None:

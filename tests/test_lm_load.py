@@ -44,6 +44,14 @@ def test_a_folder(whole: Path) -> None:
     assert lm.load(str(whole)).name == "toy"
 
 
+def test_the_bundled_model() -> None:
+    tiny = pytest.importorskip("mlxsae.lm.tiny")
+    model = lm.load("tiny")
+    assert model.name == "tiny"
+    assert (Path(tiny.folder()) / "config.json").is_file()
+    assert lm.generate(model, "the", max_tokens=4)
+
+
 def test_text_round_trip(whole: Path) -> None:
     toy = lm.load(whole)
     ids = toy.encode("a Dog.")

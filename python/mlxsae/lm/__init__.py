@@ -1,0 +1,41 @@
+"""The language-model side: loading, hook points, capture, splice, generation, text.
+
+mlx-lm is imported by `load` and by generation, never by importing this package.
+"""
+
+from __future__ import annotations
+
+from .evaluation import loss, token_losses
+from .families import FAMILIES, Family
+from .generation import GeneratedToken, generate, stream_generate
+from .hook_point import SITES, HookPoint, HookPointLike
+from .hooks import Edit, Edits, capture, only_at, run_with_capture, splice
+from .language_model import LanguageModel, load
+from .text import TokenBatch, in_heldout, read_texts, token_batches, tokenize, valid_rows
+
+__all__ = [
+    "FAMILIES",
+    "SITES",
+    "Edit",
+    "Edits",
+    "Family",
+    "GeneratedToken",
+    "HookPoint",
+    "HookPointLike",
+    "LanguageModel",
+    "TokenBatch",
+    "capture",
+    "generate",
+    "in_heldout",
+    "load",
+    "loss",
+    "only_at",
+    "read_texts",
+    "run_with_capture",
+    "splice",
+    "stream_generate",
+    "token_batches",
+    "token_losses",
+    "tokenize",
+    "valid_rows",
+]

@@ -1,0 +1,64 @@
+"""How well a language model, edited or not, predicts text."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .hooks import Edits, network, splice
+from .language_model import LanguageModel
+
+
+def token_losses(
+    model: LanguageModel | nn.Module, tokens: mx.array, *, edits: Edits | None = None
+) -> mx.array:
+    """Cross entropy of each next token, in nats: float32 [b, t - 1], entry j for predicting token j + 1.
+
+    `loss[i, j] = logsumexp(logits[i, j]) - logits[i, j, tokens[i, j + 1]]`, with `edits` as for `splice`.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"[loss] tokens must have shape [b, t] with t >= 2 but got {tokens.shape}.")
+    net = network(model)
+    with splice(net, edits or {}):
+        logits = net(tokens)
+    return nn.losses.cross_entropy(logits[:, :-1].astype(mx.float32), tokens[:, 1:])
+
+
+def loss(
+    model: LanguageModel | nn.Module,
+    tokens: mx.array,
+    valid: mx.array | None = None,
+    *,
+    edits: Edits | None = None,
+) -> mx.array:
+    """Mean next-token cross entropy in nats over the targets that are `valid`: a float32 scalar.
+
+    Parameters
+    ----------
+    model : LanguageModel or an mlx-lm model
+    tokens : int [b, t]
+    valid : bool [b, t], optional
+        As `token_batches` gives it. Token j + 1 is a target where valid[:, j + 1]: predicting BOS or padding
+        does not count, predicting from BOS does. All count by default.
+    edits : {hook point: function}, optional
+        As for `splice`. They act at every position; `only_at(edit, valid)` spares BOS and padding.
+
+    To average over batches, weigh each by `valid[:, 1:].sum()`.
+
+    Raises
+    ------
+    ValueError
+        No valid target, or shapes that do not fit.
+    """
+    losses = token_losses(model, tokens, edits=edits)
+    if valid is None:
+        return losses.mean()
+    if valid.shape != tokens.shape or valid.dtype != mx.bool_:
+        raise ValueError(
+            f"[loss] valid must be bool of shape {tokens.shape} but got {valid.dtype} of shape {valid.shape}."
+        )
+    targets = valid[:, 1:]
+    count = targets.sum()
+    if not count.item():
+        raise ValueError("[loss] valid must mark at least one target but marks none.")
+    return mx.where(targets, losses, 0).sum() / count

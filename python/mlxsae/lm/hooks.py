@@ -1,0 +1,323 @@
+"""Read and edit activations of an mlx-lm model without touching its parameter tree.
+
+A module is hooked by giving that one object a subclass of its own class whose `__call__` consults the hooks
+of the running context. Python looks `__call__` up on the type, so nothing lighter works; `isinstance`, the
+parameters, quantised and tied weights stay as they are, and a forward pass without edits runs the very same
+operations on the very same arrays.
+
+The hooks themselves live in a context variable: they act in the thread or asyncio task that entered the
+`with` block and in no other, even while another one runs the same model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .families import family_of, locate
+from .hook_point import HookPoint, HookPointLike, parse_all
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+
+Edit = Callable[[mx.array], mx.array]
+Edits = Mapping[Any, Edit]  # keys: HookPointLike, spelt Any as Mapping is invariant in its keys
+# The hooks of one `with` block: (id of a module, kind) -> function. "before" and "after" map what the module
+# gets and gives; "keep" has a block remember its input, for "mid" to map (resid_pre, attn_out) to attn_out.
+_Frame = dict[tuple[int, str], Callable[..., mx.array]]
+
+_frames: ContextVar[tuple[_Frame, ...]] = ContextVar("mlxsae_lm_frames", default=())
+_resid_pre: ContextVar[mx.array | None] = ContextVar("mlxsae_lm_resid_pre", default=None)
+
+
+class _Stop(BaseException):
+    """Everything that was asked for is there; a BaseException, so that no model swallows it."""
+
+
+def _apply(fns: list[Callable[..., mx.array]], x: mx.array) -> mx.array:
+    """Run hook functions one after the other, with all hooks off: a function may itself call the model."""
+    if not fns:
+        return x
+    token = _frames.set(())
+    try:
+        for fn in fns:
+            x = fn(x)
+        return x
+    finally:
+        _frames.reset(token)
+
+
+def _call(base: type, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`base.__call__(module, *args, **kwargs)` with the hooks of this context around it."""
+    frames, key = _frames.get(), id(module)
+
+    def fns(kind: str) -> list[Callable[..., mx.array]]:
+        return [frame[key, kind] for frame in frames if (key, kind) in frame]
+
+    before, after, mid, keep = fns("before"), fns("after"), fns("mid"), fns("keep")
+    if not (before or after or mid or keep):
+        return base.__call__(module, *args, **kwargs)  # type: ignore[operator]
+
+    if before or keep:
+        if not args or not isinstance(args[0], mx.array) or args[0].ndim != 3:
+            got = f"shape {args[0].shape}" if args and isinstance(args[0], mx.array) else "no such argument"
+            raise ValueError(
+                f"[hooks] {base.__module__}.{base.__name__} must get its activation [b, t, d] first "
+                f"but got {got}."
+            )
+        args = (_apply(before, args[0]), *args[1:])
+
+    if keep:  # resid_mid is made of the block's input and its attention's output
+        token = _resid_pre.set(args[0])
+        try:
+            y = base.__call__(module, *args, **kwargs)  # type: ignore[operator]
+        finally:
+            _resid_pre.reset(token)
+    else:
+        y = base.__call__(module, *args, **kwargs)  # type: ignore[operator]
+
+    if after or mid:
+        if not isinstance(y, mx.array) or y.ndim != 3:
+            got = f"shape {y.shape}" if isinstance(y, mx.array) else type(y).__name__
+            raise ValueError(
+                f"[hooks] {base.__module__}.{base.__name__} must return [b, t, d] but gave {got}."
+            )
+        y = _apply(after, y)
+    if mid:
+        y = _apply([partial(fn, _resid_pre.get()) for fn in mid], y)
+    return y
+
+
+@cache
+def _hooked(base: type) -> type:
+    """The subclass of `base` that a hooked module wears."""
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _call(base, self, args, kwargs)
+
+    body = {"__call__": __call__, "__module__": base.__module__, "_mlxsae_base": base}
+    return type(base.__name__, (base,), body)
+
+
+_lock = threading.Lock()
+_wearers: dict[int, tuple[nn.Module, int]] = {}  # id -> module (kept alive, so the id stays its own), users
+
+
+def _wear(modules: Iterable[nn.Module]) -> None:
+    with _lock:
+        for module in modules:
+            _, users = _wearers.get(id(module), (module, 0))
+            if not hasattr(type(module), "_mlxsae_base"):
+                object.__setattr__(module, "__class__", _hooked(type(module)))
+            _wearers[id(module)] = (module, users + 1)
+
+
+def _undress(modules: Iterable[nn.Module]) -> None:
+    with _lock:
+        for module in modules:
+            _, users = _wearers.pop(id(module))
+            if users > 1:
+                _wearers[id(module)] = (module, users - 1)
+            elif "_mlxsae_base" in vars(
+                type(module)
+            ):  # else someone swapped it since; ours, beneath, passes through
+                object.__setattr__(module, "__class__", type(module)._mlxsae_base)  # type: ignore[attr-defined]
+
+
+def network(model: nn.Module | LanguageModel) -> nn.Module:
+    """The mlx-lm model itself, given it or the `LanguageModel` around it."""
+    from .language_model import LanguageModel
+
+    return model.model if isinstance(model, LanguageModel) else model
+
+
+@contextmanager
+def _hooks(model: nn.Module, edits: Mapping[HookPoint, Edit]) -> Iterator[None]:
+    """Have `edits` act on `model` in this context, after those of the `with` blocks around this one."""
+    frame: _Frame = {}
+    modules: dict[int, nn.Module] = {}
+    add = family_of(model).add
+    for hook_point, edit in edits.items():
+        module, kind, block = locate(model, hook_point)
+        fn: Callable[..., mx.array] = edit
+        if kind == "mid":
+            fn = partial(_through_sum, add, edit)
+            frame[id(block), "keep"] = edit
+            modules[id(block)] = block
+        if (id(module), kind) in frame:
+            raise ValueError(f"[hooks] {hook_point} is computed by the same module as an earlier block's.")
+        frame[id(module), kind] = fn
+        modules[id(module)] = module
+
+    _wear(modules.values())
+    _frames.set((*_frames.get(), frame))
+    try:
+        yield
+    finally:
+        # By identity and not by token: a generator may leave in another context than it entered.
+        _frames.set(tuple(other for other in _frames.get() if other is not frame))
+        _undress(modules.values())
+
+
+def _through_sum(
+    add: Callable[[mx.array, mx.array], mx.array], edit: Edit, resid_pre: mx.array, attn_out: mx.array
+) -> mx.array:
+    """An edit of `resid_mid`, put into effect through the one summand that the block will still add."""
+    resid_mid = add(resid_pre, attn_out)
+    edited = edit(resid_mid)
+    return attn_out if edited is resid_mid else edited - resid_pre
+
+
+def _checked(hook_point: HookPoint, edit: Edit) -> Edit:
+    def fn(x: mx.array) -> mx.array:
+        y = edit(x)
+        if not isinstance(y, mx.array) or y.shape != x.shape:
+            got = f"shape {y.shape}" if isinstance(y, mx.array) else type(y).__name__
+            raise ValueError(f"[splice] the edit at {hook_point} must return shape {x.shape} but gave {got}.")
+        return y if y.dtype == x.dtype else y.astype(x.dtype)
+
+    return fn
+
+
+@contextmanager
+def splice(model: nn.Module | LanguageModel, edits: Edits) -> Iterator[None]:
+    """Replace activations while the `with` block lasts.
+
+    Parameters
+    ----------
+    model : LanguageModel or an mlx-lm model
+    edits : {hook point: function}
+        Each function gets the activation [b, t, d] and returns the one that takes its place, of the same
+        shape; the result is cast to the activation's dtype. With a KV cache, t counts the new tokens only.
+        Hook points in any spelling that names the layer.
+
+    Inside, the plain `model(tokens, cache=...)` is edited, and so is everything built on it, such as mlx-lm's
+    `generate`. Blocks nest: an inner one sees what the outer one left. An exception leaves the model as it
+    was. Only the thread or asyncio task that entered sees the edits. While an edit runs, all hooks are off,
+    so it may call the model itself. A function compiled by `mx.compile` keeps whatever it was traced with.
+
+    An edit of `resid_mid` reaches the rest of the block up to one rounding of the residual sum.
+
+    Raises
+    ------
+    ValueError
+        A hook point that the model does not have, or, from the forward pass, an edit that changes the shape.
+    """
+    net = network(model)
+    parsed: dict[HookPoint, Edit] = {}
+    for spec, edit in edits.items():
+        hook_point = HookPoint.parse(spec)
+        if hook_point in parsed:
+            raise ValueError(f"[splice] each hook point must be given once but got {hook_point} twice.")
+        if not callable(edit):
+            raise ValueError(
+                f"[splice] the edit at {hook_point} must be callable but got {type(edit).__name__}."
+            )
+        parsed[hook_point] = _checked(hook_point, edit)
+    with _hooks(net, parsed):
+        yield
+
+
+def _forward(
+    model: nn.Module | LanguageModel,
+    tokens: mx.array,
+    hook_points: HookPointLike | Iterable[HookPointLike],
+    kv_cache: list[Any] | None,
+    stop: bool,
+) -> tuple[mx.array | None, dict[HookPoint, mx.array]]:
+    """Logits (None where the pass was cut short) and captured activations, all lazy."""
+    net, wanted = network(model), parse_all(hook_points)
+    if not isinstance(tokens, mx.array) or tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+        got = (
+            f"{tokens.dtype} of shape {tokens.shape}"
+            if isinstance(tokens, mx.array)
+            else type(tokens).__name__
+        )
+        raise ValueError(f"[capture] tokens must be integers of shape [b, t] but got {got}.")
+    if not wanted:
+        raise ValueError("[capture] hook_points must name at least one hook point but got none.")
+    found: dict[HookPoint, mx.array] = {}
+
+    def keep(hook_point: HookPoint, x: mx.array) -> mx.array:
+        if hook_point in found:
+            raise RuntimeError(f"[capture] {hook_point} was computed twice in one forward pass.")
+        found[hook_point] = x
+        if stop and len(found) == len(wanted):
+            raise _Stop
+        return x
+
+    logits = None
+    with _hooks(net, {hook_point: partial(keep, hook_point) for hook_point in wanted}), suppress(_Stop):
+        logits = net(tokens) if kv_cache is None else net(tokens, cache=kv_cache)
+    if missing := [str(hook_point) for hook_point in wanted if hook_point not in found]:
+        raise RuntimeError(f"[capture] the forward pass never reached {', '.join(missing)}.")
+    return logits, {hook_point: found[hook_point] for hook_point in wanted}
+
+
+def capture(
+    model: nn.Module | LanguageModel,
+    tokens: mx.array,
+    hook_points: HookPointLike | Iterable[HookPointLike],
+    *,
+    cache: list[Any] | None = None,
+) -> dict[HookPoint, mx.array]:
+    """Activations at `hook_points`, from one forward pass that ends as soon as it has them all.
+
+    Parameters
+    ----------
+    model : LanguageModel or an mlx-lm model
+    tokens : int [b, t]
+        Pad short rows on the right: attention is causal, so padding changes nothing to its left.
+    hook_points : one or several
+        Any spelling that names the layer, see `HookPoint.parse`.
+    cache : list, optional
+        mlx-lm's prompt cache. The pass then runs to the end, for a cache must be filled in every layer.
+
+    Returns
+    -------
+    dict of HookPoint to array [b, t, d]
+        In the order asked for, in the model's dtype, evaluated, holding on to nothing else of the pass.
+        Under `splice` they are the edited activations.
+
+    Raises
+    ------
+    ValueError
+        Tokens of another shape or kind; a hook point that the model does not have.
+    """
+    logits, found = _forward(model, tokens, hook_points, cache, stop=cache is None)
+    mx.eval(list(found.values()), [] if logits is None else logits)
+    return found
+
+
+def run_with_capture(
+    model: nn.Module | LanguageModel,
+    tokens: mx.array,
+    hook_points: HookPointLike | Iterable[HookPointLike],
+    *,
+    cache: list[Any] | None = None,
+) -> tuple[mx.array, dict[HookPoint, mx.array]]:
+    """Logits [b, t, vocab] and the activations at `hook_points`, from one whole forward pass.
+
+    As `capture`; the logits are the plain model's, bit for bit. Everything is lazy, so that it can be
+    differentiated: evaluate what you keep, all at once.
+    """
+    logits, found = _forward(model, tokens, hook_points, cache, stop=False)
+    assert logits is not None
+    return logits, found
+
+
+def only_at(edit: Edit, where: mx.array) -> Edit:
+    """`edit` at the positions where `where` (bool [b, t]) is true, the activation itself elsewhere.
+
+    For edits that make no sense on padding, BOS or special tokens, such as an SAE that never saw any:
+    `splice(lm, {"blocks.2.hook_resid_post": only_at(sae, valid)})`.
+    """
+    keep = where[..., None]
+    return lambda x: mx.where(keep, edit(x).astype(x.dtype), x)

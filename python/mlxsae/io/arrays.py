@@ -1,0 +1,127 @@
+"""safetensors files: written through any file object, and checked before they are read.
+
+Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, the data without
+holes (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from mlxsae.io.atomic import Writer
+
+_NAMES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.float32: "F32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+def writer(arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> Writer:
+    """Writer of ``arrays`` as one safetensors file, an array at a time."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, array in arrays.items():
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [end, end + array.nbytes],
+        }
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data starts aligned
+
+    def write(file: BinaryIO) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in arrays.values():
+            if array.size:
+                file.write(memoryview(_as_numpy(array)).cast("B"))
+
+    return write
+
+
+def read(path: str | os.PathLike) -> dict[str, mx.array]:
+    """All arrays of a safetensors file, in memory. Raises ``ValueError`` that names the fault for a damaged file."""
+    path = Path(path)
+    header, start = _header(path)
+    arrays = {}
+    with open(path, "rb") as file:
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            file.seek(start + begin)
+            dtype = _DTYPES[entry["dtype"]]
+            # Sixteen-bit floats travel as integers: NumPy has no bfloat16.
+            raw = np.fromfile(file, dtype=_NUMPY.get(dtype, np.uint16), count=(end - begin) // dtype.size)
+            array = mx.array(raw.reshape(entry["shape"]))
+            arrays[name] = array if array.dtype == dtype else array.view(dtype)
+    return arrays
+
+
+_NUMPY = {
+    mx.bool_: np.bool_,
+    mx.uint8: np.uint8,
+    mx.int8: np.int8,
+    mx.uint16: np.uint16,
+    mx.int16: np.int16,
+    mx.uint32: np.uint32,
+    mx.int32: np.int32,
+    mx.float32: np.float32,
+    mx.uint64: np.uint64,
+    mx.int64: np.int64,
+}
+
+
+def _as_numpy(array: mx.array) -> np.ndarray:
+    array = mx.contiguous(array)
+    return np.ascontiguousarray(np.array(array if array.dtype in _NUMPY else array.view(mx.uint16)))
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    size = path.stat().st_size
+
+    def fault(what: str) -> ValueError:
+        return ValueError(f"[load] {path} must be a whole safetensors file but {what}.")
+
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise fault(f"has only {size} bytes")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(size - 8, _MAX_HEADER):
+            raise fault(f"its header claims {length} bytes of a file of {size}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 0
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                begin, stop = entry["data_offsets"]
+                if entry["dtype"] not in _DTYPES:
+                    raise fault(f"{name} has the unknown dtype {entry['dtype']}")
+                expected = int(np.prod(entry["shape"], dtype=np.int64)) * _DTYPES[entry["dtype"]].size
+                if begin != end or stop - begin != expected:
+                    raise fault(f"{name} should take bytes {end} to {end + expected} and claims {begin} to {stop}")
+                end = stop
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise fault(f"its header is damaged ({error})") from error
+    if size != 8 + length + end:
+        raise fault(f"has {size} bytes where its header says {8 + length + end}")
+    return header, 8 + length

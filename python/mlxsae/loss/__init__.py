@@ -1,0 +1,9 @@
+"""Loss terms, one function each, and their weighted sum."""
+
+from __future__ import annotations
+
+from mlxsae.loss.auxk import AUXK_PRESETS, AuxK
+from mlxsae.loss.compose import Forward, Loss, Term
+from mlxsae.loss.reconstruction import RECONSTRUCTION, fvu, mse, nmse
+
+__all__ = ["AUXK_PRESETS", "RECONSTRUCTION", "AuxK", "Forward", "Loss", "Term", "fvu", "mse", "nmse"]

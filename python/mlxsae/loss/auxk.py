@@ -1,0 +1,111 @@
+r"""AuxK: dead latents learn to explain what the living ones leave over (Gao et al. 2024, arXiv 2406.04093).
+
+From the pre-activations ``p`` of dead latents the ``k_aux`` largest are decoded without bias and compared with the
+detached residual:
+
+.. math:: e = sg(y - \hat y), \quad \hat e = \sum_{i \in top(p_{dead})} a_i W^{dec}_i, \quad L = s \cdot dist(\hat e, e)
+
+Systems agree on this and on nothing else. The presets name their choices (k is the full ``k_aux``):
+
+==================== ============= ================================== ======================== ====== ======
+preset               acts a_i      dist                               scale s                  b_dec  weight
+==================== ============= ================================== ======================== ====== ======
+openai               relu(p_i)     sum (ê-e)^2 / sum (e - mean e)^2   1                        yes    1/32
+dictionary_learning  relu(p_i)     sum (ê-e)^2 / sum (e - mean e)^2   1                        no     1/32
+sparsify             relu(p_i)     sum (ê-e)^2 / sum (y - mean y)^2   min(n_dead / k, 1)       no     1/32
+saelens              p_i, signed   mean_n sum_d (ê-e)^2               min(n_dead / k, 1)       no     1
+==================== ============= ================================== ======================== ====== ======
+
+Means and sums run over the batch. ``b_dec``: OpenAI adds it to both sides but detaches one, so it cancels in the
+value and yet receives a gradient as the decoder's bias. In every preset the gradient reaches decoder and encoder at
+the chosen dead latents and nowhere else (sparsify 1.3.3 itself sends the encoder none). With no dead latent the term
+and its gradient are 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlxsae import ops
+from mlxsae.code import SparseCode
+from mlxsae.loss.compose import Forward
+from mlxsae.loss.reconstruction import nonzero
+from mlxsae.sae import SAE
+
+
+class Preset(NamedTuple):
+    """One row of the table above."""
+
+    weight: float
+    signed: bool = False
+    relative_to: str | None = "residual"
+    scaled: bool = False
+    bias: bool = False
+
+
+AUXK_PRESETS: dict[str, Preset] = {
+    "openai": Preset(1 / 32, bias=True),
+    "dictionary_learning": Preset(1 / 32),
+    "sparsify": Preset(1 / 32, relative_to="target", scaled=True),
+    "saelens": Preset(1.0, signed=True, relative_to=None, scaled=True),
+}
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """The term; called with a :class:`~mlxsae.loss.Forward` whose ``dead [d_sae]`` marks dead latents.
+
+    ``k_aux`` is capped at ``d_sae``; ``d_in / 2`` is customary.
+    """
+
+    k_aux: int
+    preset: str = "dictionary_learning"
+
+    def __post_init__(self) -> None:
+        if self.preset not in AUXK_PRESETS:
+            raise ValueError(f"[AuxK] preset must be one of {sorted(AUXK_PRESETS)} but got {self.preset!r}.")
+        if self.k_aux <= 0:
+            raise ValueError(f"[AuxK] k_aux must be positive but got {self.k_aux}.")
+
+    def __call__(self, forward: Forward) -> mx.array:
+        sae, dead = forward.sae, _dead(forward)
+        aux_hat = ops.sparse_decode(self.code(sae, forward.x, dead), sae.decoder.weight)
+        if AUXK_PRESETS[self.preset].bias:
+            aux_hat = aux_hat + (sae.decoder.bias - mx.stop_gradient(sae.decoder.bias))
+        return self.distance(forward.y, forward.y_hat, aux_hat, dead)
+
+    def code(self, sae: SAE, x: mx.array, dead: mx.array) -> SparseCode:
+        """The ``k_aux`` largest pre-activations among ``dead [d_sae]`` of each token; slots past their number are inert."""
+        x = sae.encoder_input(x)
+        weight, bias = sae.encoder.weight, sae.encoder.bias
+        # A bias at the bottom of the range keeps the living out of the selection and leaves the product as it is.
+        lowest = mx.array(mx.finfo(bias.dtype).min, bias.dtype)
+        code = ops.topk_encode(x, weight, mx.where(dead, bias, lowest), k=min(self.k_aux, sae.d_sae))
+        if not AUXK_PRESETS[self.preset].signed:
+            return code
+        indices = mx.stop_gradient(code.indices)
+        pre_acts = ops.gather_dot(x, weight, indices) + bias[indices]
+        return SparseCode(mx.where(dead[indices], pre_acts, mx.zeros_like(pre_acts)), indices)
+
+    def distance(self, y: mx.array, y_hat: mx.array, aux_hat: mx.array, dead: mx.array) -> mx.array:
+        """``s * dist(aux_hat, y - y_hat)``; differentiable in ``aux_hat`` only."""
+        preset = AUXK_PRESETS[self.preset]
+        residual = mx.stop_gradient(y - y_hat)
+        error = mx.square(aux_hat - residual).sum()
+        if preset.relative_to is None:
+            loss = error / y.shape[0]
+        else:
+            base = residual if preset.relative_to == "residual" else y
+            loss = error / nonzero(mx.square(base - base.mean(axis=0)).sum())
+        n_dead = dead.sum()
+        scale = mx.minimum(n_dead / self.k_aux, 1) if preset.scaled else (n_dead > 0).astype(loss.dtype)
+        return loss * scale.astype(loss.dtype)
+
+
+def _dead(forward: Forward) -> mx.array:
+    if forward.dead is None:
+        raise ValueError("[AuxK] the forward pass must say which latents are dead but has dead=None.")
+    return forward.dead

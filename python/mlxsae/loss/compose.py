@@ -1,0 +1,68 @@
+"""A loss is a weighted sum of named terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+
+from mlxsae.code import SparseCode
+from mlxsae.sae import SAE
+
+if TYPE_CHECKING:
+    from mlxsae.loss.auxk import AuxK
+
+
+class Forward(NamedTuple):
+    """What one forward pass knows; every term is a function of it.
+
+    ``x [n, d_in]``, target ``y [n, d_out]`` (``x`` itself for an SAE), the code, ``y_hat [n, d_out]``, and ``dead
+    [d_sae]`` (bool), None where nobody asked for it.
+    """
+
+    sae: SAE
+    x: mx.array
+    y: mx.array
+    code: SparseCode
+    y_hat: mx.array
+    dead: mx.array | None = None
+
+
+Term = Callable[[Forward], mx.array]
+Reconstruction = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``sum_t weight_t * term_t``, kept in three groups because the fused engine can do the first two.
+
+    Parameters
+    ----------
+    reconstruction : ``{name: (weight, f(y, y_hat))}``
+    auxk : ``(weight, AuxK)`` or None.
+    terms : ``{name: (weight, f(Forward))}``, anything else.
+    """
+
+    reconstruction: Mapping[str, tuple[float, Reconstruction]]
+    auxk: tuple[float, AuxK] | None = None
+    terms: Mapping[str, tuple[float, Term]] = field(default_factory=dict)
+
+    def __call__(self, forward: Forward) -> tuple[mx.array, dict[str, mx.array]]:
+        """Total (float32 scalar) and the unweighted value of each term. Without ``forward.dead`` AuxK is left out."""
+        total, values = self.of_reconstruction(forward.y, forward.y_hat)
+        named: dict[str, tuple[float, Term]] = dict(self.terms)
+        if self.auxk is not None and forward.dead is not None:
+            named["auxk"] = self.auxk
+        for name, (weight, term) in named.items():
+            values[name] = term(forward)
+            total = total + weight * values[name]
+        return total, values
+
+    def of_reconstruction(self, y: mx.array, y_hat: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        """The part that depends on target and reconstruction alone."""
+        y, y_hat = y.astype(mx.float32), y_hat.astype(mx.float32)
+        values = {name: term(y, y_hat) for name, (_, term) in self.reconstruction.items()}
+        total = sum((weight * values[name] for name, (weight, _) in self.reconstruction.items()), mx.array(0.0))
+        return total, values

@@ -1,0 +1,11 @@
+"""Sparse autoencoders and transcoders: an encoder, a rule that chooses latents, a decoder."""
+
+from __future__ import annotations
+
+from mlxsae.sae.decoder import Decoder
+from mlxsae.sae.encoder import Encoder
+from mlxsae.sae.model import SAE
+from mlxsae.sae.presets import sae, transcoder
+from mlxsae.sae.rule import RULES, Rule, TopK
+
+__all__ = ["RULES", "SAE", "Decoder", "Encoder", "Rule", "TopK", "sae", "transcoder"]

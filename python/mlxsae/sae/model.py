@@ -1,0 +1,276 @@
+"""The sparse autoencoder: a composition of encoder, rule and decoder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxsae.code import SparseCode, to_dense
+from mlxsae.sae.decoder import Decoder
+from mlxsae.sae.encoder import Encoder
+from mlxsae.sae.rule import Rule, TopK
+
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder, or a transcoder where the target is not the input.
+
+    ::
+
+        code  = rule((x - b_dec) @ W_enc + b_enc)       without "- b_dec" unless apply_b_dec_to_input
+        x_hat = sum_i code.values[i] * W_dec[code.indices[i]] + b_dec
+
+    Parameters in memory are feature-major: ``encoder.weight [d_sae, d_in]``, ``encoder.bias [d_sae]``,
+    ``decoder.weight [d_sae, d_out]``, ``decoder.bias [d_out]``. ``W_enc [d_in, d_sae]``, ``W_dec``, ``b_enc``
+    and ``b_dec`` are the same arrays under the field's names and shapes; assigning to them works too.
+
+    Inputs are ``[..., d_in]`` with any leading dimensions and are cast to the SAE's dtype.
+
+    Parameters
+    ----------
+    d_in, d_sae : width of the activation, number of latents.
+    k : entries kept per token; short for ``rule=TopK(k)``.
+    rule : how latents are chosen. Give either ``k`` or ``rule``.
+    d_out : width of the target. Giving it makes a transcoder.
+    apply_b_dec_to_input : whether ``b_dec`` is subtracted from the input. By default it is, but for a transcoder.
+    dtype : float32, float16 or bfloat16.
+    seed : seed of the initial weights; without it they come from MLX's global random state.
+        Rows of the decoder are random unit vectors, the encoder is its transpose (for a transcoder,
+        independent unit vectors), biases are 0.
+
+    Raises
+    ------
+    ValueError, TypeError : for sizes, ``k`` or dtypes out of range, each naming what it got.
+    """
+
+    encoder: Encoder
+    rule: Rule
+    decoder: Decoder
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: int | None = None,
+        rule: Rule | None = None,
+        d_out: int | None = None,
+        apply_b_dec_to_input: bool | None = None,
+        dtype: mx.Dtype = mx.float32,
+        seed: int | None = None,
+    ):
+        for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_in if d_out is None else d_out)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"[SAE] {name} must be an int but got {type(size).__name__}.")
+            if size <= 0:
+                raise ValueError(f"[SAE] {name} must be positive but got {name}={size}.")
+        if k is not None and not isinstance(k, bool) and isinstance(k, int) and not 0 < k <= d_sae:
+            raise ValueError(f"[SAE] k must be in (0, d_sae] but got k={k} with d_sae={d_sae}.")
+        if dtype not in _DTYPES:
+            raise ValueError(f"[SAE] dtype must be float32, float16 or bfloat16 but got {dtype}.")
+        keys = (None, None) if seed is None else mx.random.split(mx.random.key(seed))
+        w_dec = _unit_rows(d_sae, d_in if d_out is None else d_out, keys[0])
+        w_enc = w_dec if d_out is None else _unit_rows(d_sae, d_in, keys[1])
+        self._assemble(
+            Encoder(w_enc.astype(dtype), mx.zeros(d_sae, dtype)),
+            _one_rule(k, rule),
+            Decoder(w_dec.astype(dtype), mx.zeros(w_dec.shape[1], dtype)),
+            d_out is None if apply_b_dec_to_input is None else apply_b_dec_to_input,
+        )
+
+    @classmethod
+    def from_weights(
+        cls,
+        W_enc: mx.array | np.ndarray,
+        W_dec: mx.array | np.ndarray,
+        b_enc: mx.array | np.ndarray | None = None,
+        b_dec: mx.array | np.ndarray | None = None,
+        *,
+        k: int | None = None,
+        rule: Rule | None = None,
+        apply_b_dec_to_input: bool = True,
+        metadata: dict[str, Any] | None = None,
+    ) -> SAE:
+        """An SAE over given weights: ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc [d_sae]``,
+        ``b_dec [d_out]``, all of one float dtype; missing biases are 0.
+
+        ``W_enc`` is transposed into memory once; a transposed view of a feature-major array is not copied.
+        """
+        W_enc, W_dec = _weights("W_enc", W_enc, 2), _weights("W_dec", W_dec, 2)
+        d_sae, d_out = W_dec.shape
+        b_enc = mx.zeros(d_sae, W_enc.dtype) if b_enc is None else _weights("b_enc", b_enc, 1)
+        b_dec = mx.zeros(d_out, W_enc.dtype) if b_dec is None else _weights("b_dec", b_dec, 1)
+        if W_enc.shape[1] != d_sae:
+            raise ValueError(
+                "[SAE] W_enc [d_in, d_sae] and W_dec [d_sae, d_out] must agree in d_sae "
+                f"but got {W_enc.shape} and {W_dec.shape}."
+            )
+        for name, bias, size in (("b_enc", b_enc, d_sae), ("b_dec", b_dec, d_out)):
+            if bias.shape != (size,):
+                raise ValueError(f"[SAE] {name} must have shape ({size},) but got {bias.shape}.")
+        if len({a.dtype for a in (W_enc, W_dec, b_enc, b_dec)}) > 1:
+            raise ValueError(
+                "[SAE] weights must have one dtype but got "
+                f"W_enc {W_enc.dtype}, W_dec {W_dec.dtype}, b_enc {b_enc.dtype}, b_dec {b_dec.dtype}."
+            )
+        sae = cls.__new__(cls)
+        encoder = Encoder(mx.contiguous(W_enc.T), b_enc)
+        sae._assemble(encoder, _one_rule(k, rule), Decoder(W_dec, b_dec), apply_b_dec_to_input)
+        sae.metadata = metadata or {}
+        return sae
+
+    def _assemble(self, encoder: Encoder, rule: Rule, decoder: Decoder, apply_b_dec_to_input: bool) -> None:
+        nn.Module.__init__(self)
+        self.encoder = encoder
+        self.rule = rule
+        self.decoder = decoder
+        self.metadata = {}
+        rule.check(self.d_sae)
+        if apply_b_dec_to_input and self.d_in != self.d_out:
+            raise ValueError(
+                "[SAE] apply_b_dec_to_input must be False where the input is not the target "
+                f"but got True with d_in={self.d_in} and d_out={self.d_out}."
+            )
+        self.apply_b_dec_to_input = bool(apply_b_dec_to_input)
+
+    def encode(self, x: mx.array) -> SparseCode:
+        """``[..., d_in] -> SparseCode`` with ``values`` and ``indices`` of shape ``[..., k]``."""
+        x = self.encoder_input(x)
+        lead = x.shape[:-1]
+        code = self.rule.encode(x.reshape(math.prod(lead), self.d_in), self.encoder.weight, self.encoder.bias)
+        return SparseCode(*(part.reshape(*lead, part.shape[-1]) for part in code))
+
+    def decode(self, code: SparseCode) -> mx.array:
+        """``SparseCode [..., k] -> x_hat [..., d_out]``."""
+        return self.decoder(code)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``x [..., d_in] -> x_hat [..., d_out]``."""
+        return self.decode(self.encode(x))
+
+    def pre_acts(self, x: mx.array) -> mx.array:
+        """Dense pre-activations ``[..., d_sae]``, before the rule. This is the array that :meth:`encode` avoids."""
+        return self.encoder.pre_acts(self.encoder_input(x))
+
+    def to_dense(self, code: SparseCode) -> mx.array:
+        """The code as dense latents ``[..., d_sae]``."""
+        return to_dense(code, self.d_sae)
+
+    def encoder_input(self, x: mx.array) -> mx.array:
+        """What the encoder multiplies: ``x`` in the SAE's dtype, less ``b_dec`` if ``apply_b_dec_to_input``."""
+        if not isinstance(x, mx.array):
+            raise TypeError(f"[SAE] x must be an mx.array but got {type(x).__name__}.")
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"[SAE] x must have shape [..., {self.d_in}] but got {x.shape}.")
+        if not mx.issubdtype(x.dtype, mx.floating):
+            raise TypeError(f"[SAE] x must be floating point but got {x.dtype}.")
+        x = x.astype(self.dtype)
+        return x - self.decoder.bias if self.apply_b_dec_to_input else x
+
+    @property
+    def d_in(self) -> int:
+        return self.encoder.weight.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.encoder.weight.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.decoder.weight.shape[1]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.encoder.weight.dtype
+
+    @property
+    def W_enc(self) -> mx.array:
+        """``[d_in, d_sae]``, a transposed view of ``encoder.weight``."""
+        return self.encoder.weight.T
+
+    @W_enc.setter
+    def W_enc(self, value: mx.array) -> None:
+        self.encoder.weight = mx.contiguous(self._replacement("W_enc", value, self.W_enc).T)
+
+    @property
+    def W_dec(self) -> mx.array:
+        """``[d_sae, d_out]``; row i is the direction of feature i."""
+        return self.decoder.weight
+
+    @W_dec.setter
+    def W_dec(self, value: mx.array) -> None:
+        self.decoder.weight = self._replacement("W_dec", value, self.W_dec)
+
+    @property
+    def b_enc(self) -> mx.array:
+        """``[d_sae]``"""
+        return self.encoder.bias
+
+    @b_enc.setter
+    def b_enc(self, value: mx.array) -> None:
+        self.encoder.bias = self._replacement("b_enc", value, self.b_enc)
+
+    @property
+    def b_dec(self) -> mx.array:
+        """``[d_out]``"""
+        return self.decoder.bias
+
+    @b_dec.setter
+    def b_dec(self, value: mx.array) -> None:
+        self.decoder.bias = self._replacement("b_dec", value, self.b_dec)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is known about the SAE: model, hook point, training. Travels with the files, never with the parameters."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, value: dict[str, Any]) -> None:
+        # nn.Module keeps every dict among its parameters; this one is none.
+        object.__setattr__(self, "_metadata", dict(value))
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # nn.Module stores arrays and dicts under any name and so bypasses property setters.
+        if isinstance(prop := getattr(type(self), key, None), property):
+            prop.__set__(self, value)
+        else:
+            super().__setattr__(key, value)
+
+    @staticmethod
+    def _replacement(name: str, value: mx.array, current: mx.array) -> mx.array:
+        if value.shape != current.shape or value.dtype != current.dtype:
+            raise ValueError(
+                f"[SAE] {name} must be {current.dtype} of shape {current.shape} "
+                f"but got {value.dtype} of shape {value.shape}."
+            )
+        return value
+
+    def _extra_repr(self) -> str:
+        return f"apply_b_dec_to_input={self.apply_b_dec_to_input}"
+
+
+def _one_rule(k: int | None, rule: Rule | None) -> Rule:
+    if (k is None) == (rule is None):
+        raise ValueError(f"[SAE] give either k or rule but got k={k} and rule={rule}.")
+    return TopK(k) if rule is None else rule  # type: ignore[arg-type]
+
+
+def _unit_rows(rows: int, columns: int, key: mx.array | None) -> mx.array:
+    w = mx.random.normal((rows, columns), key=key)
+    return w / mx.linalg.norm(w, axis=-1, keepdims=True)
+
+
+def _weights(name: str, value: mx.array | np.ndarray, ndim: int) -> mx.array:
+    value = mx.array(value) if isinstance(value, np.ndarray) else value
+    if not isinstance(value, mx.array):
+        raise TypeError(f"[SAE] {name} must be an array but got {type(value).__name__}.")
+    if value.dtype not in _DTYPES:
+        raise ValueError(f"[SAE] {name} must be float32, float16 or bfloat16 but got {value.dtype}.")
+    if value.ndim != ndim:
+        raise ValueError(f"[SAE] {name} must have {ndim} dimensions but has shape {value.shape}.")
+    return value

@@ -1,0 +1,28 @@
+"""ONE trainer: ``fit``, its state, schedules, constraints, callbacks and checkpoints."""
+
+from __future__ import annotations
+
+from mlxsae.train.activations import train_sae_from_activations
+from mlxsae.train.callbacks import Callback, ProgressBar
+from mlxsae.train.config import LossConfig, OptimizerConfig, SAEConfig, TrainConfig
+from mlxsae.train.loop import FitResult, NonFiniteError, Run, fit
+from mlxsae.train.initial import geometric_median
+from mlxsae.train.schedules import warmup_decay
+from mlxsae.train.state import TrainState
+
+__all__ = [
+    "Callback",
+    "FitResult",
+    "LossConfig",
+    "NonFiniteError",
+    "OptimizerConfig",
+    "ProgressBar",
+    "Run",
+    "SAEConfig",
+    "TrainConfig",
+    "TrainState",
+    "fit",
+    "geometric_median",
+    "train_sae_from_activations",
+    "warmup_decay",
+]

@@ -1,0 +1,197 @@
+"""Hyper-parameters: small nested dataclasses that round-trip through JSON and refuse keys they do not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import mlx.core as mx
+
+from mlxsae.loss import AUXK_PRESETS, RECONSTRUCTION, AuxK, Loss
+from mlxsae.sae import RULES, SAE
+
+
+class _Config:
+    """JSON round trip for frozen dataclasses."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, partial: bool = False) -> Self:
+        """The configuration that :meth:`to_dict` wrote. Unknown and missing keys and wrong types raise ``ValueError``
+        with the key's path; with ``partial`` missing keys take their defaults."""
+        return _parse(cls, values, "", partial)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(_Config):
+    """Adam with bias correction, and its learning rate over time.
+
+    ``warmup`` and ``decay`` are fractions of all steps: linear from 0 to ``learning_rate`` over the first, then constant,
+    then ``shape`` down to 0 over the last. ``max_grad_norm`` clips the global gradient norm.
+    """
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup: float = 0.05
+    decay: float = 0.2
+    shape: str = "linear"
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive")
+        _require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "lie in [0, 1)")
+        _require("eps", self.eps, self.eps >= 0, "not be negative")
+        for name in ("warmup", "decay"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "be a fraction in [0, 1]")
+        _require("warmup + decay", self.warmup + self.decay, self.warmup + self.decay <= 1, "be at most 1")
+        _require("shape", self.shape, self.shape in ("linear", "cosine"), "be linear or cosine")
+        if self.max_grad_norm is not None:
+            _require("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "be positive or None")
+
+
+@dataclass(frozen=True)
+class LossConfig(_Config):
+    """Reconstruction term and AuxK.
+
+    ``reconstruction`` is ``fvu``, ``mse`` or ``nmse``. ``auxk`` names a preset of :mod:`mlxsae.loss.auxk` or is None;
+    ``auxk_weight`` and ``k_aux`` default to the preset's weight and ``d_in / 2``. A latent is dead after
+    ``dead_after`` tokens without firing.
+    """
+
+    reconstruction: str = "fvu"
+    auxk: str | None = "dictionary_learning"
+    auxk_weight: float | None = None
+    k_aux: int | None = None
+    dead_after: int = 100_000
+
+    def __post_init__(self) -> None:
+        known = sorted(RECONSTRUCTION)
+        _require("reconstruction", self.reconstruction, self.reconstruction in known, f"be one of {known}")
+        presets = sorted(AUXK_PRESETS)
+        _require("auxk", self.auxk, self.auxk is None or self.auxk in presets, f"be None or one of {presets}")
+        if self.auxk_weight is not None:
+            _require("auxk_weight", self.auxk_weight, self.auxk_weight >= 0, "not be negative")
+        if self.k_aux is not None:
+            _require("k_aux", self.k_aux, self.k_aux > 0, "be positive")
+        _require("dead_after", self.dead_after, self.dead_after > 0, "be positive")
+
+    def build(self, d_in: int) -> Loss:
+        auxk = None
+        if self.auxk is not None:
+            weight = AUXK_PRESETS[self.auxk].weight if self.auxk_weight is None else self.auxk_weight
+            auxk = weight, AuxK(max(d_in // 2, 1) if self.k_aux is None else self.k_aux, self.auxk)
+        return Loss({self.reconstruction: (1.0, RECONSTRUCTION[self.reconstruction])}, auxk)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Config):
+    """One run of ``fit``.
+
+    ``normalize="expected_norm"`` scales activations so that their mean norm is ``sqrt(d_in)``; the scale is folded into
+    the weights of the SAE that comes out. ``b_dec_init`` is ``geometric_median``, ``mean`` or ``keep``; both scale and
+    initial ``b_dec`` come from ``sample_size`` rows. ``normalize_decoder`` keeps decoder rows at unit norm and removes the
+    gradient along them. ``engine`` is ``auto``, ``autodiff`` or ``fused``.
+    """
+
+    total_tokens: int = 2_000_000
+    batch_size: int = 1024
+    seed: int = 0
+    normalize: str = "expected_norm"
+    b_dec_init: str = "geometric_median"
+    sample_size: int = 8192
+    normalize_decoder: bool = True
+    engine: str = "auto"
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("total_tokens", "batch_size", "sample_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
+        for name, values in (
+            ("normalize", ("expected_norm", "none")),
+            ("b_dec_init", ("geometric_median", "mean", "keep")),
+            ("engine", ("auto", "autodiff", "fused")),
+        ):
+            _require(name, getattr(self, name), getattr(self, name) in values, f"be one of {list(values)}")
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.total_tokens // self.batch_size)
+
+
+@dataclass(frozen=True)
+class SAEConfig(_Config):
+    """An SAE and how to train it. ``d_sae`` overrides ``expansion_factor``; ``d_in`` comes from the data if None."""
+
+    d_in: int | None = None
+    d_sae: int | None = None
+    expansion_factor: int = 16
+    architecture: str = "topk"
+    k: int = 32
+    dtype: str = "float32"
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "expansion_factor", "k"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
+        known = sorted(RULES)
+        _require("architecture", self.architecture, self.architecture in known, f"be one of {known}")
+        dtypes = ("float32", "float16", "bfloat16")
+        _require("dtype", self.dtype, self.dtype in dtypes, f"be one of {list(dtypes)}")
+
+    def build(self, d_in: int) -> SAE:
+        """The untrained SAE for activations of width ``d_in``."""
+        if self.d_in is not None and self.d_in != d_in:
+            raise ValueError(f"[SAEConfig] d_in must be the activations' width {d_in} but got d_in={self.d_in}.")
+        d_sae = self.expansion_factor * d_in if self.d_sae is None else self.d_sae
+        rule_type = RULES[self.architecture]
+        rule = rule_type(**{name: getattr(self, name) for name in rule_type.PARAMETERS})
+        return SAE(d_in, d_sae, rule=rule, dtype=getattr(mx, self.dtype), seed=self.train.seed)
+
+
+def _require(name: str, value: Any, holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"[config] {name} must {what} but got {value!r}.")
+
+
+def _parse(cls: Any, values: Any, path: str, partial: bool) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"[config] {path or cls.__name__} must be an object but got {values!r}.")
+    fields = typing.get_type_hints(cls)
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"[config] keys must be known but got {_join(path, unknown)}; known are {sorted(fields)}.")
+    if (missing := sorted(fields.keys() - values.keys())) and not partial:
+        raise ValueError(f"[config] every key must be given but {_join(path, missing)} is missing.")
+    return cls(**{name: _value(fields[name], value, f"{path}{name}", partial) for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any, path: str, partial: bool) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _parse(kind, value, path + ".", partial)
+    if isinstance(kind, types.UnionType):  # X | None
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        members = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)) or len(value) != len(members):
+            raise ValueError(f"[config] {path} must be a list of {len(members)} but got {value!r}.")
+        return tuple(_value(k, v, f"{path}[{i}]", partial) for i, (k, v) in enumerate(zip(members, value, strict=True)))
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"[config] {path} must be {kind.__name__} but got {value!r}.")
+    return kind(value)
+
+
+def _join(path: str, names: list[str]) -> str:
+    return ", ".join(path + name for name in names)

@@ -1,0 +1,92 @@
+"""All that a run carries from one step to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlxsae.sae import SAE
+
+ACTIVATIONS, LOSS = 1, 2
+"""What ``failed[1]`` says was not finite."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """State in, state out: a step makes a new one and never changes its arrays.
+
+    Attributes
+    ----------
+    params : trainable parameters in float32, a tree as ``SAE.trainable_parameters`` gives it, in *scaled* space: the
+        activations they see are ``scale[0] * x`` and ``scale[1] * y``.
+    optimizer : the optimiser's state tree (Adam: ``m`` and ``v`` of each parameter, ``step``, ``learning_rate``).
+    tokens_since_fired : int32 ``[d_sae]``.
+    failed : int32 ``[2]``, the first step whose loss was not finite and what was not (see ``ACTIVATIONS``, ``LOSS``);
+        (-1, 0) while all is well. From that step on nothing is updated.
+    step, tokens : steps done, tokens seen.
+    auxk_active : whether the step computes AuxK. Read from the device every few steps, a part of the state so that a
+        resumed run decides as the uninterrupted one.
+    """
+
+    params: dict[str, Any]
+    optimizer: dict[str, Any]
+    tokens_since_fired: mx.array
+    failed: mx.array
+    step: int = 0
+    tokens: int = 0
+    scale: tuple[float, float] = (1.0, 1.0)
+    auxk_active: bool = False
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The part that lives on the device, as one tree."""
+        return {
+            "params": self.params,
+            "optimizer": self.optimizer,
+            "tokens_since_fired": self.tokens_since_fired,
+            "failed": self.failed,
+        }
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
+        """A JSON-able part and flat named arrays."""
+        host = {"step": self.step, "tokens": self.tokens, "scale": list(self.scale), "auxk_active": self.auxk_active}
+        return host, dict(tree_flatten(self.arrays))
+
+    def from_files(self, host: dict[str, Any], arrays: dict[str, mx.array]) -> TrainState:
+        """The state that :meth:`to_files` gave, for the same SAE and optimiser as this state."""
+        mine = dict(tree_flatten(self.arrays))
+        for name in sorted(mine.keys() | arrays.keys()):
+            a, b = (side[name] if name in side else None for side in (mine, arrays))
+            if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+                shown = ["nothing" if s is None else f"{s.dtype} {s.shape}" for s in (a, b)]
+                raise ValueError(f"[resume] {name} must be {shown[0]} for this SAE but the checkpoint has {shown[1]}.")
+        tree = tree_unflatten(list(arrays.items()))
+        return replace(
+            self,
+            **tree,
+            step=host["step"],
+            tokens=host["tokens"],
+            scale=tuple(host["scale"]),
+            auxk_active=host["auxk_active"],
+        )
+
+
+def scaled_params(sae: SAE, params: dict[str, Any], s_in: float, s_out: float) -> dict[str, Any]:
+    """Parameters for activations ``s_in * x`` and targets ``s_out * y``, of the same function.
+
+    Latents scale with the input: biases take the scale, ``W_enc`` stays, and ``W_dec`` takes ``s_out / s_in``, 1 for an
+    SAE, whose decoder rows so keep their norm. Inverse: the reciprocal scales.
+    """
+    params = tree_map(lambda p: p, params)
+    if s_in == s_out == 1.0:
+        return params
+    if sae.apply_b_dec_to_input and s_in != s_out:
+        raise ValueError(f"[fit] an SAE must have one scale but got {s_in} and {s_out}.")
+    factors = {("encoder", "bias"): s_in, ("decoder", "weight"): s_out / s_in, ("decoder", "bias"): s_out}
+    for (part, name), factor in factors.items():
+        if name in params.get(part, {}) and factor != 1.0:
+            params[part][name] = params[part][name] * factor
+    return params

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx import nn
 
 from . import world as w
 from .language import CONTEXT, FORCED, TASKS, Split, documents, prompts
@@ -34,7 +34,9 @@ def cross_entropy(model: nn.Module, tokens: mx.array) -> mx.array:
     return (losses * counted).sum() / counted.sum()
 
 
-def evaluate(model: Any, tokenizer: Any, n: int = 200, split: Split = "held_out", seed: int = 0) -> dict[str, float]:
+def evaluate(
+    model: Any, tokenizer: Any, n: int = 200, split: Split = "held_out", seed: int = 0
+) -> dict[str, float]:
     """Accuracy per task on at most `n` prompts each, and ``loss``, the cross-entropy (nats) on 256 documents.
 
     A prompt is solved if, of the whole vocabulary, the answer is the likeliest next word; in tasks outside `FORCED`
@@ -55,7 +57,9 @@ def _accuracy(model: Any, tokenizer: Any, task: str, n: int, split: Split, seed:
     logits = model(mx.array(padded))[mx.arange(len(asked)), mx.array([len(ids) - 1 for ids in encoded])]
     logits = np.asarray(logits.astype(mx.float32))
     each = np.arange(len(asked))
-    right, wrong = (np.array([w.TOKEN_ID[word] for word in words]) for words in zip(*((p.answer, p.wrong) for p in asked)))
+    right, wrong = (
+        np.array([w.TOKEN_ID[word] for word in words]) for words in zip(*((p.answer, p.wrong) for p in asked))
+    )
     if task in FORCED:
         return float(np.mean(logits.argmax(-1) == right))
     return float(np.mean(logits[each, right] > logits[each, wrong]))
@@ -66,7 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     from . import folder
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=folder(), help="an mlx-lm model folder")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
     chosen = parser.parse_args(arguments)

@@ -66,7 +66,9 @@ class _Writer:
         self.people = self.draw("pair", lambda: rng.sample(w.PEOPLE, 2), key=lambda pair: [sorted(pair)])
         self.objects = rng.sample(list(w.OBJECTS), len(w.OBJECTS))  # none plays two parts in a document
 
-    def draw(self, kind: str, choose: Callable[[], T], key: Callable[[T], Iterable[Sequence[str]]] | None = None) -> T:
+    def draw(
+        self, kind: str, choose: Callable[[], T], key: Callable[[T], Iterable[Sequence[str]]] | None = None
+    ) -> T:
         """Choose until all combinations (by default the choice itself is the one) belong to the split."""
         key = key or (lambda choice: (choice,))  # type: ignore[return-value]
         for _ in range(1000):
@@ -101,21 +103,21 @@ class _Writer:
         place, gift = rng.choice(w.PLACES), self.objects.pop()
         if rng.random() < 0.3:
             gift = f"{rng.choice(w.COLOURS)} {gift}"
-        e.say(
-            rng.choice(
-                (
-                    f"When {a} and {b} went to the {place} ,",
-                    f"After {a} and {b} walked to the {place} ,",
-                    f"While {a} and {b} were in the {place} ,",
-                    f"{a} and {b} met in the {place} .",
-                )
-            )
+        openings = (
+            f"When {a} and {b} went to the {place} ,",
+            f"After {a} and {b} walked to the {place} ,",
+            f"While {a} and {b} were in the {place} ,",
+            f"{a} and {b} met in the {place} .",
         )
-        e.say(f"{giver} {rng.choice(w.GIVING_VERBS)} the {gift} to").answer("indirect_object", taker, giver).say(".")
-        if (sequel := rng.random()) < 0.3:
-            e.say("Then").answer("thanks", taker, giver).say("thanked").answer("thanks", giver, taker).say(".")
-        elif sequel < 0.6:
-            e.say("Now").answer("possession", taker, giver).say(f"has the {gift} .")
+        e.say(f"{rng.choice(openings)} {giver} {rng.choice(w.GIVING_VERBS)} the {gift} to")
+        e.answer("indirect_object", taker, giver).say(".")
+        match rng.randrange(5):
+            case 0 | 1:
+                e.say("Then").answer("thanks", taker, giver).say("thanked").answer(
+                    "thanks", giver, taker
+                ).say(".")
+            case 2 | 3:
+                e.say("Now").answer("possession", taker, giver).say(f"has the {gift} .")
         return e
 
     def belongings(self) -> Episode:
@@ -129,7 +131,9 @@ class _Writer:
             if rng.random() < 0.6:
                 e.say(f"The {things[i]} is").answer("colour_recall", colours[i], colours[1 - i]).say(".")
             else:
-                e.say(f"The {colours[i]} {things[i]} belongs to").answer("possession", people[i], people[1 - i]).say(".")
+                e.say(f"The {colours[i]} {things[i]} belongs to").answer(
+                    "possession", people[i], people[1 - i]
+                ).say(".")
         return e
 
     def hiding(self) -> Episode:
@@ -139,7 +143,9 @@ class _Writer:
         for thing, box in zip(things, boxes, strict=True):
             e.say(f"The {thing} is in the {box} .")
         i, name = rng.randrange(2), rng.choice(self.people)
-        e.say(f"{name} found the {things[i]} in the").answer("location_recall", boxes[i], boxes[1 - i]).say(".")
+        e.say(f"{name} found the {things[i]} in the").answer("location_recall", boxes[i], boxes[1 - i]).say(
+            "."
+        )
         return e
 
     def outing(self) -> Episode:
@@ -150,7 +156,9 @@ class _Writer:
         pronoun, wrong = self.pronoun(name), "He" if name in w.WOMEN else "She"
         e.say(f"{name} went to the {place} .").answer("pronoun", pronoun, wrong)
         if rng.random() < 0.6:
-            e.say(f"saw a {rng.choice(w.ADJECTIVES)} {rng.choice(list(w.ANIMALS))} .").answer("pronoun", pronoun, wrong)
+            e.say(f"saw a {rng.choice(w.ADJECTIVES)} {rng.choice(list(w.ANIMALS))} .").answer(
+                "pronoun", pronoun, wrong
+            )
         answers = ("inside", "outside") if place in w.INDOORS else ("outside", "inside")
         return e.say(rng.choice(w.STAYING_VERBS)).answer("whereabouts", *answers).say(".")
 
@@ -159,22 +167,26 @@ class _Writer:
     def agreement(self) -> Episode:
         """A verb agrees with a subject that other nouns stand between."""
         rng, e = self.rng, Episode()
-        lemmas = self.draw("agreement", lambda: rng.sample(list(w.PLURALS), 3))
+        between = rng.choice((0, 1, 1, 1, 2))  # none: a relative clause with a person stands there
+
+        def choose() -> tuple[list[str], str]:
+            return rng.sample(list(w.PLURALS), 1 + between), rng.choice(w.PEOPLE)
+
+        lemmas, name = self.draw(
+            "agreement", choose, key=lambda c: [(c[0][0], other) for other in c[0][1:] or [c[1]]]
+        )
         plural = [rng.random() < 0.5 for _ in lemmas]
         nouns = [w.PLURALS[n] if p else n for n, p in zip(lemmas, plural, strict=True)]
         e.say(f"The {nouns[0]}")
-        if (shape := rng.random()) < 0.2:
-            e.say(f"that {rng.choice(self.people)} {rng.choice(w.RELATIVE_VERBS)}")
+        for noun in nouns[1:]:
+            e.say(f"{rng.choice(w.PREPOSITIONS)} the {noun}")
+        if not between:
+            e.say(f"that {name} {rng.choice(w.RELATIVE_VERBS)}")
+        if rng.random() < 0.6:
+            verb, rest = rng.choice(list(w.COPULAS)), rng.choice(rng.choice((w.COLOURS, w.ADJECTIVES)))
         else:
-            e.say(f"{rng.choice(w.PREPOSITIONS)} the {nouns[1]}")
-            if shape > 0.75:
-                e.say(f"{rng.choice(w.PREPOSITIONS)} the {nouns[2]}")
-        if rng.random() < 0.7:
-            verb, rest = rng.choice(list(w.COPULAS)), rng.choice((rng.choice(w.COLOURS), rng.choice(w.ADJECTIVES)))
-        else:
-            verb, rest = rng.choice(list(w.ANIMAL_VERBS if lemmas[0] in w.ANIMALS else w.OBJECT_VERBS)), ""
-            if rng.random() < 0.5:
-                rest = f"in the {rng.choice(w.PLACES)}"
+            verb = rng.choice(list(w.ANIMAL_VERBS if lemmas[0] in w.ANIMALS else w.OBJECT_VERBS))
+            rest = rng.choice(("", f"in the {rng.choice(w.PLACES)}"))
         forms = (w.AGREEING_VERBS[verb], verb) if plural[0] else (verb, w.AGREEING_VERBS[verb])
         return e.answer("agreement", *forms).say(f"{rest} .")
 
@@ -183,7 +195,9 @@ class _Writer:
         rng, e = self.rng, Episode()
 
         def choose() -> tuple[str, str]:
-            shape = rng.choice("abcdefg")  # the first three ask for a city, two for a country, two for a continent
+            shape = rng.choice(
+                "abcdefg"
+            )  # the first three ask for a city, two for a country, two for a continent
             places = w.CAPITALS if shape in "abc" else w.COUNTRY_OF if shape in "de" else w.CONTINENT_OF
             return rng.choice(list(places)), shape
 
@@ -234,7 +248,11 @@ class _Writer:
             case "b":
                 return e.say(f"The opposite of {adjective} is").answer(*answer).say(".")
             case _:
-                return e.say(f"The {rng.choice(list(w.ANIMALS))} is not {adjective} , it is").answer(*answer).say(".")
+                return (
+                    e.say(f"The {rng.choice(list(w.ANIMALS))} is not {adjective} , it is")
+                    .answer(*answer)
+                    .say(".")
+                )
 
     def counting(self) -> Episode:
         """Numbers in order: up, down, or by two."""
@@ -265,7 +283,9 @@ class _Writer:
             words = [rng.choice(COPY_WORDS)]
             for _ in range(rng.randint(2, 4)):
                 last = words[-1]
-                follow = [v for v in COPY_WORDS if v not in words and w.held_out("copy", last, v) == self.held]
+                follow = [
+                    v for v in COPY_WORDS if v not in words and w.held_out("copy", last, v) == self.held
+                ]
                 if follow:
                     words.append(rng.choice(follow))
         e.say("Say : " + " ".join(words)).say(".").say(words[0])

@@ -34,7 +34,10 @@ def tokenizer_json() -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [metaspace, signs]},
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": w.BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "single": [
+                {"SpecialToken": {"id": w.BOS, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
             "pair": [
                 {"SpecialToken": {"id": w.BOS, "type_id": 0}},
                 {"Sequence": {"id": "A", "type_id": 0}},

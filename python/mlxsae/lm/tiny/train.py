@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
+from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.llama import Model, ModelArgs
 
@@ -108,11 +106,15 @@ def save(model: Model, recipe: Recipe, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(recipe.config(), indent=1) + "\n", encoding="utf-8")
     weights = tree_map(lambda p: p.astype(mx.float16), model.parameters())
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(weights)), metadata={"format": "mlx"})
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(weights)), metadata={"format": "mlx"}
+    )
     write_tokenizer(folder, CONTEXT)
 
 
-def card(recipe: Recipe, scores: dict[str, float], parameters: int, seconds: float, command: str) -> dict[str, Any]:
+def card(
+    recipe: Recipe, scores: dict[str, float], parameters: int, seconds: float, command: str
+) -> dict[str, Any]:
     """The content of ``card.json``: what the folder holds, how it was made and what it can do."""
     return {
         "command": command,
@@ -165,14 +167,20 @@ the real world beyond sixteen capitals. It is an instrument for testing interpre
 def main(arguments: list[str] | None = None) -> None:
     from mlx_lm.utils import load
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for name, default in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="(%(default)s)")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help="(%(default)s)"
+        )
     options = vars(parser.parse_args(arguments))
     out: Path = options.pop("out")
     recipe = Recipe(**options)
-    changed = [f" --{k.replace('_', '-')} {v}" for k, v in asdict(recipe).items() if v != getattr(Recipe(), k)]
+    changed = [
+        f" --{k.replace('_', '-')} {v}" for k, v in asdict(recipe).items() if v != getattr(Recipe(), k)
+    ]
     start = time.perf_counter()
 
     def progress(step: int, loss: float) -> None:

@@ -31,7 +31,8 @@ ADJECTIVES = tuple(OPPOSITES)
 
 # singular -> plural
 OBJECTS = {
-    noun: noun + "s" for noun in ("ball", "cup", "lamp", "book", "key", "coin", "hat", "ring", "shirt", "clock")
+    noun: noun + "s"
+    for noun in ("ball", "cup", "lamp", "book", "key", "coin", "hat", "ring", "shirt", "clock")
 }
 ANIMALS = {noun: noun + "s" for noun in ("dog", "cat", "horse", "cow", "bird", "pig", "goat", "duck")}
 PLURALS = OBJECTS | ANIMALS
@@ -63,8 +64,8 @@ FRAME_WORDS = ("When", "After", "While")
 PUNCTUATION = (".", ",", ":")
 FUNCTION_WORDS = (
     "The", "the", "A", "a", "and", "to", "in", "of", "from", "not", "that", "it", "like", "by",
-    "He", "She", "Then", "Now", "Count", "Say", "up", "down", "has", "had", "went", "walked", "met", "flew", "lives",
-    "comes", "thanked", "saw", "looked", "found", "belongs", "capital", "city", "country", "opposite", "inside", "outside",
+    "He", "She", "Then", "Now", "Count", "Say", "up", "down", "has", "went", "walked", "met", "flew", "lives",
+    "comes", "thanked", "saw", "found", "belongs", "capital", "city", "country", "opposite", "inside", "outside",
 )  # fmt: skip
 
 PAD, BOS, EOS, UNKNOWN = SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")

@@ -1,0 +1,54 @@
+# make demo | test | lint | bench | clean. Each sets up all that it needs, in .venv.
+# Options: PYTHON=python3.12, VENV=.venv, MLX=cuda13 (on a machine with an NVIDIA GPU; default cpu on Linux)
+
+PYTHON ?= python3
+VENV ?= .venv
+MLX ?= $(if $(filter Linux,$(shell uname -s)),cpu)
+comma := ,
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake metal -type f)
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/mlxsae demo
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright
+	find csrc src tests/cpp -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmark.json
+
+# A fresh Debian has neither venv nor the headers that a C++ module needs.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mlxsae needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@c++ --version >/dev/null 2>&1 || { echo "mlxsae needs a C++20 compiler (Debian: g++; macOS: xcode-select --install)"; exit 1; }
+	@{ $(PYTHON) -c 'import ensurepip, venv' && \
+	   test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; } 2>/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get update -q && apt-get install -qy python3-venv python3-dev; } || \
+	  { echo "mlxsae needs Python's venv and headers (Debian: apt-get install python3-venv python3-dev)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so that Python code runs from this checkout; C++ is rebuilt when it changes.
+$(VENV)/installed: $(SOURCES) | $(BIN)/python
+	$(PIP) -e ".$(if $(MLX),[$(MLX)])"
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) $$($(BIN)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0].strip() for r in m.requires("mlxsae") if "extra == \"test\"" in r or "extra == '"'"'test'"'"'" in r))') cmake nanobind==3.1.0
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(PIP) -e ".[$(if $(MLX),$(MLX)$(comma))dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -9,12 +9,12 @@ import sys
 
 import mlx.core as mx
 import numpy as np
-import oracle
 import pytest
-from tools import graph_of, numpy
 
+import oracle
 from mlxsae import SparseCode, ops
 from mlxsae.ops import Params, Term
+from tools import graph_of, numpy
 
 NAMES = Params._fields
 
@@ -24,39 +24,70 @@ def problem(rng, n, d_in, d_out, d_sae, k, n_terms):
         indices = np.sort(np.stack([rng.permutation(d_sae)[:k] for _ in range(n)]), axis=1).astype(np.uint32)
         return np.maximum(rng.standard_normal((n, k)), 0), indices
 
-    params = Params(rng.standard_normal((d_sae, d_in)), rng.standard_normal(d_sae), rng.standard_normal((d_sae, d_out)),
-                    rng.standard_normal(d_out))
+    params = Params(
+        rng.standard_normal((d_sae, d_in)),
+        rng.standard_normal(d_sae),
+        rng.standard_normal((d_sae, d_out)),
+        rng.standard_normal(d_out),
+    )
     params = params._replace(w_dec=params.w_dec / np.linalg.norm(params.w_dec, axis=1, keepdims=True))
     x = rng.standard_normal((n, d_in))
     terms = [(rng.standard_normal((n, d_out)), *code(), 2 / n / (q + 1)) for q in range(n_terms)]
     m = Params(*(0.1 * rng.standard_normal(a.shape) for a in params))
     v = Params(*(0.1 * rng.random(a.shape) for a in params))
     f32 = lambda a: np.asarray(a, np.float32)  # noqa: E731
-    return f32(x), [(f32(r), f32(c), i, s) for r, c, i, s in terms], *(Params(*map(f32, p)) for p in (params, m, v))
+    return (
+        f32(x),
+        [(f32(r), f32(c), i, s) for r, c, i, s in terms],
+        *(Params(*map(f32, p)) for p in (params, m, v)),
+    )
 
 
 def mlx_args(x, terms, params, m, v):
-    return (mx.array(x), [Term(mx.array(r), SparseCode(mx.array(c), mx.array(i)), mx.array(s)) for r, c, i, s in terms],
-            *(Params(*map(mx.array, p)) for p in (params, m, v)))
+    return (
+        mx.array(x),
+        [Term(mx.array(r), SparseCode(mx.array(c), mx.array(i)), mx.array(s)) for r, c, i, s in terms],
+        *(Params(*map(mx.array, p)) for p in (params, m, v)),
+    )
 
 
-@pytest.mark.parametrize(("n", "d_in", "d_out", "d_sae", "k"), [(1, 1, 1, 1, 1), (33, 31, 48, 70, 5), (64, 100, 100, 31, 31),
-                                                                (7, 16, 3, 500, 2)])
-@pytest.mark.parametrize(("n_terms", "project", "clip"), list(itertools.product([1, 2], [True, False], [0.0, 0.5])))
+@pytest.mark.parametrize(
+    ("n", "d_in", "d_out", "d_sae", "k"),
+    [(1, 1, 1, 1, 1), (33, 31, 48, 70, 5), (64, 100, 100, 31, 31), (7, 16, 3, 500, 2)],
+)
+@pytest.mark.parametrize(
+    ("n_terms", "project", "clip"), list(itertools.product([1, 2], [True, False], [0.0, 0.5]))
+)
 def test_equals_the_oracle(n, d_in, d_out, d_sae, k, n_terms, project, clip):
     rng = np.random.default_rng(d_sae)
     x, terms, params, m, v = problem(rng, n, d_in, d_out, d_sae, k, n_terms)
     through = d_in == d_out
     options = dict(lr=1e-2, step=3, b_dec_to_input=through, clip_norm=clip)
     for run in (lambda f, *a, **q: f(*a, **q), graph_of):
-        out = run(ops.feature_update, *mlx_args(x, terms, params, m, v), loss=mx.array(1.0), project_decoder=project,
-                  normalize_decoder=project, **options)
+        out = run(
+            ops.feature_update,
+            *mlx_args(x, terms, params, m, v),
+            loss=mx.array(1.0),
+            project_decoder=project,
+            normalize_decoder=project,
+            **options,
+        )
         as64 = lambda p: {name: a.astype(np.float64) for name, a in zip(NAMES, p, strict=True)}  # noqa: E731
-        want = oracle.feature_update(x.astype(np.float64), terms, as64(params), as64(m), as64(v), project=project,
-                                     normalize=project, **options)
+        want = oracle.feature_update(
+            x.astype(np.float64),
+            terms,
+            as64(params),
+            as64(m),
+            as64(v),
+            project=project,
+            normalize=project,
+            **options,
+        )
         for got, exact in zip(out[:3], want[:3], strict=True):
             for name in NAMES:
-                np.testing.assert_allclose(numpy(getattr(got, name)), exact[name], rtol=1e-4, atol=2e-5, err_msg=name)
+                np.testing.assert_allclose(
+                    numpy(getattr(got, name)), exact[name], rtol=1e-4, atol=2e-5, err_msg=name
+                )
         np.testing.assert_allclose(out[3].item(), want[3], rtol=1e-4)
 
 
@@ -87,20 +118,33 @@ def test_equals_autodiff_with_mlx_adam_over_many_steps():
         tree["w_dec"] = tree["w_dec"] / mx.linalg.norm(tree["w_dec"], axis=1, keepdims=True)
         code = ops.topk_encode(x - p.b_dec, p.w_enc, p.b_enc, k=k)
         residual, square = ops.decode_residual(code, p.w_dec, x, p.b_dec)
-        p, m, v, _ = ops.feature_update(x - p.b_dec, [Term(residual, code, mx.array(2 / n))], p, m, v, loss=mx.mean(square),
-                                        lr=1e-3, step=step, b_dec_to_input=True)
+        p, m, v, _ = ops.feature_update(
+            x - p.b_dec,
+            [Term(residual, code, mx.array(2 / n))],
+            p,
+            m,
+            v,
+            loss=mx.mean(square),
+            lr=1e-3,
+            step=step,
+            b_dec_to_input=True,
+        )
         mx.eval(tree, p, m, v)
         np.testing.assert_allclose(mx.mean(square).item(), loss.item(), rtol=1e-4)
     for name, got in zip(NAMES, p, strict=True):
         scale = mx.abs(tree[name]).max().item()
-        np.testing.assert_allclose(np.array(got), np.array(tree[name]), atol=1e-5 * max(scale, 1e-2), rtol=1e-5)
+        np.testing.assert_allclose(
+            np.array(got), np.array(tree[name]), atol=1e-5 * max(scale, 1e-2), rtol=1e-5
+        )
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
     args = problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1)
     for loss in (np.nan, np.inf):
         x, terms, params, m, v = mlx_args(*args)
-        p2, m2, v2, norm = ops.feature_update(x * np.nan, terms, params, m, v, loss=mx.array(loss), lr=0.1, step=1)
+        p2, m2, v2, norm = ops.feature_update(
+            x * np.nan, terms, params, m, v, loss=mx.array(loss), lr=0.1, step=1
+        )
         for got, want in zip((*p2, *m2, *v2), (*args[2], *args[3], *args[4]), strict=True):
             np.testing.assert_array_equal(np.array(got), want)
         assert np.isnan(norm.item())
@@ -153,8 +197,13 @@ print(hashlib.sha256(b"".join(np.array(a).tobytes() for a in (*p, *m, *v))).hexd
 
 def test_same_bits_in_every_run_and_with_every_number_of_threads():
     def run(threads):
-        out = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
-                             env={**os.environ, "MLXSAE_NUM_THREADS": str(threads)})
+        out = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "MLXSAE_NUM_THREADS": str(threads)},
+        )
         return out.stdout
 
     assert run(1) == run(1) == run(2) == run(5)
@@ -175,12 +224,22 @@ def test_malformed(change, message):
     x, terms, params, m, v = mlx_args(*problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1))
     args = dict(x=x, terms=terms, params=params, m=m, v=v, step=1) | change
     with pytest.raises(ValueError) as e:
-        ops.feature_update(args["x"], args["terms"], args["params"], args["m"], args["v"], loss=mx.array(1.0), lr=0.1,
-                           step=args["step"])
+        ops.feature_update(
+            args["x"],
+            args["terms"],
+            args["params"],
+            args["m"],
+            args["v"],
+            loss=mx.array(1.0),
+            lr=0.1,
+            step=args["step"],
+        )
     assert message in str(e.value)
 
 
 def test_no_derivative():
     x, terms, params, m, v = mlx_args(*problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1))
     with pytest.raises(ValueError, match="no derivative"):
-        mx.grad(lambda x: ops.feature_update(x, terms, params, m, v, loss=mx.array(1.0), lr=0.1, step=1)[3])(x)
+        mx.grad(lambda x: ops.feature_update(x, terms, params, m, v, loss=mx.array(1.0), lr=0.1, step=1)[3])(
+            x
+        )

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import oracle
+from mlxsae import SparseCode, ops, to_dense
 from tools import DTYPES, array, finite_difference, graph_of, numpy
 
-from mlxsae import SparseCode, ops, to_dense
-
-SHAPES = [(1, 1, 1, 1), (2, 31, 33, 1), (31, 33, 48, 48), (33, 1000, 31, 7), (64, 48, 1000, 32), (5, 32, 2, 2)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 31, 33, 1),
+    (31, 33, 48, 48),
+    (33, 1000, 31, 7),
+    (64, 48, 1000, 32),
+    (5, 32, 2, 2),
+]
 
 
 def problem(rng, n, d, d_sae, k, dtype):
@@ -86,20 +93,41 @@ def test_derivatives_of_every_argument():
     bias = rng.standard_normal(d)
     c1, c2, c3 = rng.standard_normal((n, d)), rng.standard_normal((n, k)), rng.standard_normal((d_sae, d))
     cases = [
-        (lambda v, w, b: ops.sparse_decode(SparseCode(v, code.indices), w, b),
-         lambda v, w, b: oracle.sparse_decode(v, i, w, b), [v, w64, bias], c1),
-        (lambda r, w: ops.gather_dot(r, w, code.indices), lambda r, w: oracle.gather_dot(r, w, i), [r64, w64], c2),
-        (lambda v, r: ops.sparse_outer(SparseCode(v, code.indices), r, d_sae=d_sae),
-         lambda v, r: oracle.sparse_outer(v, i, r, d_sae), [v, r64], c3),
-        (lambda v, w, y: ops.decode_residual(SparseCode(v, code.indices), w, y)[0],
-         lambda v, w, y: oracle.sparse_decode(v, i, w) - y, [v, w64, r64], c1),
+        (
+            lambda v, w, b: ops.sparse_decode(SparseCode(v, code.indices), w, b),
+            lambda v, w, b: oracle.sparse_decode(v, i, w, b),
+            [v, w64, bias],
+            c1,
+        ),
+        (
+            lambda r, w: ops.gather_dot(r, w, code.indices),
+            lambda r, w: oracle.gather_dot(r, w, i),
+            [r64, w64],
+            c2,
+        ),
+        (
+            lambda v, r: ops.sparse_outer(SparseCode(v, code.indices), r, d_sae=d_sae),
+            lambda v, r: oracle.sparse_outer(v, i, r, d_sae),
+            [v, r64],
+            c3,
+        ),
+        (
+            lambda v, w, y: ops.decode_residual(SparseCode(v, code.indices), w, y)[0],
+            lambda v, w, y: oracle.sparse_decode(v, i, w) - y,
+            [v, w64, r64],
+            c1,
+        ),
     ]
     for f, f64, args, c in cases:
         v_used = [a for a in args]
-        v_used = [np.where(a == 0, 0.7, a) if a is v else a for a in args]  # at 0 a slot is unused, not differentiable
+        v_used = [
+            np.where(a == 0, 0.7, a) if a is v else a for a in args
+        ]  # at 0 a slot is unused, not differentiable
         primals = [mx.array(a, mx.float32) for a in v_used]
         cot = mx.array(c, mx.float32)
-        grads = mx.grad(lambda *a, f=f, cot=cot: mx.sum(f(*a) * cot), argnums=list(range(len(primals))))(*primals)
+        grads = mx.grad(lambda *a, f=f, cot=cot: mx.sum(f(*a) * cot), argnums=list(range(len(primals))))(
+            *primals
+        )
         tangents = [mx.array(rng.standard_normal(a.shape), mx.float32) for a in v_used]
         (_,), (dot,) = mx.jvp(lambda *a, f=f: f(*a), primals, tangents)
         want_dot = mx.sum(dot * cot).item()
@@ -118,14 +146,26 @@ def test_vmap():
     cases = [
         (lambda c: ops.sparse_decode(c, w[0]), (batch,), lambda q: ops.sparse_decode(codes[q], w[0])),
         (ops.sparse_decode, (batch, ws), lambda q: ops.sparse_decode(codes[q], w[q])),
-        (lambda r, c: ops.gather_dot(r, w[0], c.indices), (rs, batch),
-         lambda q: ops.gather_dot(rows[q], w[0], codes[q].indices)),
-        (lambda r: ops.gather_dot(r, w[0], codes[0].indices), (rs,),
-         lambda q: ops.gather_dot(rows[q], w[0], codes[0].indices)),
-        (lambda c, r: ops.sparse_outer(c, r, d_sae=11), (batch, rs),
-         lambda q: ops.sparse_outer(codes[q], rows[q], d_sae=11)),
-        (lambda r: ops.sparse_outer(codes[1], r, d_sae=11), (rs,),
-         lambda q: ops.sparse_outer(codes[1], rows[q], d_sae=11)),
+        (
+            lambda r, c: ops.gather_dot(r, w[0], c.indices),
+            (rs, batch),
+            lambda q: ops.gather_dot(rows[q], w[0], codes[q].indices),
+        ),
+        (
+            lambda r: ops.gather_dot(r, w[0], codes[0].indices),
+            (rs,),
+            lambda q: ops.gather_dot(rows[q], w[0], codes[0].indices),
+        ),
+        (
+            lambda c, r: ops.sparse_outer(c, r, d_sae=11),
+            (batch, rs),
+            lambda q: ops.sparse_outer(codes[q], rows[q], d_sae=11),
+        ),
+        (
+            lambda r: ops.sparse_outer(codes[1], r, d_sae=11),
+            (rs,),
+            lambda q: ops.sparse_outer(codes[1], rows[q], d_sae=11),
+        ),
     ]
     for f, args, one in cases:
         out = mx.vmap(f)(*args)
@@ -156,8 +196,9 @@ def test_tokens_since_fired(dtype):
             got = run(ops.update_tokens_since_fired, mx.array(counts, mx.int32), code)
             assert got.dtype == mx.int32
             np.testing.assert_array_equal(np.array(got), want)
-    got = ops.update_tokens_since_fired(mx.zeros((31,), mx.int32), SparseCode(mx.zeros((2, 1)), mx.zeros((2, 1), mx.uint32)),
-                                        n_tokens=7)
+    got = ops.update_tokens_since_fired(
+        mx.zeros((31,), mx.int32), SparseCode(mx.zeros((2, 1)), mx.zeros((2, 1), mx.uint32)), n_tokens=7
+    )
     assert got.tolist() == [7] * 31
 
 
@@ -181,7 +222,10 @@ def test_an_index_out_of_range_is_an_error_when_evaluated():
         (lambda c, w: ops.sparse_outer(c, mx.zeros((5, 6)), d_sae=0), "d_sae must be positive"),
         (lambda c, w: ops.decode_residual(c, w, mx.zeros((5, 7))), "target must have shape [n, d_out]"),
         (lambda c, w: ops.update_tokens_since_fired(mx.zeros(20), c), "must be int32"),
-        (lambda c, w: ops.update_tokens_since_fired(mx.zeros(20, mx.int32), c, n_tokens=-1), "n_tokens must be at least 0"),
+        (
+            lambda c, w: ops.update_tokens_since_fired(mx.zeros(20, mx.int32), c, n_tokens=-1),
+            "n_tokens must be at least 0",
+        ),
     ],
 )
 def test_malformed(call, message):
@@ -193,8 +237,15 @@ def test_malformed(call, message):
 
 def test_backends_tell_what_runs():
     table = ops.backends()
-    assert set(table) == {"topk_encode", "sparse_decode", "gather_dot", "sparse_outer", "decode_residual",
-                          "feature_update", "tokens_since_fired"}
+    assert set(table) == {
+        "topk_encode",
+        "sparse_decode",
+        "gather_dot",
+        "sparse_outer",
+        "decode_residual",
+        "feature_update",
+        "tokens_since_fired",
+    }
     assert all(row["cpu"].startswith("kernel (") for row in table.values())
     with ops.plain():
         assert all(row["cpu"] == "fallback" for row in ops.backends().values())

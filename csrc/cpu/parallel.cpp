@@ -34,7 +34,10 @@ int default_threads() {
   return n_hw ? static_cast<int>(n_hw) : 1;
 }
 
-/** A fixed team that sleeps between jobs. One job at a time; a job from inside a job runs on its own thread alone. */
+/**
+ * A fixed team that sleeps between jobs. Its caller waits for those threads only that took part, so a worker that the
+ * system lets wait for a core holds nobody up. A job from inside a job, or beside one, runs on its own thread alone.
+ */
 class Team {
  public:
   explicit Team(int n) {
@@ -48,29 +51,38 @@ class Team {
     wake_.notify_all();
     for (auto& w : workers_) w.join();
   }
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  void run(int64_t n, const std::function<void(int64_t, int)>& task) {
-    std::lock_guard one_job(job_mutex_);
+  /** False where the team is busy with another caller's job. */
+  bool run(int64_t n, const std::function<void(int64_t, int)>& task) {
+    std::unique_lock one_job(job_mutex_, std::try_to_lock);
+    if (!one_job) return false;
     {
       std::lock_guard lock(mutex_);
       task_ = &task;
       n_ = n;
       next_.store(0, std::memory_order_relaxed);
-      running_ = static_cast<int>(workers_.size());
       error_ = nullptr;
+      open_ = true;
       ++job_;
     }
     wake_.notify_all();
     work(0);
     std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
+    open_ = false;
+    done_.wait(lock, [this] { return inside_ == 0; });
     if (error_) std::rethrow_exception(error_);
+    return true;
+  }
+
+  /** Whether this thread is running a task. */
+  static bool& busy() {
+    static thread_local bool flag = false;
+    return flag;
   }
 
  private:
   void work(int worker) {
-    inside() = true;
+    busy() = true;
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_;) {
       try {
         (*task_)(i, worker);
@@ -80,38 +92,32 @@ class Team {
         next_.store(n_, std::memory_order_relaxed);
       }
     }
-    inside() = false;
+    busy() = false;
   }
   void loop(int worker) {
     uint64_t seen = 0;
+    std::unique_lock lock(mutex_);
     for (;;) {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return stop_ || job_ != seen; });
+      wake_.wait(lock, [&] { return stop_ || (open_ && job_ != seen); });
       if (stop_) return;
       seen = job_;
+      ++inside_;
       lock.unlock();
       work(worker);
       lock.lock();
-      if (--running_ == 0) done_.notify_one();
+      if (--inside_ == 0) done_.notify_one();
     }
   }
 
- public:
-  static bool& inside() {
-    static thread_local bool flag = false;
-    return flag;
-  }
-
- private:
   std::vector<std::thread> workers_;
   std::mutex job_mutex_, mutex_;
   std::condition_variable wake_, done_;
   const std::function<void(int64_t, int)>* task_ = nullptr;
   int64_t n_ = 0;
   std::atomic<int64_t> next_{0};
-  int running_ = 0;
+  int inside_ = 0;
   uint64_t job_ = 0;
-  bool stop_ = false;
+  bool open_ = false, stop_ = false;
   std::exception_ptr error_;
 };
 
@@ -151,11 +157,9 @@ void set_num_threads(int n) {
 
 void parallel_for(int64_t n, const std::function<void(int64_t, int)>& task) {
   if (n <= 0) return;
-  if (n == 1 || Team::inside() || num_threads() == 1) {
-    for (int64_t i = 0; i < n; ++i) task(i, 0);
-    return;
-  }
-  get_team().run(n, task);
+  bool alone = n == 1 || Team::busy() || num_threads() == 1;
+  if (!alone && get_team().run(n, task)) return;
+  for (int64_t i = 0; i < n; ++i) task(i, 0);
 }
 
 }  // namespace mlxsae::cpu

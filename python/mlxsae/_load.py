@@ -10,7 +10,11 @@ _EXTRAS = 'pip install "mlxsae[cpu]" (or "mlxsae[cuda13]" on a machine with an N
 
 
 def _mlx_advice() -> str:
-    return f"Install it: pip install mlx=={MLX_VERSION}" if sys.platform == "darwin" else f"Install one: {_EXTRAS}"
+    return (
+        f"Install it: pip install mlx=={MLX_VERSION}"
+        if sys.platform == "darwin"
+        else f"Install one: {_EXTRAS}"
+    )
 
 
 def _import_mlx() -> None:
@@ -18,10 +22,14 @@ def _import_mlx() -> None:
         import mlx.core  # noqa: F401  registers mlx.core.array, and loads the libmlx that _ext links to
     except ImportError as e:
         if sys.platform == "linux":
-            have = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
+            have = {
+                d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]
+            }
             if not have & {"mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"}:
                 raise ImportError(f"On Linux, MLX has no backend of its own. {_EXTRAS}.") from e
-        raise ImportError(f"mlxsae needs mlx {MLX_VERSION}, which does not import: {e}. {_mlx_advice()}.") from e
+        raise ImportError(
+            f"mlxsae needs mlx {MLX_VERSION}, which does not import: {e}. {_mlx_advice()}."
+        ) from e
 
 
 def _check_version() -> None:

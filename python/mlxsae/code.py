@@ -40,6 +40,8 @@ def to_dense(code: SparseCode, d_sae: int) -> mx.array:
     """
     values, indices = code
     if values.shape != indices.shape:
-        raise ValueError(f"[to_dense] values and indices must have one shape but got {values.shape} and {indices.shape}.")
+        raise ValueError(
+            f"[to_dense] values and indices must have one shape but got {values.shape} and {indices.shape}."
+        )
     dense = mx.zeros((*values.shape[:-1], d_sae), values.dtype)
     return mx.put_along_axis(dense, indices.astype(mx.uint32), values, axis=-1)

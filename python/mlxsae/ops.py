@@ -144,7 +144,12 @@ def update_tokens_since_fired(
 
 
 def decode_residual(
-    code: SparseCode, w_dec: mx.array, target: mx.array, b_dec: mx.array | None = None, *, stream: Stream = None
+    code: SparseCode,
+    w_dec: mx.array,
+    target: mx.array,
+    b_dec: mx.array | None = None,
+    *,
+    stream: Stream = None,
 ) -> tuple[mx.array, mx.array]:
     r"""Decode, residual and squared error in one pass.
 

@@ -16,7 +16,14 @@ from mlxsae.metrics.functions import (
     l0,
     nmse,
 )
-from mlxsae.metrics.streaming import Evaluation, FireCounter, LossRecovered, Reconstruction, Throughput, evaluate
+from mlxsae.metrics.streaming import (
+    Evaluation,
+    FireCounter,
+    LossRecovered,
+    Reconstruction,
+    Throughput,
+    evaluate,
+)
 
 __all__ = [
     "Evaluation",

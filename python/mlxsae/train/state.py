@@ -59,7 +59,7 @@ class TrainState:
         """The state that :meth:`to_files` gave, for the same SAE and optimiser as this state."""
         mine = dict(tree_flatten(self.arrays))
         for name in sorted(mine.keys() | arrays.keys()):
-            a, b = (side[name] if name in side else None for side in (mine, arrays))
+            a, b = (side.get(name) for side in (mine, arrays))
             if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
                 shown = ["nothing" if s is None else f"{s.dtype} {s.shape}" for s in (a, b)]
                 raise ValueError(f"[resume] {name} must be {shown[0]} for this SAE but the checkpoint has {shown[1]}.")

@@ -1,4 +1,5 @@
-"""What a trainer and an evaluator both measure: sparsity, reconstruction, dead latents, loss recovered, speed.
+"""What a trainer and an evaluator both measure: sparsity, reconstruction, dead latents, loss recovered,
+speed.
 
 The functions return MLX scalars and never synchronise; the accumulators stream over any number of batches,
 keep float64 sums on the host and synchronise once per batch.
@@ -16,7 +17,14 @@ from mlxsae.metrics.functions import (
     l0,
     nmse,
 )
-from mlxsae.metrics.streaming import Evaluation, FireCounter, LossRecovered, Reconstruction, Throughput, evaluate
+from mlxsae.metrics.streaming import (
+    Evaluation,
+    FireCounter,
+    LossRecovered,
+    Reconstruction,
+    Throughput,
+    evaluate,
+)
 
 __all__ = [
     "Evaluation",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from mlxsae.train.activations import train_sae_from_activations
 from mlxsae.train.callbacks import Callback, ProgressBar
 from mlxsae.train.config import LossConfig, OptimizerConfig, SAEConfig, TrainConfig
-from mlxsae.train.loop import FitResult, NonFiniteError, Run, fit
 from mlxsae.train.initial import geometric_median
+from mlxsae.train.loop import FitResult, NonFiniteError, Run, fit
 from mlxsae.train.schedules import warmup_decay
 from mlxsae.train.state import TrainState
 

@@ -63,29 +63,34 @@ class _Writer:
     def __init__(self, rng: random.Random, split: Split) -> None:
         self.rng = rng
         self.held = split == "held_out"
-        self.people = self.draw("pair", lambda: rng.sample(w.PEOPLE, 2), key=lambda pair: [sorted(pair)])
+        self.people = rng.sample(w.PEOPLE, 2)
         self.objects = rng.sample(list(w.OBJECTS), len(w.OBJECTS))  # none plays two parts in a document
 
-    def draw(
-        self, kind: str, choose: Callable[[], T], key: Callable[[T], Iterable[Sequence[str]]] | None = None
-    ) -> T:
-        """Choose until all combinations (by default the choice itself is the one) belong to the split."""
-        key = key or (lambda choice: (choice,))  # type: ignore[return-value]
+    def draw(self, choose: Callable[[], T], held: Callable[[T], bool]) -> T:
+        """Choose until the choice belongs to the split."""
         for _ in range(1000):
-            choice = choose()
-            if all(w.held_out(kind, *combination) == self.held for combination in key(choice)):
+            if held(choice := choose()) == self.held:
                 return choice
-        raise _Exhausted(kind)
+        raise _Exhausted
 
     def things(self, kind: str, values: Sequence[str]) -> list[tuple[str, str]]:
-        """Two (thing, value) pairs with things that no other episode of the document has used."""
-
-        def choose() -> list[tuple[str, str]]:
-            return list(zip(self.rng.sample(self.objects, 2), self.rng.sample(values, 2), strict=True))
-
-        pairs = self.draw(kind, choose, key=lambda pairs: pairs)
+        """Two (thing, value) pairs, the things used by no other episode of the document."""
+        pairs = self.draw(
+            lambda: list(zip(self.rng.sample(self.objects, 2), self.rng.sample(values, 2), strict=True)),
+            held=lambda pairs: w.held_out(kind, *pairs[0], *pairs[1]),
+        )
         self.objects = [thing for thing in self.objects if thing not in dict(pairs)]
         return pairs
+
+    def phrased(self, facts: dict[str, Iterable[str]]) -> tuple[str, str]:
+        """A phrasing and a fact: `facts` gives for each group of phrasings the facts that it can tell."""
+
+        def choose() -> tuple[str, str, str]:
+            phrasings = self.rng.choice([group for group in facts for _ in group])
+            return phrasings, self.rng.choice(phrasings), self.rng.choice(list(facts[phrasings]))
+
+        _, phrasing, fact = self.draw(choose, held=lambda c: w.held_phrasing(c[2], c[0]) == c[1])
+        return phrasing, fact
 
     def other(self, words: Iterable[str], *taken: str) -> str:
         return self.rng.choice([word for word in words if word not in taken])
@@ -100,7 +105,8 @@ class _Writer:
         rng, e = self.rng, Episode()
         a, b = rng.sample(self.people, 2)
         giver, taker = rng.sample(self.people, 2)
-        place, gift = rng.choice(w.PLACES), self.objects.pop()
+        place = self.draw(lambda: rng.choice(w.PLACES), held=lambda place: w.held_out(*sorted((a, b)), place))
+        gift = self.objects.pop()
         if rng.random() < 0.3:
             gift = f"{rng.choice(w.COLOURS)} {gift}"
         openings = (
@@ -152,7 +158,7 @@ class _Writer:
         """One person goes somewhere, sees an animal, and is inside or outside as the place says."""
         rng, e = self.rng, Episode()
         name = rng.choice(self.people)
-        place = self.draw("outing", lambda: rng.choice(w.PLACES), key=lambda place: [(name, place)])
+        place = self.draw(lambda: rng.choice(w.PLACES), held=lambda place: w.held_out(name, place))
         pronoun, wrong = self.pronoun(name), "He" if name in w.WOMEN else "She"
         e.say(f"{name} went to the {place} .").answer("pronoun", pronoun, wrong)
         if rng.random() < 0.6:
@@ -169,11 +175,10 @@ class _Writer:
         rng, e = self.rng, Episode()
         between = rng.choice((0, 1, 1, 1, 2))  # none: a relative clause with a person stands there
 
-        def choose() -> tuple[list[str], str]:
-            return rng.sample(list(w.PLURALS), 1 + between), rng.choice(w.PEOPLE)
-
-        lemmas, name = self.draw(
-            "agreement", choose, key=lambda c: [(c[0][0], other) for other in c[0][1:] or [c[1]]]
+        name = rng.choice(w.PEOPLE)
+        lemmas = self.draw(
+            lambda: rng.sample(list(w.PLURALS), 1 + between),
+            held=lambda lemmas: w.held_out("agreement", lemmas[0], lemmas[1] if between else name),
         )
         plural = [rng.random() < 0.5 for _ in lemmas]
         nouns = [w.PLURALS[n] if p else n for n, p in zip(lemmas, plural, strict=True)]
@@ -194,14 +199,7 @@ class _Writer:
         """A country and its capital, either way round, in several phrasings."""
         rng, e = self.rng, Episode()
 
-        def choose() -> tuple[str, str]:
-            shape = rng.choice(
-                "abcdefg"
-            )  # the first three ask for a city, two for a country, two for a continent
-            places = w.CAPITALS if shape in "abc" else w.COUNTRY_OF if shape in "de" else w.CONTINENT_OF
-            return rng.choice(list(places)), shape
-
-        place, shape = self.draw("capital", choose)
+        shape, place = self.phrased({"abc": w.CAPITALS, "de": w.COUNTRY_OF, "fg": w.CONTINENT_OF})
         country = w.COUNTRY_OF.get(place, place)
         city, name = w.CAPITALS[country], rng.choice(w.PEOPLE)
         strange = self.other(w.CAPITALS, country)
@@ -231,7 +229,7 @@ class _Writer:
             noun = rng.choice(list(w.CATEGORIES))
             return noun, self.other([n for n in w.CATEGORIES if w.CATEGORIES[n] == w.CATEGORIES[noun]], noun)
 
-        noun, like = self.draw("category", choose)
+        noun, like = self.draw(choose, held=lambda pair: w.held_out("category", *pair))
         kind = w.CATEGORIES[noun]
         e.say(f"A {noun} , like a {like} , is a" if self.held or rng.random() < 0.5 else f"A {noun} is a")
         return e.answer("category", kind, self.other(sorted(set(w.CATEGORIES.values())), kind)).say(".")
@@ -239,7 +237,7 @@ class _Writer:
     def opposite(self) -> Episode:
         """Who is not big is small."""
         rng, e = self.rng, Episode()
-        adjective, shape = self.draw("opposite", lambda: (rng.choice(w.ADJECTIVES), rng.choice("abc")))
+        shape, adjective = self.phrased({"abc": w.ADJECTIVES})
         answer = ("opposite", w.OPPOSITES[adjective], adjective)
         match shape:
             case "a":
@@ -264,7 +262,7 @@ class _Writer:
             starts = [i for i in range(len(w.NUMBERS)) if 0 <= i + 2 * step < len(w.NUMBERS)]
             return mode, w.NUMBERS[rng.choice(starts)]
 
-        mode, first = self.draw("counting", choose)
+        mode, first = self.draw(choose, held=lambda start: w.held_out("counting", *start))
         step, i = STEPS[mode], w.NUMBERS.index(first)
         e.say(f"Count {mode} : {first}")
         for n in range(rng.randint(2, 4)):
@@ -346,8 +344,10 @@ def documents(n: int, seed: int, split: Split = "train") -> Iterator[list[str]]:
     """
     _check(split)
     rng = random.Random(f"{split} {seed}")
-    for _ in range(n):
-        yield [word for episode in _document(rng, split) for word in episode.words]
+    while n > 0:
+        if words := [word for episode in _document(rng, split) for word in episode.words]:
+            yield words
+            n -= 1
 
 
 def texts(n: int, seed: int, split: Split = "train") -> list[str]:
@@ -365,7 +365,7 @@ def prompts(task: str, split: Split = "held_out", n: int = 200, seed: int = 0) -
         raise ValueError(f"[tiny.prompts] task must be one of {', '.join(TASKS)} but got {task!r}.")
     rng = random.Random(f"{split} {task} {seed}")
     found: dict[str, Prompt] = {}
-    for _ in range(100 * n):  # a task with few combinations has fewer than n prompts
+    for _ in range(20 * n):  # a task with few combinations has fewer than n prompts
         writer = _Writer(rng, split)
         for kind in TASKS[task]:
             try:
@@ -375,7 +375,7 @@ def prompts(task: str, split: Split = "held_out", n: int = 200, seed: int = 0) -
             for slot in episode.slots:
                 if slot.task == task and len(found) < n:
                     text = w.detokenize(episode.words[: slot.position])
-                    found[text] = Prompt(text, episode.words[slot.position], slot.wrong)
+                    found.setdefault(text, Prompt(text, episode.words[slot.position], slot.wrong))
         if len(found) >= n:
             break
     return list(found.values())

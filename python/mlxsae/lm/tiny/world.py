@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from hashlib import sha256
 
 WOMEN = ("Anna", "Clara", "Emma", "Julia", "Lucy", "Maria", "Nora", "Sara")
@@ -86,12 +87,27 @@ VOCABULARY: tuple[str, ...] = _vocabulary()
 TOKEN_ID: dict[str, int] = {word: i for i, word in enumerate(VOCABULARY)}
 
 
+@cache
+def _hash(*words: str) -> int:
+    return sha256("+".join(words).encode()).digest()[0]
+
+
 def held_out(*combination: str) -> bool:
-    """Whether a combination (two people, a phrasing and a country, ...) is kept out of training: one in eight.
+    """Whether a combination (two people and a place, a subject and a noun, ...) is kept out of training: one in eight.
 
     A hash decides, not a seed: every training run, whatever its seed, has never seen the same combinations.
     """
-    return sha256("+".join(combination).encode()).digest()[0] % 8 == 0
+    return _hash(*combination) % 8 == 0
+
+
+def held_phrasing(fact: str, phrasings: str) -> str | None:
+    """The phrasing (one letter of `phrasings`) in which training never tells a fact; every other fact has one.
+
+    The fact is always told in the other phrasings, so it can be known, but its use in this one must be worked out.
+    """
+    return (phrasings + "-" * len(phrasings))[_hash(fact, phrasings) % (2 * len(phrasings))].replace(
+        "-", ""
+    ) or None
 
 
 def detokenize(words: list[str]) -> str:

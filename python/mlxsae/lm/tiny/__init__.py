@@ -2,7 +2,7 @@
 
 `folder` is an mlx-lm model folder. `texts` and `prompts` speak the language, `labelled` gives tokens with their ground
 truth in the columns of `CONCEPTS`. ``python -m mlxsae.lm.tiny.train`` makes the model again and
-``python -m mlxsae.lm.tiny.evaluate`` asks it what it knows. Only those two modules import mlx.
+``python -m mlxsae.lm.tiny.evaluation`` asks it what it knows. Only those two modules import mlx.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def folder() -> Path:
 
 def __getattr__(name: str) -> Any:
     if name == "evaluate":  # imports mlx
-        from .evaluate import evaluate
+        from .evaluation import evaluate
 
         return evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import world as w
-from .language import CONTEXT, Split, documents
+from .language import Split, documents, token_rows
 
 
 class Concept(NamedTuple):
@@ -28,10 +28,7 @@ _WORDS: dict[str, tuple[str, Iterable[str]]] = {
     "man": ("a man's name", w.MEN),
     "country": ("a country", w.CAPITALS),
     "city": ("a capital city", w.COUNTRY_OF),
-    "in_europe": ("a country or city of Europe", [p for p, c in w.CONTINENT_OF.items() if c == "Europe"]),
-    "in_asia": ("a country or city of Asia", [p for p, c in w.CONTINENT_OF.items() if c == "Asia"]),
-    "in_africa": ("a country or city of Africa", [p for p, c in w.CONTINENT_OF.items() if c == "Africa"]),
-    "in_america": ("a country or city of America", [p for p, c in w.CONTINENT_OF.items() if c == "America"]),
+    "continent": ("a continent", w.CONTINENTS),
     "colour": ("a colour", w.COLOURS),
     "quality": ("an adjective that has an opposite", w.ADJECTIVES),
     "object": ("an object, singular", w.OBJECTS),
@@ -43,26 +40,38 @@ _WORDS: dict[str, tuple[str, Iterable[str]]] = {
     "container": ("a container", w.CONTAINERS),
     "indoor_place": ("a room", w.INDOORS),
     "outdoor_place": ("a place under the sky", w.OUTDOORS),
+    "place": ("a room or a place under the sky", w.PLACES),
     "kind": ("the word for a kind of thing: creature, fruit, tool, thing", set(w.CATEGORIES.values())),
     "number": ("a number", w.NUMBERS),
+    "frame_word": ("When, After, While", w.FRAME_WORDS),
     "giving_verb": ("a verb that hands something over", w.GIVING_VERBS),
     "place_preposition": ("near, behind, under, beside, above", w.PREPOSITIONS),
     "plural_verb": ("a verb in the plural", w.AGREEING_VERBS.values()),
-    "ordinary_plural_verb": (
-        "a plural verb other than are and were",
-        [*w.ANIMAL_VERBS.values(), *w.OBJECT_VERBS.values()],
-    ),
+    "relative_verb": ("the verb of a relative clause: likes, sees", w.RELATIVE_VERBS),
     "staying_verb": ("what people do in a place: played, sang, rested", w.STAYING_VERBS),
+    "cooking_verb": ("what people do with food: ate, cooked, bought", w.COOKING_VERBS),
+    "day": ("a day of the week", w.DAYS),
+    "day_part": ("a part of the day", w.DAY_PARTS),
+    "weather": ("a word for the weather", w.WEATHER),
+    "job": ("a job", w.JOBS),
+    "food": ("a food", w.FOODS),
+    "meal": ("a meal", w.MEALS),
+    "feeling": ("a feeling", w.FEELINGS),
+    "vehicle": ("a vehicle", w.VEHICLES),
+    "instrument": ("a musical instrument", w.INSTRUMENTS),
+    "manner": ("an adverb of manner", w.MANNERS),
+    "material": ("a material", w.MATERIALS),
 }
 
 _CONTEXT: dict[str, str] = {
     # giving
-    "frame_clause": "inside the clause that When, After or While opens",
-    "frame_comma": "the comma that ends such a clause: the giver's name must follow",
+    "first_of_pair": "the person named right after When, After or While",
     "and_of_people": "'and' between two people who act together",
     "second_of_pair": "the second name of two people who act together",
+    "place_of_pair": "the place where two people are or go",
+    "frame_comma": "the comma that ends a clause with When, After or While: the giver must follow",
     "giver": "the person who gives, as subject of the giving sentence",
-    "giving_phrase": "from the verb of giving to the thing given",
+    "the_before_gift": "'the' that the thing given must follow, maybe after its colour",
     "gift": "the thing given",
     "to_recipient": "'to' in a giving sentence: the other person must follow",
     "recipient": "the person given to",
@@ -71,64 +80,88 @@ _CONTEXT: dict[str, str] = {
     "thankful": "the person named after 'Then': the one who was given something",
     "thanked_person": "the person who is thanked",
     "new_owner": "the person named after 'Now': the one who was given something",
-    # people, things and places of the story
+    # people, things and places of a story
     "name_again": "a person already named in this document",
-    "name_new": "a person named for the first time in this document",
     "object_again": "an object already mentioned in this document",
     "to_place": "'to' after a verb of going: a place must follow",
     "the_before_place": "'the' that a room or an outdoor place must follow",
+    "in_before_container": "'in' that a container must follow",
     "the_before_container": "'the' that a container must follow",
     "the_before_known_container": "'the' that the container must follow in which the thing was put",
     "container_again": "the container in which the thing is found",
+    "the_before_found": "'the' that a hidden thing must follow",
     "found_object": "the thing that is found where it was put",
+    "place_of_outing": "the place of an outing, which says whether one is inside or outside",
     "outdoors_now": "an outing has reached a place outdoors and is not over",
     "indoors_now": "an outing has reached a room and is not over",
     "outside_next": "a staying verb in an outing outdoors: 'outside' must follow",
     "inside_next": "a staying verb in an outing to a room: 'inside' must follow",
     "she_next": "a full stop that 'She' must follow",
     "he_next": "a full stop that 'He' must follow",
-    "belongings": "inside the sentence that says who has which coloured thing",
-    "and_of_clauses": "'and' between two clauses",
+    "a_before_seen": "'a' that an adjective and an animal must follow",
+    "quality_of_seen": "the adjective of an animal that somebody saw",
+    "animal_seen": "the animal that somebody saw",
+    "a_before_owned": "'a' that the colour of a thing somebody has must follow",
+    "owned_colour": "the colour of a thing somebody has, told for the first time",
+    "owned_object": "the thing somebody has, after its colour",
+    "and_of_clauses": "'and' between two clauses: the other owner must follow",
+    "second_owner": "the owner in the second clause",
     "is_before_known_colour": "'is' after a thing whose colour was told: that colour must follow",
     "known_colour": "the colour of a thing, told before and said again",
     "to_owner": "'to' in 'belongs to': the owner must follow",
     "owner": "the person something belongs to, told before",
     "is_before_where": "'is' after a thing of which nothing is known: where it lies must follow",
+    "the_before_day_part": "'the' that a part of the day must follow",
+    "it_of_weather": "'it' that stands for nothing: the weather will follow",
+    "was_before_weather": "'was' that the weather must follow",
+    "by_before_vehicle": "'by' that a vehicle must follow",
+    "the_before_instrument": "'the' that an instrument must follow",
     # capitals
     "geography": "inside a sentence about a country, a city or a continent",
+    "in_before_country": "'in' or 'from' or 'to' that a country or city must follow",
+    "of_before_any_country": "'of' in 'The capital of': some country must follow",
     "city_next": "the country was named and its capital must follow",
     "country_next": "the city was named and its country must follow",
     "continent_next": "a place was named and its continent must follow",
     "city_told": "a capital named after its country",
     "country_told": "a country named after its capital",
+    "and_before_saw": "'and' between two verbs: 'saw' must follow",
     "saw_verb": "'saw' as the past of 'see', not the tool",
     "tool": "a tool ('saw' only where it is one)",
     # agreement
     "plural_subject": "a plural subject still waits for its verb",
     "singular_subject": "a singular subject still waits for its verb",
+    "the_before_noun_between": "'the' after a preposition between a subject and its verb: a noun must follow",
     "noun_between": "a noun between a subject and its verb",
     "singular_between_plural": "a singular noun between a plural subject and its verb",
     "plural_between_singular": "a plural noun between a singular subject and its verb",
-    "relative_clause": "inside a relative clause",
-    "colour_predicate": "a colour after is, are, was or were",
-    "colour_attribute": "a colour before its noun",
+    "relative_person": "the person in a relative clause",
+    "colour_predicate": "a colour after is, are, was or were, not told before",
+    "quality_predicate": "an adjective after is, are, was or were in a sentence without a denial",
     # lists
     "counting_up": "counting up",
     "counting_down": "counting down",
     "counting_by_two": "counting by two",
     "counting_comma": "the comma between two numbers",
+    "number_counted": "a number in a count",
+    "number_of_coins": "a number that tells a price",
+    "coins_of_price": "'coins' as money, not as objects",
     "list_first_time": "a word of a list that will have to be repeated",
     "list_repeated": "a word of a list that is being repeated",
     "list_complete": "the last word of a repeated list: a full stop must follow",
     "stop_before_repeat": "the full stop after which a list must be repeated",
     # definitions
-    "kind_next": "'a' that the kind of the thing must follow",
+    "like_comma": "the comma before 'like'",
     "compared": "the noun that another is likened to",
-    "negated": "a quality that is denied",
-    "opposite_next": "'is' that the opposite of a quality named before must follow",
-    "opposite_told": "a quality, told after its opposite",
+    "a_before_kind": "'a' that the kind of the thing must follow",
+    "a_before_job": "'a' that a job must follow",
+    "of_before_material": "'of' that a material must follow",
+    "of_before_quality": "'of' in 'The opposite of': an adjective must follow",
+    "negated": "an adjective that is denied",
+    "denial_comma": "the comma after a denial: 'it is' must follow",
+    "opposite_next": "'is' that the opposite of the adjective named before must follow",
+    "opposite_told": "an adjective, told after its opposite",
     # document
-    "first_sentence": "the first sentence of the document",
     "stop_in_story": "a full stop in a story",
     "stop_in_lesson": "a full stop in a lesson",
 }
@@ -156,8 +189,6 @@ class _Reader:
         self.sentence: list[str] = []
         self.kind = ""  # of this sentence, as soon as it shows
         self.last_kind = ""  # of the sentence before
-        self.sentences = 0
-        self.story = False
         self.named: set[str] = set()
         self.mentioned: set[str] = set()
         self.colour_of: dict[str, str] = {}
@@ -169,95 +200,78 @@ class _Reader:
 
     def read(self, word: str) -> set[str]:
         previous = self.sentence[-1] if self.sentence else ""
-        before = self.sentence[-2] if len(self.sentence) > 1 else ""
         carried: set[str] = set()
         self._recognise(word, previous)
-        getattr(self, "_" + self.kind, self._nothing)(word, previous, before, carried)
-        self._anywhere(word, previous, before, carried)
+        if rule := getattr(self, "_" + self.kind, None):
+            rule(word, previous, carried)
+        self._anywhere(word, previous, carried)
         self.sentence.append(word)
         if word == ".":
             self._end(carried)
         return carried
 
-    def _nothing(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        pass
-
     def _recognise(self, word: str, previous: str) -> None:
         """Settle the kind of the sentence as soon as its words allow."""
         match len(self.sentence):
-            case 0 if self.last_kind == "say":
-                self.kind = "repeat"
             case 0:
-                self.kind = (
-                    "frame" if word in w.FRAME_WORDS
-                    else "geography" if word in w.CONTINENT_OF
-                    else {"Count": "counting", "Say": "say", "A": "definition", "Then": "thanks", "Now": "possession",
-                          "He": "pronoun", "She": "pronoun"}.get(word, "")
-                )  # fmt: skip
+                self.kind = _FIRST_WORD.get(word, "") if self.last_kind != "say" else "repeat"
                 if self.kind == "pronoun" and not self.place:
                     self.kind = "opposite"
-            case 1 if previous in w.PEOPLE and not self.kind:
-                self.kind = (
-                    "giving" if word in w.GIVING_VERBS
-                    else {"and": "meeting", "has": "belongings", "went": "outing", "found": "finding",
-                          "is": "opposite"}.get(word, "geography")
-                )  # fmt: skip
+            case 1 if previous in w.PEOPLE:
+                self.kind = _SECOND_WORD.get(word, "geography")
             case 1 if previous == "The":
-                self.kind = (
-                    "owning"
-                    if word in w.COLOURS
-                    else {"capital": "geography", "opposite": "opposite"}.get(word, "")
-                )
-            case 2 if not self.kind:
+                self.kind = "owning" if word in w.COLOURS else _AFTER_THE.get(word, "")
+            case 2 if self.sentence[0] == "The" and not self.kind:
                 if word in w.PREPOSITIONS or word == "that":
                     self.kind = "agreement"
+                elif word == "cost":
+                    self.kind = "price"
                 elif word == "is":
-                    self.kind = (
-                        "opposite"
-                        if previous in w.ANIMALS
-                        else "colour"
-                        if previous in self.colour_of
-                        else "hiding"
-                    )
+                    told = previous in self.colour_of
+                    self.kind = "opposite" if previous in w.ANIMALS else "colour" if told else "hiding"
+            case 2 if self.kind == "definition" and word == "costs":
+                self.kind = "price"
+            case 3 if self.kind == "definition" and word == "made":
+                self.kind = "stuff"
+            case 2 if self.kind == "opposite" and self.sentence[0] in w.PEOPLE and word == "a":
+                self.kind = "job"
 
-    def _anywhere(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        if self.sentences == 0:
-            carried.add("first_sentence")
+    def _anywhere(self, word: str, previous: str, carried: set[str]) -> None:
+        """Concepts that do not belong to one kind of sentence."""
         if word in w.PEOPLE:
-            carried.add("name_again" if word in self.named else "name_new")
+            if word in self.named:
+                carried.add("name_again")
             self.named.add(word)
             if not self.sentence and self.last_kind == "meeting":
                 carried.add("giver")
-        if word in w.OBJECTS and self.kind not in ("say", "repeat", "definition", "agreement"):
+        if word in w.OBJECTS and self.kind in _STORIES:
             if word in self.mentioned:
                 carried.add("object_again")
             self.mentioned.add(word)
-        if word in w.COLOURS:
-            if previous in ("a", "the", "The"):
-                carried.add("colour_attribute")
-            elif previous in w.COPULAS or previous in w.COPULAS.values():
-                carried.add("colour_predicate")
-        if word in w.TOOLS and not (word == "saw" and self.kind in ("geography", "pronoun")):
-            carried.add("tool")
-        elif word == "saw":
+        if word == "saw" and self.kind in ("geography", "pronoun"):
             carried.add("saw_verb")
-        opens = previous == "The" or self.kind == "owning"
-        if opens and (word in w.PLURALS or word in w.PLURALS.values()):
+        elif word in w.TOOLS:
+            carried.add("tool")
+        verb = word in w.AGREEING_VERBS or word in w.AGREEING_VERBS.values() or word in ("belongs", "cost")
+        if (previous == "The" or self.kind == "owning") and (word in w.PLURALS or word in w.PLURALS.values()):
             self.subject = word
-        elif word in w.AGREEING_VERBS or word in w.AGREEING_VERBS.values() or word == "belongs":
+        elif verb:
             self.subject = ""
         if self.subject:
             carried.add("singular_subject" if self.subject in w.PLURALS else "plural_subject")
 
-    def _frame(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    # ---- one method for each kind of sentence
+
+    def _frame(self, word: str, previous: str, carried: set[str]) -> None:
         if word == ",":
             carried.add("frame_comma")
             self.kind = "giving"
-            return
-        carried.add("frame_clause")
-        self._pair(word, previous, carried)
+        elif previous in w.FRAME_WORDS:
+            carried.add("first_of_pair")
+        else:
+            self._pair(word, previous, carried)
 
-    def _meeting(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _meeting(self, word: str, previous: str, carried: set[str]) -> None:
         self._pair(word, previous, carried)
         if word == ".":
             carried.add("stop_after_meeting")
@@ -267,49 +281,61 @@ class _Reader:
             carried.add("and_of_people")
         elif previous == "and":
             carried.add("second_of_pair")
-        elif word == "to":
+        elif word in w.PLACES:
+            carried.add("place_of_pair")
+        else:
+            self._going(word, carried)
+
+    def _going(self, word: str, carried: set[str]) -> None:
+        if word == "to":
             carried.add("to_place")
         elif word == "the":
             carried.add("the_before_place")
 
-    def _giving(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _giving(self, word: str, previous: str, carried: set[str]) -> None:
         if previous == ",":
             carried.add("giver")
+        elif word == "the":
+            carried.add("the_before_gift")
         elif word == "to":
             carried.add("to_recipient")
         elif previous == "to":
             carried.add("recipient")
+        elif word in w.OBJECTS:
+            carried.add("gift")
         elif word == ".":
             carried.add("stop_after_giving")
-        else:
-            carried.add("giving_phrase")
-            if word in w.OBJECTS:
-                carried.add("gift")
 
-    def _thanks(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _thanks(self, word: str, previous: str, carried: set[str]) -> None:
         if previous == "Then":
             carried.add("thankful")
         elif previous == "thanked":
             carried.add("thanked_person")
 
-    def _possession(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _possession(self, word: str, previous: str, carried: set[str]) -> None:
         if previous == "Now":
             carried.add("new_owner")
 
-    def _belongings(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        carried.add("belongings")
-        if word == "and":
-            carried.add("and_of_clauses")
+    def _belongings(self, word: str, previous: str, carried: set[str]) -> None:
+        if word == "a":
+            carried.add("a_before_owned")
+        elif word in w.COLOURS:
+            carried.add("owned_colour")
         elif word in w.OBJECTS:
+            carried.add("owned_object")
             self.colour_of[word] = previous
+        elif word == "and":
+            carried.add("and_of_clauses")
+        elif previous == "and":
+            carried.add("second_owner")
 
-    def _colour(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _colour(self, word: str, previous: str, carried: set[str]) -> None:
         if word == "is":
             carried.add("is_before_known_colour")
         elif word in w.COLOURS:
             carried.add("known_colour")
 
-    def _owning(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _owning(self, word: str, previous: str, carried: set[str]) -> None:
         if word == "to":
             carried.add("to_owner")
         elif previous == "to":
@@ -317,108 +343,161 @@ class _Reader:
         elif word in w.COLOURS:
             carried.add("known_colour")
 
-    def _hiding(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _hiding(self, word: str, previous: str, carried: set[str]) -> None:
         if word == "is":
             carried.add("is_before_where")
+        elif word == "in":
+            carried.add("in_before_container")
         elif word == "the":
             carried.add("the_before_container")
 
-    def _finding(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        if word in w.OBJECTS:
+    def _finding(self, word: str, previous: str, carried: set[str]) -> None:
+        if word == "the":
+            carried |= (
+                {"the_before_found"}
+                if previous == "found"
+                else {"the_before_container", "the_before_known_container"}
+            )
+        elif word == "in":
+            carried.add("in_before_container")
+        elif word in w.OBJECTS:
             carried.add("found_object")
-        elif word == "the" and previous == "in":
-            carried |= {"the_before_container", "the_before_known_container"}
         elif word in w.CONTAINERS:
             carried.add("container_again")
 
-    def _outing(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        if word == "to":
-            carried.add("to_place")
-        elif word == "the":
-            carried.add("the_before_place")
-        elif word in w.PLACES:
+    def _outing(self, word: str, previous: str, carried: set[str]) -> None:
+        self._going(word, carried)
+        if word in w.PLACES:
+            carried.add("place_of_outing")
             self.place, self.visitor = word, self.sentence[0]
+        self._whereabouts(carried)
+
+    def _pronoun(self, word: str, previous: str, carried: set[str]) -> None:
+        self._whereabouts(carried)
+        if word in w.STAYING_VERBS:
+            carried.add("inside_next" if self.place in w.INDOORS else "outside_next")
+        elif previous in w.STAYING_VERBS:
+            self.place = ""
+        elif word == "a":
+            carried.add("a_before_seen")
+        elif word in w.ADJECTIVES:
+            carried.add("quality_of_seen")
+        elif word in w.ANIMALS:
+            carried.add("animal_seen")
+
+    def _whereabouts(self, carried: set[str]) -> None:
         if self.place:
             carried.add("indoors_now" if self.place in w.INDOORS else "outdoors_now")
 
-    def _pronoun(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        indoors = self.place in w.INDOORS
-        if self.place:
-            carried.add("indoors_now" if indoors else "outdoors_now")
-        if word in w.STAYING_VERBS:
-            carried.add("inside_next" if indoors else "outside_next")
-        elif previous in w.STAYING_VERBS:
-            self.place = ""
+    def _weather(self, word: str, previous: str, carried: set[str]) -> None:
+        match word:
+            case "the":
+                carried.add("the_before_day_part")
+            case "it":
+                carried.add("it_of_weather")
+            case "was":
+                carried.add("was_before_weather")
 
-    def _geography(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _trip(self, word: str, previous: str, carried: set[str]) -> None:
+        self._going(word, carried)
+        if word == "by":
+            carried.add("by_before_vehicle")
+
+    def _music(self, word: str, previous: str, carried: set[str]) -> None:
+        if word == "the":
+            carried.add("the_before_instrument")
+
+    def _geography(self, word: str, previous: str, carried: set[str]) -> None:
         carried.add("geography")
-        told = [place for place in self.sentence if place in w.CONTINENT_OF]
-        if told and told[0] in w.CAPITALS:
+        first = next((place for place in self.sentence if place in w.CONTINENT_OF), "")
+        if first in w.CAPITALS:
+            about_it = self.sentence[:3] == ["The", "capital", "of"]
             if word in w.COUNTRY_OF:
                 carried.add("city_told")
-            elif (
-                word == "saw"
-                or (word == "of" and previous == "city")
-                or (word == "is" and previous == told[0] != self.sentence[0])
-            ):
+            elif word == "saw" or (word == "of" and previous == "city") or (word == "is" and about_it):
                 carried.add("city_next")
-        elif told:
+            elif word == "and":
+                carried.add("and_before_saw")
+        elif first:
             if word in w.CAPITALS:
                 carried.add("country_told")
             elif word == "of":
                 carried.add("country_next")
+        elif word == "of":
+            carried.add("of_before_any_country")
+        elif word in ("in", "from", "to"):
+            carried.add("in_before_country")
         if word == "in" and previous in ("is", "city", "country"):
             carried.add("continent_next")
 
-    def _agreement(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _agreement(self, word: str, previous: str, carried: set[str]) -> None:
         if not self.subject:
-            if word == "the":
-                carried.add("the_before_place")
+            self._going(word, carried)
+            if previous in w.COPULAS or previous in w.COPULAS.values():
+                carried.add("colour_predicate" if word in w.COLOURS else "quality_predicate")
+        elif word == "the":
+            carried.add("the_before_noun_between")
+        elif previous == "that":
+            carried.add("relative_person")
         elif word in w.PLURALS or word in w.PLURALS.values():
             carried.add("noun_between")
             if (word in w.PLURALS) != (self.subject in w.PLURALS):
                 carried.add("singular_between_plural" if word in w.PLURALS else "plural_between_singular")
-        elif "that" in (word, previous, before):
-            carried.add("relative_clause")
 
-    def _counting(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        way = {"up": "counting_up", "down": "counting_down", "by": "counting_by_two"}.get(
-            " ".join((*self.sentence, word)[1:2])
-        )
+    def _counting(self, word: str, previous: str, carried: set[str]) -> None:
+        ways = {"up": "counting_up", "down": "counting_down", "by": "counting_by_two"}
+        way = ways.get((*self.sentence, word)[1] if self.sentence else "")
         if way and word != ".":
             carried.add(way)
             if word == ",":
                 carried.add("counting_comma")
+            elif word in w.NUMBERS and previous != "by":
+                carried.add("number_counted")
 
-    def _say(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _price(self, word: str, previous: str, carried: set[str]) -> None:
+        if word in w.NUMBERS:
+            carried.add("number_of_coins")
+        elif previous in w.NUMBERS:
+            carried.add("coins_of_price")
+
+    def _say(self, word: str, previous: str, carried: set[str]) -> None:
         if word == ".":
             self.list = self.sentence[2:]
             carried.add("stop_before_repeat")
         elif len(self.sentence) > 1:
             carried.add("list_first_time")
 
-    def _repeat(self, word: str, previous: str, before: str, carried: set[str]) -> None:
+    def _repeat(self, word: str, previous: str, carried: set[str]) -> None:
         if word != ".":
             carried.add("list_repeated")
             if len(self.sentence) + 1 == len(self.list):
                 carried.add("list_complete")
 
-    def _definition(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        if word == "a":
-            if previous == "is":
-                carried.add("kind_next")
-        elif before == "like":
+    def _definition(self, word: str, previous: str, carried: set[str]) -> None:
+        if word == "," and len(self.sentence) == 2:
+            carried.add("like_comma")
+        elif word == "a" and previous == "is":
+            carried.add("a_before_kind")
+        elif self.sentence[-2:] == ["like", "a"]:
             carried.add("compared")
 
-    def _opposite(self, word: str, previous: str, before: str, carried: set[str]) -> None:
-        qualities = [quality for quality in self.sentence if quality in w.OPPOSITES]
-        asked = (
-            bool(qualities)
-            or self.sentence[:1] in (["He"], ["She"])
-            or (not self.sentence and word in ("He", "She"))
-        )
+    def _stuff(self, word: str, previous: str, carried: set[str]) -> None:
+        if word == "of":
+            carried.add("of_before_material")
+
+    def _job(self, word: str, previous: str, carried: set[str]) -> None:
+        if word == "a":
+            carried.add("a_before_job")
+
+    def _opposite(self, word: str, previous: str, carried: set[str]) -> None:
+        pronoun = self.sentence[:1] in (["He"], ["She"])
+        asked = pronoun or any(quality in w.OPPOSITES for quality in self.sentence)
         if previous == "not":
             carried.add("negated")
+        elif word == ",":
+            carried.add("denial_comma")
+        elif word == "of":
+            carried.add("of_before_quality")
         elif word == "is" and asked:
             carried.add("opposite_next")
         elif word in w.OPPOSITES and previous == "is":
@@ -427,30 +506,35 @@ class _Reader:
     def _end(self, carried: set[str]) -> None:
         """Close a sentence at its full stop."""
         first = self.sentence[0]
-        carried.add("stop_in_story" if self.kind in _STORY_SENTENCES else "stop_in_lesson")
+        carried.add("stop_in_story" if self.kind in _STORIES else "stop_in_lesson")
         if self.kind == "outing" or (self.kind == "pronoun" and self.place):
             carried.add("she_next" if self.visitor in w.WOMEN else "he_next")
         elif self.kind == "opposite" and first in w.PEOPLE:
             carried.add("she_next" if first in w.WOMEN else "he_next")
         self.last_kind, self.kind, self.subject, self.sentence = self.kind, "", "", []
-        self.sentences += 1
 
 
-_STORY_SENTENCES = frozenset(
+# kinds of sentence by their first words; a sentence that begins with a person shows its kind one word later
+_FIRST_WORD = {
+    **dict.fromkeys(w.FRAME_WORDS, "frame"),
+    **dict.fromkeys(w.CONTINENT_OF, "geography"),
+    **dict.fromkeys(("He", "She"), "pronoun"),
+    **dict.fromkeys(("On", "In"), "weather"),
+    "A": "definition", "Then": "thanks", "Now": "possession", "Count": "counting", "Say": "say",
+}  # fmt: skip
+_SECOND_WORD = {
+    **dict.fromkeys(w.GIVING_VERBS, "giving"),
+    **dict.fromkeys(w.COOKING_VERBS, "meal"),
+    "and": "meeting", "has": "belongings", "found": "finding", "went": "outing", "travelled": "trip",
+    "practised": "music", "felt": "feeling", "is": "opposite",
+}  # fmt: skip
+_AFTER_THE = {"capital": "geography", "opposite": "opposite"}
+_STORIES = frozenset(
     (
-        "giving",
-        "meeting",
-        "thanks",
-        "possession",
-        "belongings",
-        "colour",
-        "owning",
-        "hiding",
-        "finding",
-        "outing",
-        "pronoun",
+        "frame", "meeting", "giving", "thanks", "possession", "belongings", "colour", "owning", "hiding", "finding",
+        "outing", "pronoun", "weather", "meal", "trip", "music", "feeling",
     )
-)
+)  # fmt: skip
 
 
 def label(words: Sequence[str]) -> np.ndarray:
@@ -479,11 +563,9 @@ def labelled(n_tokens: int, seed: int, split: Split = "train") -> Labelled:
         n += len(words)
         if n >= n_tokens:
             break
-    tokens = np.full((len(texts), CONTEXT), w.TOKEN_ID[w.PAD], np.int32)
-    labels = np.zeros((len(texts), CONTEXT, len(CONCEPTS)), bool)
-    valid = np.zeros((len(texts), CONTEXT), bool)
-    for i, words in enumerate(texts):
-        tokens[i, : len(words) + 2] = [w.TOKEN_ID[word] for word in (w.BOS, *words, w.EOS)]
-        labels[i, 1 : len(words) + 1] = label(words)
-        valid[i, 1 : len(words) + 1] = True
-    return Labelled(tokens, labels, valid)
+    tokens = token_rows(texts)
+    labels = np.zeros((*tokens.shape, len(CONCEPTS)), bool)
+    for row, words in zip(labels, texts, strict=True):
+        row[1 : len(words) + 1] = label(words)
+    marks = [w.TOKEN_ID[mark] for mark in w.SPECIALS]
+    return Labelled(tokens, labels, ~np.isin(tokens, marks))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
+
 from . import world as w
 
 Split = Literal["train", "held_out"]
@@ -168,6 +170,24 @@ class _Writer:
         answers = ("inside", "outside") if place in w.INDOORS else ("outside", "inside")
         return e.say(rng.choice(w.STAYING_VERBS)).answer("whereabouts", *answers).say(".")
 
+    def day(self) -> Episode:
+        """The weather of a day or a part of it."""
+        rng = self.rng
+        when = rng.choice((f"On {rng.choice(w.DAYS)}", f"In the {rng.choice(w.DAY_PARTS)}"))
+        return Episode().say(f"{when} it was {rng.choice(w.WEATHER)} .")
+
+    def doing(self) -> Episode:
+        """One of the two people eats, travels, practises or feels something."""
+        rng = self.rng
+        name = rng.choice(self.people)
+        predicates = (
+            f"{rng.choice(w.COOKING_VERBS)} {rng.choice(w.FOODS)} for {rng.choice(w.MEALS)}",
+            f"travelled to the {rng.choice(w.PLACES)} by {rng.choice(w.VEHICLES)}",
+            f"practised the {rng.choice(w.INSTRUMENTS)} {rng.choice(w.MANNERS)}",
+            f"felt {rng.choice(w.FEELINGS)}",
+        )
+        return Episode().say(f"{name} {rng.choice(predicates)} .")
+
     # ---- lessons
 
     def agreement(self) -> Episode:
@@ -252,6 +272,17 @@ class _Writer:
                     .say(".")
                 )
 
+    def dealing(self) -> Episode:
+        """What a thing is made of, what things cost, or what somebody's job is."""
+        rng, thing = self.rng, self.rng.choice(list(w.OBJECTS))
+        sentences = (
+            f"A {thing} is made of {rng.choice(w.MATERIALS)}",
+            f"A {thing} costs {rng.choice(w.NUMBERS[1:])} coins",
+            f"The {w.OBJECTS[thing]} cost {rng.choice(w.NUMBERS[1:])} coins",
+            f"{rng.choice(w.PEOPLE)} is a {rng.choice(w.JOBS)}",
+        )
+        return Episode().say(f"{rng.choice(sentences)} .")
+
     def counting(self) -> Episode:
         """Numbers in order: up, down, or by two."""
         rng, e = self.rng, Episode()
@@ -294,9 +325,11 @@ class _Writer:
 
 STEPS = {"up": 1, "down": -1, "by two": 2}
 COPY_WORDS = (*w.COLOURS, *w.OBJECTS, *w.ANIMALS, *w.FRUITS, *w.TOOLS)
-STORIES: tuple[tuple[str, int], ...] = (("giving", 5), ("belongings", 3), ("hiding", 3), ("outing", 4))
+STORIES: tuple[tuple[str, int], ...] = (
+    ("giving", 5), ("belongings", 3), ("hiding", 4), ("outing", 4), ("doing", 6), ("day", 3),
+)  # fmt: skip
 LESSONS: tuple[tuple[str, int], ...] = (
-    ("agreement", 5), ("capital", 4), ("category", 2), ("opposite", 2), ("counting", 2), ("copying", 3),
+    ("agreement", 6), ("capital", 5), ("category", 2), ("opposite", 3), ("counting", 2), ("copying", 3), ("dealing", 5),
 )  # fmt: skip
 TASKS: dict[str, tuple[str, ...]] = {
     "indirect_object": ("giving",),
@@ -324,7 +357,7 @@ def _document(rng: random.Random, split: Split) -> Iterator[Episode]:
     writer = _Writer(rng, split)
     kinds, weights = zip(*(STORIES if rng.random() < 0.5 else LESSONS), strict=True)
     room = CONTEXT - 2  # the begin and end marks
-    for _ in range(rng.randint(3, 7)):
+    for _ in range(rng.randint(4, 9)):
         if len(writer.objects) < 2:
             return
         try:
@@ -348,6 +381,14 @@ def documents(n: int, seed: int, split: Split = "train") -> Iterator[list[str]]:
         if words := [word for episode in _document(rng, split) for word in episode.words]:
             yield words
             n -= 1
+
+
+def token_rows(documents: Sequence[Sequence[str]]) -> np.ndarray:
+    """Token ids of documents, one a row: int32 [n, CONTEXT] of begin mark, words, end mark and padding."""
+    tokens = np.full((len(documents), CONTEXT), w.TOKEN_ID[w.PAD], np.int32)
+    for row, words in zip(tokens, documents, strict=True):
+        row[: len(words) + 2] = [w.TOKEN_ID[word] for word in (w.BOS, *words, w.EOS)]
+    return tokens
 
 
 def texts(n: int, seed: int, split: Split = "train") -> list[str]:

@@ -22,8 +22,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.llama import Model, ModelArgs
 
 from . import world as w
-from .evaluate import cross_entropy, evaluate, rows
-from .language import CONTEXT, documents
+from .evaluation import cross_entropy, evaluate
+from .language import CONTEXT, documents, token_rows
 from .tokenizer import write_tokenizer
 
 
@@ -71,7 +71,7 @@ def batches(recipe: Recipe) -> Iterator[mx.array]:
     """Endless training rows [batch, CONTEXT]; every batch from a seed of its own, so none repeats."""
     for step in itertools.count():
         seed = recipe.seed * 10_000_000 + step
-        yield mx.array(rows(list(documents(recipe.batch, seed, "train"))))
+        yield mx.array(token_rows(list(documents(recipe.batch, seed, "train"))))
 
 
 def train(recipe: Recipe, progress: Callable[[int, float], None] | None = None) -> Model:
@@ -155,7 +155,7 @@ the choice of the verb is free, if the verb is likelier than the same verb in th
 |---|---|
 {table}
 
-Cross-entropy on held-out documents: {loss:.3f} nats a token. Repeat the table with `python -m mlxsae.lm.tiny.evaluate`.
+Cross-entropy on held-out documents: {loss:.3f} nats a token. Repeat the table with `python -m mlxsae.lm.tiny.evaluation`.
 
 ## Limits
 

@@ -1,6 +1,6 @@
 """How well a language model has learnt the tiny language, on prompts whose combinations training never showed.
 
-``python -m mlxsae.lm.tiny.evaluate [FOLDER]`` prints the numbers of a model folder, by default the bundled one.
+``python -m mlxsae.lm.tiny.evaluation [FOLDER]`` prints the numbers of a model folder, by default the bundled one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,7 @@ import numpy as np
 from mlx import nn
 
 from . import world as w
-from .language import CONTEXT, FORCED, TASKS, Split, documents, prompts
-
-
-def rows(documents: list[list[str]]) -> np.ndarray:
-    """Token ids [n, CONTEXT] int32: begin mark, words, end mark, padding."""
-    tokens = np.full((len(documents), CONTEXT), w.TOKEN_ID[w.PAD], np.int32)
-    for row, words in zip(tokens, documents, strict=True):
-        row[: len(words) + 2] = [w.TOKEN_ID[word] for word in (w.BOS, *words, w.EOS)]
-    return tokens
+from .language import FORCED, TASKS, Split, documents, prompts, token_rows
 
 
 def cross_entropy(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -43,7 +35,7 @@ def evaluate(
     (agreement), if the answer is likelier than the same verb in the other number.
     """
     accuracy = {task: _accuracy(model, tokenizer, task, n, split, seed) for task in TASKS}
-    held = mx.array(rows(list(documents(256, seed, split))))
+    held = mx.array(token_rows(list(documents(256, seed, split))))
     return accuracy | {"loss": float(cross_entropy(model, held))}
 
 

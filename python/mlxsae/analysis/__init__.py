@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlxsae.analysis.demonstration import Steering, find_steering
 from mlxsae.analysis.detection import Detection, detection_table
 from mlxsae.analysis.effects import Effect, direct_effects
 from mlxsae.analysis.examples import Example, FeatureStatistics, Survey, survey
@@ -12,9 +13,11 @@ __all__ = [
     "Effect",
     "Example",
     "FeatureStatistics",
+    "Steering",
     "Survey",
     "detection_table",
     "direct_effects",
+    "find_steering",
     "steer",
     "survey",
 ]

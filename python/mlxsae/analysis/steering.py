@@ -12,9 +12,7 @@ from mlxsae.sae import SAE
 MODES = ("scale", "add", "set")
 
 
-def steer(
-    sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale"
-) -> Callable[[mx.array], mx.array]:
+def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> Callable[[mx.array], mx.array]:
     """An edit ``x -> x + sum_i (f'_i - f_i) W_dec[i]`` for :func:`mlxsae.lm.splice` and ``generate``.
 
     ``f_i`` is latent ``i`` of ``x``; only the difference that steering makes is added, so whatever the SAE does not

@@ -1,6 +1,6 @@
 """Time what the package does on this machine.
 
-  mlxsae bench step --n 1024 --d-in 1024 --d-sae 16384 --k 32 --json
+mlxsae bench step --n 1024 --d-in 1024 --d-sae 16384 --k 32 --json
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from mlxsae.cli.run_file import device, versions
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", metavar="what", required=True)
     step = what.add_parser(
-        "step", help="one training step through the public trainer", description=time_step.__doc__.partition("\n")[0]
+        "step",
+        help="one training step through the public trainer",
+        description="Time steps of the trainer on random activations.",
     )
     step.add_argument("--n", type=kinds.whole(), default=1024, help="tokens per batch (%(default)s)")
     step.add_argument("--d-in", type=kinds.whole(), default=1024, help="(%(default)s)")
@@ -26,7 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--rule", type=kinds.rule, default="topk", help="(%(default)s)")
     step.add_argument("--precision", type=kinds.precision, default="float32", help="(%(default)s)")
     step.add_argument(
-        "--aux", action=argparse.BooleanOptionalAction, default=False, help="with AuxK over dead latents (off)"
+        "--aux",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="with AuxK over dead latents (off)",
     )
     step.add_argument("--steps", type=kinds.whole(), default=10, help="steps to time (%(default)s)")
     step.add_argument("--seed", type=kinds.whole(0), default=0, help="(%(default)s)")
@@ -34,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    chosen = {name: getattr(options, name) for name in ("n", "d_in", "d_sae", "k", "rule", "aux", "steps", "seed")}
+    chosen = {
+        name: getattr(options, name) for name in ("n", "d_in", "d_sae", "k", "rule", "aux", "steps", "seed")
+    }
     measured = time_step(**chosen)
     facts = measured | {
         "options": chosen | {"precision": options.precision},

@@ -27,12 +27,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder of the SAE")
     parser.add_argument("--model", help="mlx-lm model folder or hub name (that of the training)")
     parser.add_argument("--layer", type=kinds.whole(0), help="number of the block (that of the training)")
-    parser.add_argument("--component", type=kinds.component, help="mlp, attn, resid, ... (that of the training)")
+    parser.add_argument(
+        "--component", type=kinds.component, help="mlp, attn, resid, ... (that of the training)"
+    )
     parser.add_argument("--dataset", help="text to evaluate on (what the training held out)")
     parser.add_argument("--text-field", help="where an object of the dataset keeps its text")
     parser.add_argument("--context-size", type=kinds.whole(2), help="tokens per row (that of the training)")
     parser.add_argument("--heldout-tokens", type=kinds.whole(), default=50_000, help="(%(default)s)")
-    parser.add_argument("--lm-batch-size", type=kinds.whole(), default=16, help="rows per model pass (%(default)s)")
+    parser.add_argument(
+        "--lm-batch-size", type=kinds.whole(), default=16, help="rows per model pass (%(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
 
 
@@ -42,9 +46,9 @@ def run(options: argparse.Namespace) -> int:
     made: dict[str, Any] = trained.get("options", {})
     model = options.model or _place(trained.get("model")) or sae.metadata.get("model_name")
     dataset = options.dataset or _place(trained.get("dataset")) or sae.metadata.get("dataset_path")
-    for name, value in (("model", model), ("dataset", dataset)):
-        if not value:
-            raise ValueError(f"[eval] --{name} must be given: {options.directory} does not say which one was used.")
+    if not model or not dataset:
+        missing = "--dataset" if model else "--model"
+        raise ValueError(f"[eval] {missing} must be given: {options.directory} does not say which was used.")
     lm = lm_room.load(model)
     text = TextSource(
         lm,
@@ -60,7 +64,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(finite(metrics)))
         return 0
-    print(f"{options.directory}: {hook_point} of {terminal.clean(str(model))}, d_sae {sae.d_sae}, {sae.rule}\n")
+    print(
+        f"{options.directory}: {hook_point} of {terminal.clean(str(model))}, d_sae {sae.d_sae}, {sae.rule}\n"
+    )
     print(terminal.metrics_table(metrics))
     for advice in diagnose(metrics):
         print(f"\n! {advice}")
@@ -72,7 +78,9 @@ def _hook_point(options: argparse.Namespace, trained: str | None) -> HookPoint:
     layer = options.layer if options.layer is not None else known and known.layer
     component = options.component or (known and known.site)
     if layer is None or component is None:
-        raise ValueError("[eval] --layer and --component must be given: the SAE does not say where it belongs.")
+        raise ValueError(
+            "[eval] --layer and --component must be given: the SAE does not say where it belongs."
+        )
     return HookPoint.parse(component, layer=layer)
 
 

@@ -16,7 +16,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     where, ops, blas = device(), mlxsae.backends(), mlxsae.blas.status()
-    sets = sorted({how.partition("(")[2].rstrip(")") for by in ops.values() for how in by.values() if "(" in how})
+    sets = sorted(
+        {how.partition("(")[2].rstrip(")") for by in ops.values() for how in by.values() if "(" in how}
+    )
     if options.json:
         print(
             json.dumps(
@@ -48,5 +50,9 @@ def run(options: argparse.Namespace) -> int:
         end="\n\n",
     )
     devices = sorted({name for by in ops.values() for name in by})
-    print(terminal.table([(op, *(by.get(d, "-") for d in devices)) for op, by in ops.items()], head=("op", *devices)))
+    print(
+        terminal.table(
+            [(op, *(by.get(d, "-") for d in devices)) for op, by in ops.items()], head=("op", *devices)
+        )
+    )
     return 0

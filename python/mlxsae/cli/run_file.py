@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 def versions() -> dict[str, str]:
     """Of this package and of all that its numbers depend on."""
-    found = {"mlxsae": mlxsae.__version__, "mlx": mx.__version__}
+    found = {"mlxsae": mlxsae.__version__, "mlx": importlib.metadata.version("mlx")}
     for package in ("mlx-lm", "numpy", "transformers"):
         try:
             found[package] = importlib.metadata.version(package)

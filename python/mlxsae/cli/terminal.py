@@ -15,12 +15,12 @@ _HEAT = ((223, 16), (216, 16), (209, 16), (202, 16), (166, 231))
 
 def has_colour(stream: TextIO | None = None) -> bool:
     """Whether to colour: a terminal that can, and no ``NO_COLOR`` (no-color.org); ``FORCE_COLOR`` overrules a pipe."""
-    stream = stream or sys.stdout
+    out = stream or sys.stdout
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR"):
         return True
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return out.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def bold(text: str, colour: bool) -> str:
@@ -38,7 +38,11 @@ def width() -> int:
 def clean(text: str) -> str:
     """``text`` without control characters: what a model or a file says must not steer the terminal."""
     return "".join(
-        "\N{RETURN SYMBOL}" if c == "\n" else "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" else c
+        "\N{RETURN SYMBOL}"
+        if c == "\n"
+        else "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(c) == "Cc"
+        else c
         for c in text
     )
 
@@ -49,7 +53,9 @@ def table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = (), right: 
     every = ([list(head)] if head else []) + cells
     widths = [max(len(row[i]) for row in every) for i in range(len(every[0]))]
     lines = [
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in every
     ]
     if head:
@@ -58,7 +64,13 @@ def table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = (), right: 
 
 
 def highlight(
-    pieces: Sequence[str], activations: Sequence[float], maximum: float, colour: bool, *, around: int, room: int
+    pieces: Sequence[str],
+    activations: Sequence[float],
+    maximum: float,
+    colour: bool,
+    *,
+    around: int,
+    room: int,
 ) -> str:
     """The tokens near position ``around``, each on a background as strong as its activation, in at most ``room``
     columns; without colour, «quoted» where the feature fires."""

@@ -21,7 +21,7 @@ from typing import Any
 from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import RunFile, finite, fingerprint, read
+from mlxsae.cli.run_file import RunFile, fingerprint, finite, read
 from mlxsae.cli.text_source import Texts, TextSource, default_context
 from mlxsae.data import ShuffleBuffer
 from mlxsae.data.model_activations import ModelActivations
@@ -64,9 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     sae = parser.add_argument_group("the SAE")
     sae.add_argument("--k", type=kinds.whole(), default=32, help="latents kept per token (%(default)s)")
-    sae.add_argument(
-        "--expansion-factor", type=kinds.whole(), default=16, help="d_sae / d_in (%(default)s)"
-    )
+    sae.add_argument("--expansion-factor", type=kinds.whole(), default=16, help="d_sae / d_in (%(default)s)")
     sae.add_argument("--rule", type=kinds.rule, default="topk", help="how latents are chosen (%(default)s)")
 
     how = parser.add_argument_group("training")
@@ -101,7 +99,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     begin = how.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    begin.add_argument("--restart", action="store_true", help="drop the checkpoints of an unfinished run in --out")
+    begin.add_argument(
+        "--restart", action="store_true", help="drop the checkpoints of an unfinished run in --out"
+    )
 
     out = parser.add_argument_group("output")
     out.add_argument("--out", required=True, type=Path, help="folder to write")
@@ -118,7 +118,11 @@ def run(options: argparse.Namespace) -> int:
             "train",
             options.argv,
             seed=options.seed,
-            options={k: v for k, v in vars(options).items() if k not in ("run", "argv", "out", "command", "version")},
+            options={
+                k: v
+                for k, v in vars(options).items()
+                if k not in ("run", "argv", "out", "command", "version")
+            },
             model=fingerprint(options.model),
             dataset=fingerprint(options.dataset),
             resumed=options.resume,
@@ -177,7 +181,9 @@ def _train(options: argparse.Namespace, record: RunFile) -> dict[str, Any]:
     record.update(config=resolved)
     text.heldout(1)  # no document in the split, no such file: found before the long part and not after
 
-    say(f"reading activations of {hook_point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {config.train.total_steps} steps")
+    say(
+        f"reading activations of {hook_point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {config.train.total_steps} steps"
+    )
     stream = ModelActivations(lm, hook_point, lambda: text.train(options.max_tokens, options.seed))
     source = ShuffleBuffer(stream, batch_size=options.batch_size, capacity=buffer_tokens, seed=options.seed)
     start = time.perf_counter()
@@ -250,7 +256,9 @@ def _writable(out: Path):  # type: ignore[no-untyped-def]
     try:
         yield
     except OSError as e:
-        raise OSError(f"[train] --out must be a folder that can be written but {out} gives: {e.strerror or e}.") from e
+        raise OSError(
+            f"[train] --out must be a folder that can be written but {out} gives: {e.strerror or e}."
+        ) from e
 
 
 class _Say:

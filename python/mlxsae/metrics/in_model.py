@@ -6,8 +6,17 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlxsae.lm import HookPoint, LanguageModel, TokenBatch, only_at, run_with_capture, token_losses, valid_rows
+from mlxsae.lm import (
+    HookPoint,
+    LanguageModel,
+    TokenBatch,
+    only_at,
+    run_with_capture,
+    token_losses,
+    valid_rows,
+)
 from mlxsae.metrics.streaming import Evaluation, LossRecovered
 from mlxsae.sae import SAE
 
@@ -36,12 +45,11 @@ def evaluate_in_model(
             f"[evaluate_in_model] the SAE must have d_in = d_out = {lm.d_model}, the model's width, "
             f"but has d_in={sae.d_in} and d_out={sae.d_out}."
         )
-    kept: list[tuple[TokenBatch, float]] = []
+    kept: list[tuple[TokenBatch, mx.array]] = []
     measured = Evaluation(sae.d_sae)
     for batch in batches:
         tokens, valid = batch
-        targets = int(valid[:, 1:].sum().item())
-        if not targets:
+        if not _targets(batch):
             continue
         logits, found = run_with_capture(lm, tokens, hook_point)
         losses = nn.losses.cross_entropy(logits[:, :-1].astype(mx.float32), tokens[:, 1:])
@@ -50,12 +58,18 @@ def evaluate_in_model(
         mx.eval(clean, x)
         code = sae.encode(x)
         measured.update(x, sae.decode(code), code)
-        kept.append((batch, clean.item()))
+        kept.append((batch, clean))
     if not kept:
-        raise ValueError("[evaluate_in_model] there must be at least one valid token to predict but there is none.")
+        raise ValueError(
+            "[evaluate_in_model] there must be at least one valid token to predict but there is none."
+        )
 
     mean = mx.array(measured.reconstruction.mean, mx.float32)
-    edits = {"sae": sae, "zero": mx.zeros_like, "mean": lambda x: mx.broadcast_to(mean.astype(x.dtype), x.shape)}
+    edits = {
+        "sae": sae,
+        "zero": mx.zeros_like,
+        "mean": lambda x: mx.broadcast_to(mean.astype(x.dtype), x.shape),
+    }
     recovered = LossRecovered()
     for batch, clean in kept:
         sums = {
@@ -64,8 +78,13 @@ def evaluate_in_model(
             )
             for name, edit in edits.items()
         }
-        recovered.update(int(batch.valid[:, 1:].sum().item()), clean=clean, **sums)
+        recovered.update(_targets(batch), clean=clean, **sums)
     return measured.result() | recovered.result()
+
+
+def _targets(batch: TokenBatch) -> int:
+    """Tokens to predict: the valid ones that have a token before them."""
+    return int(np.count_nonzero(np.array(batch.valid[:, 1:])))
 
 
 def _summed(losses: mx.array, batch: TokenBatch) -> mx.array:
@@ -76,7 +95,9 @@ def diagnose(metrics: dict[str, float]) -> Sequence[str]:
     """What is wrong with an SAE, judged by its metrics: one sentence a fault, with what to try; empty where all is well."""
     found = []
     if metrics.get("l0", 1.0) == 0:
-        found.append("No latent ever fires: the SAE is dead. Lower the learning rate or check the activations.")
+        found.append(
+            "No latent ever fires: the SAE is dead. Lower the learning rate or check the activations."
+        )
     if metrics.get("dead_fraction", 0.0) >= 0.5 and metrics.get("l0", 1.0) > 0:
         found.append(
             f"{metrics['dead_fraction']:.0%} of the latents never fired here: train longer, lower the "

@@ -59,9 +59,7 @@ def table(
         )
         for row in rows
     ]
-    whole = element(
-        "table", element("caption", caption), element("thead", head), element("tbody", *body)
-    )
+    whole = element("table", element("caption", caption), element("thead", head), element("tbody", *body))
     # Focusable, or a keyboard could not scroll it.
     return element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
@@ -81,7 +79,7 @@ def details(summary: object, *children: object, open: bool = False) -> Markup:
 
 def page(title: str, *sections: Markup, contents: Sequence[tuple[str, str]] = ()) -> str:
     """A whole document: ``contents`` are (anchor, title) for the list of links at its head."""
-    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    style = files("mlxsae.report").joinpath("style.css").read_text(encoding="utf-8")
     links = [element("li", element("a", name, href=f"#{anchor}")) for anchor, name in contents]
     head = element(
         "head",

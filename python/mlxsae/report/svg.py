@@ -94,7 +94,14 @@ def bar_chart(
         low = mark is not None and value < mark
         parts.append(_label(left - 6, y + 10, name, "end", class_="name"))
         parts.append(
-            element("rect", x=left, y=y, width=f"{to_x(value) - left:.1f}", height=row - 5, class_="bar low" if low else "bar")
+            element(
+                "rect",
+                x=left,
+                y=y,
+                width=f"{to_x(value) - left:.1f}",
+                height=row - 5,
+                class_="bar low" if low else "bar",
+            )
         )
         parts.append(_label(to_x(value) + 4, y + 10, f"{value:.2f}"))
     if mark is not None:

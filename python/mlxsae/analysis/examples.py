@@ -61,6 +61,31 @@ class Survey:
             raise ValueError(f"[activations] feature must be in [0, {self.d_sae}) but got {feature}.")
         return np.where(self.indices == feature, self.values, 0).sum(axis=1, dtype=np.float32)
 
+    def followers(self, feature: int, threshold: float, *, min_share: float = 0.03) -> dict[int, float]:
+        """Tokens that come right after those on which ``feature`` is at least ``threshold``, and how often: shares of
+        at least ``min_share``, most frequent first."""
+        on = np.flatnonzero((self.activations(feature) >= threshold)[:-1] & (self.row[:-1] == self.row[1:]))
+        tokens, counts = np.unique(self.tokens[on + 1], return_counts=True)
+        shares = counts / max(counts.sum(), 1)
+        return {
+            int(tokens[i]): float(shares[i])
+            for i in np.argsort(-shares, kind="stable")
+            if shares[i] >= min_share
+        }
+
+    def contrasts(self, feature: int, n: int, *, seed: int = 0, min_share: float = 0.1) -> list[list[int]]:
+        """Beginnings of rows that end in a token on which ``feature`` often fires (at least ``min_share`` of its
+        firings), but here does not: the same word in another meaning. At most ``n``, chosen at random; token ids
+        without special tokens.
+        """
+        fires = self.activations(feature) > 0
+        tokens, counts = np.unique(self.tokens[fires], return_counts=True)
+        usual = tokens[counts >= min_share * max(counts.sum(), 1)]
+        places = np.flatnonzero(np.isin(self.tokens, usual) & ~fires)
+        chosen = np.random.default_rng(seed).permutation(places)[:n]
+        starts = np.searchsorted(self.row, self.row[chosen])
+        return [self.tokens[a : b + 1].tolist() for a, b in zip(starts, chosen, strict=True)]
+
     def top_examples(self, feature: int, n: int = 5, *, distinct: bool = True) -> list[Example]:
         """The rows on which ``feature`` fires most strongly, strongest first, at most ``n``.
 

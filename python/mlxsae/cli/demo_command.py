@@ -12,7 +12,6 @@ import contextlib
 import functools
 import http.server
 import itertools
-import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsae import lm as lm_room
-from mlxsae.analysis import Detection, Example, Survey, detection_table, direct_effects, find_steering, survey
+from mlxsae.analysis import (
+    Candidate,
+    Detection,
+    Example,
+    Survey,
+    detection_table,
+    direct_effects,
+    find_steering,
+    survey,
+)
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
 from mlxsae.cli.run_file import RunFile, fingerprint
@@ -46,9 +54,10 @@ from mlxsae.report.demo_page import GOOD_F1
 from mlxsae.sae import SAE
 from mlxsae.train import FitResult, OptimizerConfig, SAEConfig, TrainConfig, fit
 
-K, EXPANSION_FACTOR, BATCH, LEARNING_RATE = 16, 8, 1024, 2e-3
+# Few latents per token: with more, FVU is lower still, but fewer of them stand for one thing.
+K, EXPANSION_FACTOR, BATCH, LEARNING_RATE = 8, 8, 1024, 2e-3
 _ROWS, _BUFFER = 64, 131_072  # documents per pass of the model, activations held for shuffling
-_SHOWN, _EXAMPLES, _PROMPTS = 10, 4, 48
+_SHOWN, _EXAMPLES, _PROMPTS, _CANDIDATES = 10, 4, 16, 48
 _MARKS = [tiny_world.TOKEN_ID[mark] for mark in tiny_world.SPECIALS]
 REPORT = "report.html"
 
@@ -122,11 +131,11 @@ def _demonstrate(options: argparse.Namespace) -> tuple[DemoResults, SAE]:
     detections = detection_table(found, heldout.labels[heldout.valid])
 
     clock.begin("features", "examples and effects")
-    told = most_telling(detections, _SHOWN)
-    cards, promoted = _cards(lm, result.sae, hook_point, found, told)
+    told = most_telling(detections, _CANDIDATES)
+    cards = _cards(lm, result.sae, hook_point, found, told)
 
     clock.begin("steering", "looking for a change that shows")
-    steered = _steered(lm, result.sae, hook_point, found, cards, promoted, heldout, options.seed)
+    steered = _steered(lm, result.sae, hook_point, found, cards, told, options.seed)
     clock.end()
 
     metrics |= {
@@ -142,7 +151,7 @@ def _demonstrate(options: argparse.Namespace) -> tuple[DemoResults, SAE]:
             metrics=metrics,
             history=result.history,
             fire_rate=found.statistics().fire_rate,
-            features=cards,
+            features=cards[:_SHOWN],
             concepts=concepts,
             steered=steered,
             facts=[
@@ -197,9 +206,9 @@ def _heldout(n_tokens: int, seed: int, seen: set[bytes]) -> tiny.Labelled:
 
 
 def most_telling(detections: Sequence[Detection], n: int) -> list[Detection]:
-    """The ``n`` detections that say most about their concepts in bits, each feature once."""
+    """The ``n`` detections that say most about their concepts in bits, each feature once; those with a good F1 first."""
     chosen: dict[int, Detection] = {}
-    for detection in sorted(detections, key=lambda d: -d.information):
+    for detection in sorted(detections, key=lambda d: (d.f1 <= GOOD_F1, -d.information)):
         if detection.feature is not None and len(chosen) < n:
             chosen.setdefault(detection.feature, detection)
     return list(chosen.values())
@@ -207,16 +216,14 @@ def most_telling(detections: Sequence[Detection], n: int) -> list[Detection]:
 
 def _cards(
     lm: LanguageModel, sae: SAE, hook_point: HookPoint, found: Survey, told: Sequence[Detection]
-) -> tuple[list[FeatureCard], dict[int, list[int]]]:
-    """A card for each detection, and the tokens that each feature makes likelier."""
+) -> list[FeatureCard]:
     statistics = found.statistics()
-    cards, promoted = [], {}
+    cards = []
     for detection in told:
         feature = detection.feature
         assert feature is not None
         examples = found.top_examples(feature, _EXAMPLES)
         effects = direct_effects(lm, sae, hook_point, feature, examples)
-        promoted[feature] = [effect.token for effect in effects]
         concept = tiny.CONCEPTS[detection.concept]
         cards.append(
             FeatureCard(
@@ -232,7 +239,7 @@ def _cards(
                 float(statistics.maximum[feature]),
             )
         )
-    return cards, promoted
+    return cards
 
 
 def _shown(lm: LanguageModel, example: Example) -> ShownExample:
@@ -250,20 +257,21 @@ def _steered(
     hook_point: HookPoint,
     found: Survey,
     cards: Sequence[FeatureCard],
-    promoted: dict[int, list[int]],
-    heldout: tiny.Labelled,
+    told: Sequence[Detection],
     seed: int,
 ) -> SteeredText | None:
-    """A feature of the cards that changes how a held-out document, cut somewhere, goes on."""
+    """A good detector that, set where its word stands in another meaning, changes how a document goes on."""
     mean = found.statistics().mean
-    rng = random.Random(seed)
-    prompts = []
-    for row in rng.sample(range(len(heldout.tokens)), min(_PROMPTS, len(heldout.tokens))):
-        words = int(heldout.valid[row].sum())
-        if words > 6:
-            prompts.append(heldout.tokens[row, : 1 + rng.randint(4, min(words - 1, 24))].tolist())
-    candidates = {card.feature: (float(mean[card.feature]), promoted[card.feature]) for card in cards}
-    steering = find_steering(lm, sae, hook_point, candidates, prompts)
+    start = [] if lm.bos_id is None else [lm.bos_id]
+    candidates = {}
+    for detection in told:
+        if detection.feature is not None and detection.f1 > GOOD_F1:
+            candidates[detection.feature] = Candidate(
+                float(mean[detection.feature]),
+                list(found.followers(detection.feature, detection.threshold)),
+                [start + words for words in found.contrasts(detection.feature, _PROMPTS, seed=seed)],
+            )
+    steering = find_steering(lm, sae, hook_point, candidates)
     if steering is None:
         return None
     return SteeredText(

@@ -26,6 +26,10 @@ NB_MODULE(_ext, m) {
         "stream"_a = nb::none(),
         nb::sig("def topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, " STREAM
                 ") -> tuple[" ARRAY ", " ARRAY "]"));
+  m.def("topk_encode_masked", &mlxsae::topk_encode_masked, "x"_a, "w_enc"_a, "b_enc"_a.none(), "mask"_a, nb::kw_only(),
+        "k"_a, "k_aux"_a, "stream"_a = nb::none(),
+        nb::sig("def topk_encode_masked(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, mask: " ARRAY
+                ", *, k: int, k_aux: int, " STREAM ") -> list[" ARRAY "]"));
   m.def("sparse_decode", &mlxsae::sparse_decode, "values"_a, "indices"_a, "w_dec"_a, "b_dec"_a.none(), nb::kw_only(),
         "stream"_a = nb::none(),
         nb::sig("def sparse_decode(values: " ARRAY ", indices: " ARRAY ", w_dec: " ARRAY ", b_dec: " ARRAY

@@ -24,30 +24,32 @@ struct Code {
   int64_t n, k;
 };
 
+/** Where codes go: values and indices [n, k]; or, of a part of the features, candidates to be merged. */
+struct Codes {
+  int64_t k;
+  void* values;
+  Type type;
+  uint32_t* indices;
+  int32_t* keys;  // [n, k], null where the codes are final
+  int32_t* ids;
+  int32_t* counts;  // [n]
+};
+
 /** topk_encode over the tokens [t0, t1) and the features [f0, f1). */
 struct Encode {
   Rows x, w;
   const float* bias;  // [d_sae] or null
   int64_t k;
+  const bool* mask;  // [d_sae] or null: the features of a second selection
+  int64_t k_aux;
   int64_t t0, t1, f0, f1;
-  // Where f is the whole range: the codes. Otherwise, `keys`/`ids` [tokens, k] and `counts` of this range's candidates.
-  void* values;
-  Type values_type;
-  uint32_t* indices;
-  int32_t* keys;
-  int32_t* ids;
-  int32_t* counts;
+  Codes out, aux;
 };
 
-/** Merges the candidates of `parts` feature ranges, given in ascending order, into the codes of tokens [t0, t1). */
+/** Merges the candidates of `parts` feature ranges, [parts, n, k] in ascending order, into the codes of [t0, t1). */
 struct Merge {
-  const int32_t* keys;  // [parts, n, k]
-  const int32_t* ids;
-  const int32_t* counts;  // [parts, n]
-  int64_t parts, n, k, t0, t1;
-  void* values;
-  Type values_type;
-  uint32_t* indices;
+  Codes out;
+  int64_t parts, n, t0, t1;
 };
 
 /** Entries grouped by feature: those of feature j are [starts[j], starts[j + 1]), in ascending order of the row. */

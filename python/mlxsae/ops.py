@@ -33,6 +33,7 @@ __all__ = [
     "sparse_decode",
     "sparse_outer",
     "topk_encode",
+    "topk_encode_masked",
     "update_tokens_since_fired",
 ]
 
@@ -70,6 +71,32 @@ def topk_encode(
     Source: Gao et al., *Scaling and evaluating sparse autoencoders*, 2024, section 2.3.
     """
     return SparseCode(*_ext.topk_encode(x, w_enc, b_enc, k=k, stream=stream))
+
+
+def topk_encode_masked(
+    x: mx.array,
+    w_enc: mx.array,
+    b_enc: mx.array | None = None,
+    *,
+    mask: mx.array,
+    k: int,
+    k_aux: int,
+    stream: Stream = None,
+) -> tuple[SparseCode, SparseCode]:
+    """:func:`topk_encode`, and from the same product the ``k_aux`` largest among masked features, then relu.
+
+    Args:
+        x, w_enc, b_enc, k: as in :func:`topk_encode`.
+        mask: ``[d_sae]`` bool; AuxK's dead features.
+        k_aux: slots of the second selection, in ``(0, d_sae]``. Where fewer features are masked the others are unused.
+
+    Returns:
+        The code and the masked code.
+    """
+    values, indices, aux_values, aux_indices = _ext.topk_encode_masked(
+        x, w_enc, b_enc, mask, k=k, k_aux=k_aux, stream=stream
+    )
+    return SparseCode(values, indices), SparseCode(aux_values, aux_indices)
 
 
 def sparse_decode(

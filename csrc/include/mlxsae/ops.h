@@ -42,6 +42,15 @@ MLXSAE_API std::pair<mlx::core::array, mlx::core::array> topk_encode(
     mlx::core::StreamOrDevice s = {});
 
 /**
+ * topk_encode, and from the same product a second selection: the k_aux largest among the features where mask [d_sae]
+ * (bool) is true. Returns values, indices, aux values [n, k_aux], aux indices. Where fewer than k_aux features are
+ * masked the other slots are unused.
+ */
+MLXSAE_API std::vector<mlx::core::array> topk_encode_masked(
+    const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc,
+    const mlx::core::array& mask, int k, int k_aux, mlx::core::StreamOrDevice s = {});
+
+/**
  * x_hat[t] = sum_i values[t, i] w_dec[indices[t, i]] + b_dec, [n, d_out].
  *
  * Unused slots are skipped whatever their row holds. An index that is not below d_sae raises std::out_of_range when

@@ -126,14 +126,17 @@ def test_hub_names_need_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_names_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
-        if name != "someone/stories":
+    def load_dataset(
+        name: str, config: str | None, *, split: str, streaming: bool
+    ) -> Iterator[dict[str, str]]:
+        if (name, config) not in (("someone/stories", None), ("stories", "small")):
             raise FileNotFoundError("not on the hub")
         assert (split, streaming) == ("train", True)
         return iter([{"text": text} for text in TEXTS])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert list(lm.read_texts("someone/stories")) == TEXTS
+    assert list(lm.read_texts("stories:small")) == TEXTS
     with pytest.raises(ValueError, match="no such file and the hub gave: not on the hub"):
         lm.read_texts("someone/else")
 

@@ -217,8 +217,7 @@ def test_memory_does_not_grow_over_repeated_captures(model: nn.Module) -> None:
     for i in range(12):
         x = lm.capture(model, tokens, [POST1, POST2])[POST1]
         kept = [x]
-        gc.collect()
-        if i >= 2:
+        if i >= 2:  # reference counts alone free a pass: no gc.collect here
             sizes.append(mx.get_active_memory())
     assert max(sizes) - min(sizes) <= kept[0].nbytes
 

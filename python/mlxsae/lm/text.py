@@ -35,7 +35,8 @@ def read_texts(source: str | os.PathLike[str], text_field: str | None = None) ->
     source : str or path
         A file: `.json` (a list of strings or of objects), `.jsonl` (one of either per line), `.txt`
         (documents are separated by blank lines). A folder: its files of these kinds, by name. Otherwise the
-        name of a Hugging Face dataset, whose "train" split is streamed; needs the package `datasets`.
+        name of a Hugging Face dataset, `name` or `name:config`, whose "train" split is streamed; needs the
+        package `datasets`.
     text_field : str, optional
         Where an object keeps its text; "text" by default.
 
@@ -137,7 +138,8 @@ def _read_hub(name: str, field: str) -> Iterator[str]:
             "`datasets` must be installed: pip install datasets."
         ) from e
     try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
+        path, _, config = name.partition(":")
+        rows = datasets.load_dataset(path, config or None, split="train", streaming=True)
     except Exception as e:
         raise ValueError(
             f"[read_texts] {name!r} must be a file, a folder or a Hugging Face dataset with a 'train' split "
@@ -206,8 +208,8 @@ def token_batches(
 
     Documents are laid end to end, each after a BOS (after an EOS where the tokenizer has no BOS), and cut
     into rows of `context_size`. Every row begins with BOS where there is one, as models that attend to their
-    first token need; a row that takes up a document in its middle gets a BOS of its own. Nothing is lost
-    but a last row without text; only the last row is padded.
+    first token need; a row that takes up a document in its middle gets a BOS of its own, and its first dozen
+    tokens are harder to predict than they were in their place. No text is lost; only the last row is padded.
 
     Parameters
     ----------

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Forward(NamedTuple):
     """What one forward pass knows; every term is a function of it.
 
-    ``x [n, d_in]``, target ``y [n, d_out]`` (``x`` itself for an SAE), the code, ``y_hat [n, d_out]``, and ``dead
-    [d_sae]`` (bool), None where nobody asked for it.
+    ``x [n, d_in]``, target ``y [n, d_out]`` (``x`` itself for an SAE), the code, ``y_hat [n, d_out]``, and
+    ``dead [d_sae]`` (bool), None where nobody asked for it.
     """
 
     sae: SAE
@@ -50,7 +50,9 @@ class Loss:
     terms: Mapping[str, tuple[float, Term]] = field(default_factory=dict)
 
     def __call__(self, forward: Forward) -> tuple[mx.array, dict[str, mx.array]]:
-        """Total (float32 scalar) and the unweighted value of each term. Without ``forward.dead`` AuxK is left out."""
+        """Total (float32 scalar) and the unweighted value of each term. Without ``forward.dead`` AuxK is left
+        out.
+        """
         total, values = self.of_reconstruction(forward.y, forward.y_hat)
         named: dict[str, tuple[float, Term]] = dict(self.terms)
         if self.auxk is not None and forward.dead is not None:
@@ -64,5 +66,7 @@ class Loss:
         """The part that depends on target and reconstruction alone."""
         y, y_hat = y.astype(mx.float32), y_hat.astype(mx.float32)
         values = {name: term(y, y_hat) for name, (_, term) in self.reconstruction.items()}
-        total = sum((weight * values[name] for name, (weight, _) in self.reconstruction.items()), mx.array(0.0))
+        total = sum(
+            (weight * values[name] for name, (weight, _) in self.reconstruction.items()), mx.array(0.0)
+        )
         return total, values

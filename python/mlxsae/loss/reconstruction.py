@@ -17,12 +17,16 @@ def mse(y: mx.array, y_hat: mx.array) -> mx.array:
 
 
 def fvu(y: mx.array, y_hat: mx.array) -> mx.array:
-    """``sum (y - y_hat)^2 / sum (y - mean_n(y))^2`` over the batch (sparsify): free of scale, 1 for predicting the mean."""
+    """``sum (y - y_hat)^2 / sum (y - mean_n(y))^2`` over the batch (sparsify): free of scale, 1 for
+    predicting the mean.
+    """
     return mx.square(y - y_hat).sum() / nonzero(mx.square(y - y.mean(axis=0)).sum())
 
 
 def nmse(y: mx.array, y_hat: mx.array) -> mx.array:
-    """Mean over tokens of ``|y - y_hat|^2 / |y|^2`` (OpenAI): tokens of small norm weigh as much as large ones."""
+    """Mean over tokens of ``|y - y_hat|^2 / |y|^2`` (OpenAI): tokens of small norm weigh as much as large
+    ones.
+    """
     return (mx.square(y - y_hat).sum(axis=-1) / nonzero(mx.square(y).sum(axis=-1))).mean()
 
 

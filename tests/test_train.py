@@ -281,6 +281,25 @@ def test_two_engines_one_law(d_out: int | None, changes: dict, optimizer: dict, 
         assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1e-3), name
 
 
+def test_a_fused_step_copies_no_weights_and_holds_no_dense_latents() -> None:
+    """What a step needs beyond its state stays far below one weight matrix and below [n, d_sae]."""
+    n, d, d_sae = 128, 64, 20_000
+    peaks = []
+
+    class Peak(Callback):
+        def on_step(self, run: Run) -> None:
+            mx.eval(run.state.arrays)
+            peaks.append(mx.get_peak_memory() - mx.get_active_memory())
+            mx.reset_peak_memory()
+
+    batches = [mx.random.normal((n, d), key=mx.random.key(i)) for i in range(14)]
+    mx.eval(batches)
+    settings = TrainConfig(14 * n, n, engine="fused", sample_size=n, loss=LossConfig(dead_after=100))
+    fit(SAE(d, d_sae, k=8, seed=0), batches, settings, callbacks=[Peak()])
+    assert max(peaks[2:]) < d_sae * d * 4 / 4  # the first step leaves the caller's weights behind
+    assert d_sae * d * 4 < n * d_sae * 4
+
+
 def test_auto_takes_the_fused_engine_where_it_can() -> None:
     def engine_of(loss: L.Loss | None = None, sae: SAE | None = None, **changes: Any) -> str:
         trained = fit(sae or new_sae(), source(), config(total_tokens=64, **changes), loss=loss).sae

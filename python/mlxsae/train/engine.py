@@ -167,6 +167,9 @@ class FusedEngine:
                 total = total + weight * value
                 terms.append(ops.Term(gradient, aux_code, mx.array(weight)))
         failed, good = guard(arrays["failed"], total, x, y, mx.array(step, mx.int32))
+        # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
+        # pass must be over before the update is begun, or the step copies them.
+        mx.eval(terms, metrics, fired, dead, failed, good)
         adam = arrays["optimizer"]
         m, v = (ops.Params(*(adam[part][name][moment] for part, name in _PLACES)) for moment in "mv")
         clip = config.optimizer.max_grad_norm

@@ -1,4 +1,4 @@
-"""Activation sources: endless or finite streams of shuffled batches whose position can be saved and restored."""
+"""Activation sources: streams of shuffled batches whose position can be saved and restored."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where a trainer takes its batches from.
 
-A source gives batches, a sample that does not disturb them, and its position as plain data, from which an equal
-source continues with the same bits.
+A source gives batches, a sample that does not disturb them, and its position as plain data, from which an
+equal source continues with the same bits.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class ActivationSource(Protocol):
 
 
 class ArraySource:
-    """Shuffled epochs over arrays that are at hand (or memory-mapped): ``x [n, d_in]`` and optionally ``y [n, d_out]``.
+    """Shuffled epochs over arrays that are at hand (or memory-mapped): ``x [n, d_in]`` and optionally ``y [n,
+    d_out]``.
 
     Every row comes once an epoch; a batch may span two epochs, and the last of a finite run may be short.
     """
@@ -66,7 +67,9 @@ class ArraySource:
         arrays = (x,) if y is None else (x, y)
         for name, a in zip("xy", arrays, strict=False):
             if a.ndim != 2 or a.shape[0] != x.shape[0]:
-                raise ValueError(f"[ArraySource] {name} must have shape [n, d] with n={x.shape[0]} but got {a.shape}.")
+                raise ValueError(
+                    f"[ArraySource] {name} must have shape [n, d] with n={x.shape[0]} but got {a.shape}."
+                )
         if x.shape[0] == 0:
             raise ValueError("[ArraySource] there must be at least one row but got none.")
         _positive("ArraySource", batch_size=batch_size)
@@ -115,12 +118,13 @@ class ArraySource:
 class ShuffleBuffer:
     """Shuffles a stream of model activations within bounded memory.
 
-    Rows of ``chunks`` that are valid fill a buffer of ``capacity`` rows (plus one chunk); batches are drawn from it at
-    random without replacement, and it is topped up each time it is down to ``refill`` of its capacity. The end of the
-    stream is drained; its last batch may be short.
+    Rows of ``chunks`` that are valid fill a buffer of ``capacity`` rows (plus one chunk); batches are drawn
+    from it at random without replacement, and it is topped up each time it is down to ``refill`` of its
+    capacity. The end of the stream is drained; its last batch may be short.
 
-    ``chunks`` gives :class:`Chunk` or bare arrays ``[..., d]``. To resume, an equal iterable is given; if it has
-    ``state()`` and ``restore(position)`` these carry its position, otherwise the chunks already used are skipped.
+    ``chunks`` gives :class:`Chunk` or bare arrays ``[..., d]``. To resume, an equal iterable is given; if it
+    has ``state()`` and ``restore(position)`` these carry its position, otherwise the chunks already used are
+    skipped.
 
     Same seed, same chunks, same batches.
     """
@@ -165,7 +169,9 @@ class ShuffleBuffer:
         if self._rows is None and not self._exhausted:
             self._fill()
         if self._rows is None:
-            raise ValueError("[ShuffleBuffer] there must be at least one valid token but the stream has none.")
+            raise ValueError(
+                "[ShuffleBuffer] there must be at least one valid token but the stream has none."
+            )
         rows = slice(self._cursor, self._cursor + n)  # shuffled, so the next n are a random n
         return tuple(_to_mlx(a[rows]) for a in self._rows)
 
@@ -185,6 +191,7 @@ class ShuffleBuffer:
 
     def restore(self, position: dict[str, Any], arrays: dict[str, mx.array]) -> None:
         _same("ShuffleBuffer", position, kind="shuffle", seed=self._seed, capacity=self._capacity)
+        read = self._consumed
         self._rng.bit_generator.state = position["rng"]
         self._consumed, self._exhausted = int(position["consumed"]), bool(position["exhausted"])
         self._rows = tuple(_to_numpy(arrays[f"rows_{i}"]) for i in range(len(arrays))) or None
@@ -193,7 +200,13 @@ class ShuffleBuffer:
             self._source.restore(position["chunks"])  # type: ignore[attr-defined]
             self._chunks = iter(self._source)
         else:
-            self._chunks = itertools.islice(iter(self._source), self._consumed, None)
+            iterator = iter(self._source)
+            read = read if iterator is self._source else 0  # a generator does not start again
+            if read > self._consumed:
+                raise ValueError(
+                    f"[ShuffleBuffer] to resume, at most {self._consumed} chunks may be read but got {read}."
+                )
+            self._chunks = itertools.islice(iterator, self._consumed - read, None)
 
     def _left(self) -> int:
         return 0 if self._rows is None else len(self._rows[0]) - self._cursor
@@ -245,7 +258,7 @@ class IterableSource:
             held += len(batch[0])
         if not self._ahead:
             raise ValueError("[fit] there must be at least one batch but got none.")
-        return tuple(mx.concatenate(field)[:n] for field in zip(*self._ahead, strict=True))
+        return tuple(mx.concatenate(list(field))[:n] for field in zip(*self._ahead, strict=True))
 
     def state(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
         return {"kind": "iterable", "taken": self._taken}, {}
@@ -254,7 +267,9 @@ class IterableSource:
         _same("fit", position, kind="iterable")
         while self._taken < position["taken"]:
             if self.next_batch() is None:
-                raise ValueError(f"[fit] the iterable must give {position['taken']} batches but ended before.")
+                raise ValueError(
+                    f"[fit] the iterable must give {position['taken']} batches but ended before."
+                )
 
     def _read(self) -> tuple[mx.array, ...] | None:
         batch = next(self._iterator, None)
@@ -274,14 +289,17 @@ def _valid_rows(chunk: Chunk | mx.array | np.ndarray) -> tuple[np.ndarray, ...]:
     for a in (chunk.x,) if chunk.y is None else (chunk.x, chunk.y):
         rows = _to_numpy(a)
         if rows.ndim < 2 or (fields and rows.shape[:-1] != chunk.x.shape[:-1]):
-            raise ValueError(f"[ShuffleBuffer] activations must be [..., d] over the same tokens but got {rows.shape}.")
+            raise ValueError(
+                f"[ShuffleBuffer] activations must be [..., d] over the same tokens but got {rows.shape}."
+            )
         fields.append(rows.reshape(-1, rows.shape[-1]))
     if chunk.valid is None:
         return tuple(fields)
     valid = np.array(chunk.valid)
     if valid.shape != tuple(chunk.x.shape[:-1]) or valid.dtype != np.bool_:
         raise ValueError(
-            f"[ShuffleBuffer] valid must be bool of shape {tuple(chunk.x.shape[:-1])} but got {valid.dtype} {valid.shape}."
+            f"[ShuffleBuffer] valid must be bool of shape {tuple(chunk.x.shape[:-1])} "
+            f"but got {valid.dtype} {valid.shape}."
         )
     return tuple(rows[valid.reshape(-1)] for rows in fields)
 

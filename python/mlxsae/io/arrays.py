@@ -1,7 +1,7 @@
 """safetensors files: written through any file object, and checked before they are read.
 
-Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, the data without
-holes (https://github.com/huggingface/safetensors).
+Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, the data
+without holes (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ def writer(arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = 
         file.write(struct.pack("<Q", len(text)) + text)
         for array in arrays.values():
             if array.size:
-                file.write(memoryview(_as_numpy(array)).cast("B"))
+                file.write(_as_numpy(array).data.cast("B"))
 
     return write
 
 
 def read(path: str | os.PathLike) -> dict[str, mx.array]:
-    """All arrays of a safetensors file, in memory. Raises ``ValueError`` that names the fault for a damaged file."""
+    """All arrays of a safetensors file, in memory. Raises ``ValueError`` that names the fault for a damaged
+    file.
+    """
     path = Path(path)
     header, start = _header(path)
     arrays = {}
@@ -118,7 +120,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
                     raise fault(f"{name} has the unknown dtype {entry['dtype']}")
                 expected = int(np.prod(entry["shape"], dtype=np.int64)) * _DTYPES[entry["dtype"]].size
                 if begin != end or stop - begin != expected:
-                    raise fault(f"{name} should take bytes {end} to {end + expected} and claims {begin} to {stop}")
+                    raise fault(
+                        f"{name} should take bytes {end} to {end + expected} and claims {begin} to {stop}"
+                    )
                 end = stop
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise fault(f"its header is damaged ({error})") from error

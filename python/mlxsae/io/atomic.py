@@ -16,8 +16,8 @@ Writer = Callable[[BinaryIO], None]
 def write_files(directory: str | os.PathLike, writers: Mapping[str, Writer]) -> None:
     """Write ``{name: writer}`` into ``directory`` (made if absent), each through a synced temporary file.
 
-    All temporary files are complete on disk before the first one takes its name, so a full disk or an exception in a
-    writer changes nothing.
+    All temporary files are complete on disk before the first one takes its name, so a full disk or an
+    exception in a writer changes nothing.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,9 @@ def write_files(directory: str | os.PathLike, writers: Mapping[str, Writer]) -> 
 
 @contextlib.contextmanager
 def new_directory(target: str | os.PathLike) -> Iterator[Path]:
-    """A folder that appears as ``target``, with all that the block wrote, or not at all. An earlier ``target`` is replaced."""
+    """A folder that appears as ``target``, with all that the block wrote, or not at all. An earlier
+    ``target`` is replaced.
+    """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
@@ -62,7 +64,7 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def json_writer(value: Any) -> Writer:
-    """Writer of ``value`` as indented UTF-8 JSON. NaN and infinity, which JSON lacks, raise ``ValueError``."""
+    """Writer of ``value`` as indented UTF-8 JSON. NaN and infinity, which it lacks, raise ``ValueError``."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return lambda file: void(file.write(text.encode()))
 

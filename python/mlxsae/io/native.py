@@ -1,4 +1,5 @@
-"""The native format: a folder in SAELens' layout, so that SAELens and every tool around it opens what we save.
+"""The native format: a folder in SAELens' layout, so that SAELens and every tool around it opens what we
+save.
 
 ``cfg.json``                architecture, sizes and free-form metadata, the keys of SAELens 6
 ``sae_weights.safetensors`` ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``
@@ -26,7 +27,15 @@ SAELENS_VERSION = "6.54.12"
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _TRANSCODER = "_transcoder"
-_REQUIRED = {"architecture", "d_in", "d_sae", "dtype", "apply_b_dec_to_input", "normalize_activations", "metadata"}
+_REQUIRED = {
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "metadata",
+}
 _OPTIONAL = {"device", "reshape_activations", "rescale_acts_by_decoder_norm"}
 # Keys of cfg.json's metadata, in SAELens' words; everything else in SAE.metadata goes to metadata.json.
 _SAELENS_METADATA = (
@@ -48,8 +57,8 @@ _SAELENS_METADATA = (
 def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | None = None) -> None:
     """Save ``sae`` into ``directory``; ``metadata`` is merged over ``sae.metadata``.
 
-    The three files are complete on disk before the first replaces an earlier one: a full disk, an unwritable folder
-    or a crash leaves the earlier SAE whole.
+    The three files are complete on disk before the first replaces an earlier one: a full disk, an unwritable
+    folder or a crash leaves the earlier SAE whole.
 
     Raises
     ------
@@ -63,7 +72,8 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
         )
     known = sae.metadata | (metadata or {})
     config: dict[str, Any] = {
-        # SAELens has no transcoder with this rule: a name of our own makes it refuse the file, not misread it.
+        # SAELens has no transcoder with this rule: a name of our own makes it refuse the file, not misread
+        # it.
         "architecture": sae.rule.architecture + ("" if sae.d_out == sae.d_in else _TRANSCODER),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
@@ -107,7 +117,7 @@ def load(directory: str | os.PathLike) -> SAE:
             raise FileNotFoundError(f"[load] {path} must exist but does not.")
     config = _read_json(directory / CONFIG)
     name = config.get("architecture")
-    base = name.removesuffix(_TRANSCODER) if isinstance(name, str) else name
+    base = name.removesuffix(_TRANSCODER) if isinstance(name, str) else ""
     if base not in RULES:
         raise ValueError(f"[load] architecture must be one of {sorted(RULES)} but got {name!r} in {CONFIG}.")
     rule_type = RULES[base]
@@ -122,15 +132,18 @@ def load(directory: str | os.PathLike) -> SAE:
         )
     for key, shape in shapes.items():
         if weights[key].shape != shape:
-            raise ValueError(f"[load] {key} must have shape {shape} by {CONFIG} but got {weights[key].shape}.")
+            raise ValueError(
+                f"[load] {key} must have shape {shape} by {CONFIG} but got {weights[key].shape}."
+            )
     if config.get("rescale_acts_by_decoder_norm"):
-        # Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms folded in.
+        # Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms
+        # folded in.
         norm = mx.linalg.norm(weights["W_dec"].astype(mx.float32), axis=-1)
         for key, factor in (("W_enc", norm), ("b_enc", norm), ("W_dec", 1 / norm[:, None])):
             weights[key] = (weights[key].astype(mx.float32) * factor).astype(weights[key].dtype)
     dtype = _DTYPES[config["dtype"]]
     sae = SAE.from_weights(
-        **{key: value.astype(dtype) for key, value in weights.items()},
+        *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", "b_enc", "b_dec")),
         rule=rule_type(**{key: config[key] for key in rule_type.PARAMETERS}),
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
     )
@@ -160,7 +173,9 @@ def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> No
     }
     for key, values in allowed.items():
         if key in config and config[key] not in values:
-            raise ValueError(f"[load] {key} must be one of {list(values)} but got {config[key]!r} in {CONFIG}.")
+            raise ValueError(
+                f"[load] {key} must be one of {list(values)} but got {config[key]!r} in {CONFIG}."
+            )
     if not isinstance(config["metadata"], dict):
         raise ValueError(f"[load] metadata must be an object but got {config['metadata']!r} in {CONFIG}.")
 
@@ -170,7 +185,8 @@ def _metadata(ours: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"[load] {METADATA} must be written by mlxsae but has the keys {sorted(ours)}.")
     if ours.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(
-            f"[load] format_version must be at most {FORMAT_VERSION} but got {ours['format_version']}; update mlxsae."
+            f"[load] format_version must be at most {FORMAT_VERSION} but got {ours['format_version']}; "
+            "update mlxsae."
         )
     return ours["metadata"]
 

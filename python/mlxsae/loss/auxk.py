@@ -1,9 +1,10 @@
 r"""AuxK: dead latents learn to explain what the living ones leave over (Gao et al. 2024, arXiv 2406.04093).
 
-From the pre-activations ``p`` of dead latents the ``k_aux`` largest are decoded without bias and compared with the
-detached residual:
+From the pre-activations ``p`` of dead latents the ``k_aux`` largest are decoded without bias and compared
+with the detached residual:
 
-.. math:: e = sg(y - \hat y), \quad \hat e = \sum_{i \in top(p_{dead})} a_i W^{dec}_i, \quad L = s \cdot dist(\hat e, e)
+.. math:: e = sg(y - \hat y), \quad \hat e = \sum_{i \in top(p_{dead})} a_i W^{dec}_i, \quad L = s \cdot
+dist(\hat e, e)
 
 Systems agree on this and on nothing else. The presets name their choices (k is the full ``k_aux``):
 
@@ -16,10 +17,10 @@ sparsify             relu(p_i)     sum (ê-e)^2 / sum (y - mean y)^2   min(n_dea
 saelens              p_i, signed   mean_n sum_d (ê-e)^2               min(n_dead / k, 1)       no     1
 ==================== ============= ================================== ======================== ====== ======
 
-Means and sums run over the batch. ``b_dec``: OpenAI adds it to both sides but detaches one, so it cancels in the
-value and yet receives a gradient as the decoder's bias. In every preset the gradient reaches decoder and encoder at
-the chosen dead latents and nowhere else (sparsify 1.3.3 itself sends the encoder none). With no dead latent the term
-and its gradient are 0.
+Means and sums run over the batch. ``b_dec``: OpenAI adds it to both sides but detaches one, so it cancels in
+the value and yet receives a gradient as the decoder's bias. In every preset the gradient reaches decoder and
+encoder at the chosen dead latents and nowhere else (sparsify 1.3.3 itself sends the encoder none). With no
+dead latent the term and its gradient are 0.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class AuxK:
         if self.k_aux <= 0:
             raise ValueError(f"[AuxK] k_aux must be positive but got {self.k_aux}.")
 
+    @property
+    def fused(self) -> bool:
+        """Whether the term acts through ``relu``'d latents alone, as the one-pass update wants it."""
+        preset = AUXK_PRESETS[self.preset]
+        return not preset.signed and not preset.bias
+
     def __call__(self, forward: Forward) -> mx.array:
         sae, dead = forward.sae, _dead(forward)
         aux_hat = ops.sparse_decode(self.code(sae, forward.x, dead), sae.decoder.weight)
@@ -78,10 +85,13 @@ class AuxK:
         return self.distance(forward.y, forward.y_hat, aux_hat, dead)
 
     def code(self, sae: SAE, x: mx.array, dead: mx.array) -> SparseCode:
-        """The ``k_aux`` largest pre-activations among ``dead [d_sae]`` of each token; slots past their number are inert."""
+        """The ``k_aux`` largest pre-activations among ``dead [d_sae]`` of each token; slots past their number
+        are inert.
+        """
         x = sae.encoder_input(x)
         weight, bias = sae.encoder.weight, sae.encoder.bias
-        # A bias at the bottom of the range keeps the living out of the selection and leaves the product as it is.
+        # A bias at the bottom of the range keeps the living out of the selection and leaves the product as it
+        # is.
         lowest = mx.array(mx.finfo(bias.dtype).min, bias.dtype)
         code = ops.topk_encode(x, weight, mx.where(dead, bias, lowest), k=min(self.k_aux, sae.d_sae))
         if not AUXK_PRESETS[self.preset].signed:

@@ -1,4 +1,5 @@
-"""What a trainer and an evaluator both measure: sparsity, reconstruction, dead latents, loss recovered, speed.
+"""What a trainer and an evaluator both measure: sparsity, reconstruction, dead latents, loss recovered,
+speed.
 
 The functions return MLX scalars and never synchronise; the accumulators stream over any number of batches,
 keep float64 sums on the host and synchronise once per batch.

@@ -14,16 +14,20 @@ from mlxsae.code import SparseCode, SparseCodeCSR
 def l0(code: SparseCode | SparseCodeCSR) -> mx.array:
     """Mean number of latents that fire per token (float32 scalar)."""
     fired = (code.values > 0).sum().astype(mx.float32)
-    n = code.offsets.size - 1 if isinstance(code, SparseCodeCSR) else code.values.size // code.values.shape[-1]
+    n = (
+        code.offsets.size - 1
+        if isinstance(code, SparseCodeCSR)
+        else code.values.size // code.values.shape[-1]
+    )
     return fired / n
 
 
 def fvu(x: mx.array, x_hat: mx.array) -> mx.array:
     """Fraction of variance unexplained, ``sum((x - x_hat)^2) / sum((x - mean(x))^2)``.
 
-    ``x, x_hat [..., d]``: the mean is per coordinate over all tokens (every axis but the last), the sums run over
-    everything. A batch without variance gives inf or NaN. For many batches use :class:`Reconstruction`: a mean
-    of batch FVUs is not the FVU of the set.
+    ``x, x_hat [..., d]``: the mean is per coordinate over all tokens (every axis but the last), the sums run
+    over everything. A batch without variance gives inf or NaN. For many batches use :class:`Reconstruction`:
+    a mean of batch FVUs is not the FVU of the set.
     """
     x, x_hat = x.astype(mx.float32), x_hat.astype(mx.float32)
     mean = x.reshape(-1, x.shape[-1]).mean(axis=0)
@@ -36,7 +40,9 @@ def explained_variance(x: mx.array, x_hat: mx.array) -> mx.array:
 
 
 def nmse(x: mx.array, x_hat: mx.array) -> mx.array:
-    """Mean over tokens of ``sum_d((x - x_hat)^2) / sum_d(x^2)`` (OpenAI's ``normalized_mse``). Not FVU: nothing is centred."""
+    """Mean over tokens of ``sum_d((x - x_hat)^2) / sum_d(x^2)`` (OpenAI's ``normalized_mse``). Not FVU:
+    nothing is centred.
+    """
     x, x_hat = x.astype(mx.float32), x_hat.astype(mx.float32)
     return (mx.square(x - x_hat).sum(axis=-1) / mx.square(x).sum(axis=-1)).mean()
 
@@ -53,15 +59,15 @@ def fire_rate(counts: mx.array, n_tokens: int) -> mx.array:
 
 
 def dead_fraction(counts: mx.array) -> mx.array:
-    """Fraction of latents that never fired over the tokens that ``counts [d_sae]`` covers (float32 scalar)."""
+    """Fraction of latents that never fired on the tokens of ``counts [d_sae]`` (float32 scalar)."""
     return (counts == 0).astype(mx.float32).mean()
 
 
 def ce_loss_recovered(ce_clean: float, ce_sae: float, ce_ablated: float) -> float:
-    """``(ce_ablated - ce_sae) / (ce_ablated - ce_clean)``: 1 where splicing the SAE in costs nothing, 0 where it is
-    as bad as the ablation.
+    """``(ce_ablated - ce_sae) / (ce_ablated - ce_clean)``: 1 where splicing the SAE in costs nothing, 0 where
+    it is as bad as the ablation.
 
-    Say which ablation: replacing the activation by zeros or by its mean over the data gives different numbers;
-    the mean is the harder reference. Cross entropies in nats per token, on the same tokens.
+    Say which ablation: replacing the activation by zeros or by its mean over the data gives different
+    numbers; the mean is the harder reference. Cross entropies in nats per token, on the same tokens.
     """
     return (ce_ablated - ce_sae) / (ce_ablated - ce_clean)

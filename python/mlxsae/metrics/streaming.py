@@ -16,8 +16,8 @@ from mlxsae.metrics.functions import ce_loss_recovered, fire_counts
 class Reconstruction:
     """FVU, explained variance and NMSE over the whole set, not a mean over batches.
 
-    Each batch is reduced on the device about its own mean and merged in float64 (Chan et al. 1979), so a mean that is
-    large against the spread costs no digits.
+    Each batch is reduced on the device about its own mean and merged in float64 (Chan et al. 1979), so a mean
+    that is large against the spread costs no digits.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,12 @@ class Reconstruction:
             raise ValueError("[Reconstruction] there must be at least one token but got none.")
         with np.errstate(divide="ignore", invalid="ignore"):
             fvu = float(np.float64(self._error) / np.float64(self._scatter))
-        return {"fvu": fvu, "explained_variance": 1.0 - fvu, "nmse": self._ratio / self.n, "mse": self._error / self.n}
+        return {
+            "fvu": fvu,
+            "explained_variance": 1.0 - fvu,
+            "nmse": self._ratio / self.n,
+            "mse": self._error / self.n,
+        }
 
 
 class FireCounter:
@@ -94,7 +99,8 @@ class FireCounter:
 
 
 class LossRecovered:
-    """Cross entropy with the SAE spliced in, against the clean model and against ablations, over many batches.
+    """Cross entropy with the SAE spliced in, against the clean model and against ablations, over many
+    batches.
 
     ``update`` takes summed cross entropies (nats) over the same ``n`` predicted tokens, any set of names that
     contains ``clean`` and ``sae``; every other name, such as ``zero`` and ``mean``, is an ablation.
@@ -153,8 +159,8 @@ class Throughput:
 
 
 class Evaluation:
-    """All metrics of an SAE on held-out activations: ``fvu``, ``explained_variance``, ``nmse``, ``mse``, ``l0``,
-    ``dead_fraction``, ``n_tokens``.
+    """All metrics of an SAE on held-out activations: ``fvu``, ``explained_variance``, ``nmse``, ``mse``,
+    ``l0``, ``dead_fraction``, ``n_tokens``.
 
     ``dead_fraction`` is over the tokens seen here, so it falls with their number: state it.
     """
@@ -176,7 +182,9 @@ class Evaluation:
 
 
 def evaluate(sae: Any, batches: Iterable[mx.array | tuple[mx.array, mx.array]]) -> dict[str, float]:
-    """Metrics of ``sae`` over ``batches`` of activations ``[..., d_in]``, or of pairs (input, target) for a transcoder."""
+    """Metrics of ``sae`` over ``batches`` of activations ``[..., d_in]``, or of pairs (input, target) for a
+    transcoder.
+    """
     evaluation = Evaluation(sae.d_sae)
     for batch in batches:
         x, y = batch if isinstance(batch, tuple) else (batch, batch)

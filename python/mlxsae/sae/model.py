@@ -37,11 +37,10 @@ class SAE(nn.Module):
     k : entries kept per token; short for ``rule=TopK(k)``.
     rule : how latents are chosen. Give either ``k`` or ``rule``.
     d_out : width of the target. Giving it makes a transcoder.
-    apply_b_dec_to_input : whether ``b_dec`` is subtracted from the input. By default it is, but for a transcoder.
-    dtype : float32, float16 or bfloat16.
-    seed : seed of the initial weights; without it they come from MLX's global random state.
-        Rows of the decoder are random unit vectors, the encoder is its transpose (for a transcoder,
-        independent unit vectors), biases are 0.
+    apply_b_dec_to_input : whether ``b_dec`` is subtracted from the input. By default it is, but for a
+        transcoder. dtype : float32, float16 or bfloat16. seed : seed of the initial weights; without it they
+        come from MLX's global random state. Rows of the decoder are random unit vectors, the encoder is its
+        transpose (for a transcoder, independent unit vectors), biases are 0.
 
     Raises
     ------
@@ -154,7 +153,9 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def pre_acts(self, x: mx.array) -> mx.array:
-        """Dense pre-activations ``[..., d_sae]``, before the rule. This is the array that :meth:`encode` avoids."""
+        """Dense pre-activations ``[..., d_sae]``, before the rule. This is the array that :meth:`encode`
+        avoids.
+        """
         return self.encoder.pre_acts(self.encoder_input(x))
 
     def to_dense(self, code: SparseCode) -> mx.array:
@@ -162,7 +163,7 @@ class SAE(nn.Module):
         return to_dense(code, self.d_sae)
 
     def encoder_input(self, x: mx.array) -> mx.array:
-        """What the encoder multiplies: ``x`` in the SAE's dtype, less ``b_dec`` if ``apply_b_dec_to_input``."""
+        """What the encoder sees: ``x`` in the SAE's dtype, less ``b_dec`` if ``apply_b_dec_to_input``."""
         if not isinstance(x, mx.array):
             raise TypeError(f"[SAE] x must be an mx.array but got {type(x).__name__}.")
         if x.ndim == 0 or x.shape[-1] != self.d_in:
@@ -226,8 +227,10 @@ class SAE(nn.Module):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What is known about the SAE: model, hook point, training. Travels with the files, never with the parameters."""
-        return self._metadata
+        """What is known about the SAE: model, hook point, training. Travels with the files, never with the
+        parameters.
+        """
+        return self.__dict__["_metadata"]
 
     @metadata.setter
     def metadata(self, value: dict[str, Any]) -> None:

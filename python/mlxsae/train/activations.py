@@ -21,6 +21,8 @@ def train_sae_from_activations(
     """
     config = config or SAEConfig()
     if activations.ndim != 2:
-        raise ValueError(f"[train_sae_from_activations] activations must have shape [n, d_in] but got {activations.shape}.")
+        raise ValueError(
+            f"[train_sae_from_activations] activations must have shape [n, d_in] but got {activations.shape}."
+        )
     source = ArraySource(activations, batch_size=config.train.batch_size, seed=config.train.seed)
     return fit(config.build(activations.shape[1]), source, config.train, **options)

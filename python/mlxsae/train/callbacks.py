@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Called between steps, when the state is whole: an exception here, ``KeyboardInterrupt`` included, ends the run in
-    order. ``run.state`` may hold work in flight; reading an array waits for it."""
+    """Called between steps, when the state is whole: an exception here, ``KeyboardInterrupt`` included, ends
+    the run in order. ``run.state`` may hold work in flight; reading an array waits for it.
+    """
 
     def on_begin(self, run: Run) -> None:
         """Before the first step, also of a resumed run."""
@@ -27,7 +28,7 @@ class Callback:
 
 
 class ProgressBar(Callback):
-    """One line on ``stream`` (stderr by default), redrawn at each log; plain lines where it is no terminal."""
+    """One line on ``stream`` (default stderr), redrawn at each log; plain lines where it is no terminal."""
 
     def __init__(self, stream: TextIO | None = None, width: int = 24):
         self._stream = stream or sys.stderr
@@ -37,9 +38,14 @@ class ProgressBar(Callback):
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
         done = record["step"] / run.config.total_steps
         bar = "█" * int(done * self._width)
-        left = (run.config.total_steps - record["step"]) * run.config.batch_size / max(record["tokens_per_s"], 1e-9)
+        left = (
+            (run.config.total_steps - record["step"])
+            * run.config.batch_size
+            / max(record["tokens_per_s"], 1e-9)
+        )
         line = (
-            f"{bar:<{self._width}} {done:4.0%}  {record['tokens'] / 1e6:.2f}M tokens  loss {record['loss']:.4f}  "
+            f"{bar:<{self._width}} {done:4.0%}  {record['tokens'] / 1e6:.2f}M tokens  "
+            f"loss {record['loss']:.4f}  "
             f"l0 {record['l0']:.1f}  dead {record['dead_fraction']:.2%}  "
             f"{record['tokens_per_s'] / 1e3:.1f}k tok/s  {left:.0f} s left"
         )

@@ -1,7 +1,7 @@
 """Checkpoints: one folder a step, complete or absent.
 
-``step_00001000/state.safetensors`` holds every array, ``state.json`` the rest: together all that ``fit`` needs to go on
-with the same bits.
+``step_00001000/state.safetensors`` holds every array, ``state.json`` the rest: together all that ``fit``
+needs to go on with the same bits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
 
 
 def checkpoints(directory: str | os.PathLike) -> list[Path]:
-    """Complete checkpoints in ``directory``, oldest first. A folder takes its name only when it is complete."""
+    """Complete checkpoints in ``directory``, oldest first: a folder takes its name when it is complete."""
     directory = Path(directory)
     found = [] if not directory.is_dir() else [p for p in directory.iterdir() if _NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))  # type: ignore[index]

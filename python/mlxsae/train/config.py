@@ -1,8 +1,9 @@
-"""Hyper-parameters: small nested dataclasses that round-trip through JSON and refuse keys they do not know."""
+"""Hyper-parameters: small nested dataclasses that round-trip through JSON and refuse unknown keys."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,21 +23,34 @@ class _Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, partial: bool = False) -> Self:
-        """The configuration that :meth:`to_dict` wrote. Unknown and missing keys and wrong types raise ``ValueError``
-        with the key's path; with ``partial`` missing keys take their defaults."""
+        """The configuration that :meth:`to_dict` wrote. Unknown and missing keys and wrong types raise
+        ``ValueError`` with the key's path; with ``partial`` missing keys take their defaults.
+        """
         return _parse(cls, values, "", partial)
+
+
+def default_learning_rate(d_sae: int) -> float:
+    """``4e-3 * sqrt(2048 / d_sae)``, at most 5e-3: the square-root law of Gao et al. 2024 through what is
+    best for a run of 2M tokens at ``d_sae = 2048`` with unit decoder rows and activations of norm
+    ``sqrt(d_in)``.
+    """
+    return min(5e-3, 4e-3 * math.sqrt(2048 / d_sae))
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(_Config):
     """Adam with bias correction, and its learning rate over time.
 
-    ``warmup`` and ``decay`` are fractions of all steps: linear from 0 to ``learning_rate`` over the first, then constant,
-    then ``shape`` down to 0 over the last. ``max_grad_norm`` clips the global gradient norm.
+    ``warmup`` and ``decay`` are fractions of all steps: linear from 0 to ``learning_rate`` over the first,
+    then constant, then ``shape`` down to 0 over the last. Without a ``learning_rate`` it is
+    :func:`default_learning_rate`. ``max_grad_norm`` clips the global gradient norm.
+
+    beta_2 is 0.99: the gradient shrinks by orders of magnitude within the first hundred steps, and a longer
+    memory of the large early ones throttles the steps for a thousand more.
     """
 
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
+    learning_rate: float | None = None
+    betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     warmup: float = 0.05
     decay: float = 0.2
@@ -44,7 +58,8 @@ class OptimizerConfig(_Config):
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive")
+        if self.learning_rate is not None:
+            _require("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive")
         _require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "lie in [0, 1)")
         _require("eps", self.eps, self.eps >= 0, "not be negative")
         for name in ("warmup", "decay"):
@@ -59,16 +74,16 @@ class OptimizerConfig(_Config):
 class LossConfig(_Config):
     """Reconstruction term and AuxK.
 
-    ``reconstruction`` is ``fvu``, ``mse`` or ``nmse``. ``auxk`` names a preset of :mod:`mlxsae.loss.auxk` or is None;
-    ``auxk_weight`` and ``k_aux`` default to the preset's weight and ``d_in / 2``. A latent is dead after
-    ``dead_after`` tokens without firing.
+    ``reconstruction`` is ``fvu``, ``mse`` or ``nmse``. ``auxk`` names a preset of :mod:`mlxsae.loss.auxk` or
+    is None; ``auxk_weight`` and ``k_aux`` default to the preset's weight and ``d_in / 2``. A latent is dead
+    after ``dead_after`` tokens without firing, by default a 40th of the run, at most 10M.
     """
 
     reconstruction: str = "fvu"
     auxk: str | None = "dictionary_learning"
     auxk_weight: float | None = None
     k_aux: int | None = None
-    dead_after: int = 100_000
+    dead_after: int | None = None
 
     def __post_init__(self) -> None:
         known = sorted(RECONSTRUCTION)
@@ -79,7 +94,8 @@ class LossConfig(_Config):
             _require("auxk_weight", self.auxk_weight, self.auxk_weight >= 0, "not be negative")
         if self.k_aux is not None:
             _require("k_aux", self.k_aux, self.k_aux > 0, "be positive")
-        _require("dead_after", self.dead_after, self.dead_after > 0, "be positive")
+        if self.dead_after is not None:
+            _require("dead_after", self.dead_after, self.dead_after > 0, "be positive")
 
     def build(self, d_in: int) -> Loss:
         auxk = None
@@ -93,10 +109,11 @@ class LossConfig(_Config):
 class TrainConfig(_Config):
     """One run of ``fit``.
 
-    ``normalize="expected_norm"`` scales activations so that their mean norm is ``sqrt(d_in)``; the scale is folded into
-    the weights of the SAE that comes out. ``b_dec_init`` is ``geometric_median``, ``mean`` or ``keep``; both scale and
-    initial ``b_dec`` come from ``sample_size`` rows. ``normalize_decoder`` keeps decoder rows at unit norm and removes the
-    gradient along them. ``engine`` is ``auto``, ``autodiff`` or ``fused``.
+    ``normalize="expected_norm"`` scales activations so that their mean norm is ``sqrt(d_in)``; the scale is
+    folded into the weights of the SAE that comes out. ``b_dec_init`` is ``geometric_median``, ``mean`` or
+    ``keep``; both scale and initial ``b_dec`` come from ``sample_size`` rows. ``normalize_decoder`` keeps
+    decoder rows at unit norm and removes the gradient along them. ``engine`` is ``auto``, ``autodiff`` or
+    ``fused``.
     """
 
     total_tokens: int = 2_000_000
@@ -114,7 +131,14 @@ class TrainConfig(_Config):
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        for name in ("total_tokens", "batch_size", "sample_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "total_tokens",
+            "batch_size",
+            "sample_size",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
         for name, values in (
             ("normalize", ("expected_norm", "none")),
@@ -127,10 +151,17 @@ class TrainConfig(_Config):
     def total_steps(self) -> int:
         return -(-self.total_tokens // self.batch_size)
 
+    @property
+    def dead_after(self) -> int:
+        """Tokens without firing after which a latent is dead."""
+        return self.loss.dead_after or max(1, min(10_000_000, self.total_tokens // 40))
+
 
 @dataclass(frozen=True)
 class SAEConfig(_Config):
-    """An SAE and how to train it. ``d_sae`` overrides ``expansion_factor``; ``d_in`` comes from the data if None."""
+    """An SAE and how to train it. ``d_sae`` overrides ``expansion_factor``; ``d_in`` comes from the data if
+    None.
+    """
 
     d_in: int | None = None
     d_sae: int | None = None
@@ -152,7 +183,9 @@ class SAEConfig(_Config):
     def build(self, d_in: int) -> SAE:
         """The untrained SAE for activations of width ``d_in``."""
         if self.d_in is not None and self.d_in != d_in:
-            raise ValueError(f"[SAEConfig] d_in must be the activations' width {d_in} but got d_in={self.d_in}.")
+            raise ValueError(
+                f"[SAEConfig] d_in must be the activations' width {d_in} but got d_in={self.d_in}."
+            )
         d_sae = self.expansion_factor * d_in if self.d_sae is None else self.d_sae
         rule_type = RULES[self.architecture]
         rule = rule_type(**{name: getattr(self, name) for name in rule_type.PARAMETERS})
@@ -169,10 +202,14 @@ def _parse(cls: Any, values: Any, path: str, partial: bool) -> Any:
         raise ValueError(f"[config] {path or cls.__name__} must be an object but got {values!r}.")
     fields = typing.get_type_hints(cls)
     if unknown := sorted(values.keys() - fields.keys()):
-        raise ValueError(f"[config] keys must be known but got {_join(path, unknown)}; known are {sorted(fields)}.")
+        raise ValueError(
+            f"[config] keys must be known but got {_join(path, unknown)}; known are {sorted(fields)}."
+        )
     if (missing := sorted(fields.keys() - values.keys())) and not partial:
         raise ValueError(f"[config] every key must be given but {_join(path, missing)} is missing.")
-    return cls(**{name: _value(fields[name], value, f"{path}{name}", partial) for name, value in values.items()})
+    return cls(
+        **{name: _value(fields[name], value, f"{path}{name}", partial) for name, value in values.items()}
+    )
 
 
 def _value(kind: Any, value: Any, path: str, partial: bool) -> Any:
@@ -186,7 +223,9 @@ def _value(kind: Any, value: Any, path: str, partial: bool) -> Any:
         members = typing.get_args(kind)
         if not isinstance(value, (list, tuple)) or len(value) != len(members):
             raise ValueError(f"[config] {path} must be a list of {len(members)} but got {value!r}.")
-        return tuple(_value(k, v, f"{path}[{i}]", partial) for i, (k, v) in enumerate(zip(members, value, strict=True)))
+        return tuple(
+            _value(k, v, f"{path}[{i}]", partial) for i, (k, v) in enumerate(zip(members, value, strict=True))
+        )
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"[config] {path} must be {kind.__name__} but got {value!r}.")

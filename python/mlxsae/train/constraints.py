@@ -12,6 +12,7 @@ def unit_rows(weight: mx.array) -> mx.array:
 
 
 def without_parallel(gradient: mx.array, weight: mx.array) -> mx.array:
-    """``gradient`` less its component along each unit row of ``weight``: that part would only change the norm, which
-    the constraint takes back, but would enter Adam's moments."""
+    """``gradient`` less its component along each unit row of ``weight``: that part would only change the
+    norm, which the constraint takes back, but would enter Adam's moments.
+    """
     return gradient - (gradient * weight).sum(axis=-1, keepdims=True) * weight

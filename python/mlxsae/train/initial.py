@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import numpy as np
 
 
 def geometric_median(x: mx.array, *, iterations: int = 100, tolerance: float = 1e-6) -> mx.array:
-    """The point with the least summed Euclidean distance to the rows of ``x [n, d]``, by Weiszfeld's iteration.
+    """The point with the least summed Euclidean distance to the rows of ``x [n, d]``, by Weiszfeld's
+    iteration.
 
-    Outliers such as attention sinks, which drag the mean, weigh no more here than any other token. Stops when a step
-    is shorter than ``tolerance`` times the mean distance. Float32 ``[d]``.
+    Outliers such as attention sinks, which drag the mean, weigh no more here than any other token. Stops when
+    a step is shorter than ``tolerance`` times the mean distance. Float32 ``[d]``.
     """
     if x.ndim != 2 or x.shape[0] == 0:
         raise ValueError(f"[geometric_median] x must have shape [n, d] with n > 0 but got {x.shape}.")
@@ -31,17 +33,21 @@ def geometric_median(x: mx.array, *, iterations: int = 100, tolerance: float = 1
 
 
 def finite_rows(*fields: mx.array) -> tuple[mx.array, ...]:
-    """Rows that are finite in every field. A bad row must not spoil the start; the step that meets it names its batch."""
+    """Rows that are finite in every field. A bad row must not spoil the start; the step that meets it names
+    its batch.
+    """
     good = mx.stack([mx.isfinite(f).all(axis=-1) for f in fields]).all(axis=0)
-    rows = mx.array([i for i, ok in enumerate(good.tolist()) if ok], mx.uint32)
+    rows = mx.array(np.flatnonzero(np.array(good)).astype(np.uint32))
     if rows.size == 0:
-        raise ValueError("[fit] activations must be finite but every row of the first sample holds NaN or inf.")
+        raise ValueError(
+            "[fit] activations must be finite but every row of the first sample holds NaN or inf."
+        )
     return tuple(f[rows] for f in fields)
 
 
 def expected_norm_scale(x: mx.array) -> float:
     """``sqrt(d) / mean |x|``: the factor that brings rows of ``x [n, d]`` to norm ``sqrt(d)`` on average."""
-    norm = mx.linalg.norm(x.astype(mx.float32), axis=-1).mean().item()
+    norm = float(mx.linalg.norm(x.astype(mx.float32), axis=-1).mean())
     if not norm > 0:
         raise ValueError(f"[fit] activations must have a positive mean norm to be scaled but got {norm}.")
     return math.sqrt(x.shape[-1]) / norm

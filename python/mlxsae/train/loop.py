@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxsae.data import ActivationSource, as_source
@@ -22,18 +23,20 @@ from mlxsae.metrics import Throughput
 from mlxsae.sae import SAE
 from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar
-from mlxsae.train.config import TrainConfig
-from mlxsae.train.engine import AutodiffEngine, Engine
+from mlxsae.train.config import TrainConfig, default_learning_rate
+from mlxsae.train.engine import Engine, make_engine
 from mlxsae.train.initial import expected_norm_scale, finite_rows, geometric_median
 from mlxsae.train.schedules import Schedule, warmup_decay
-from mlxsae.train.state import ACTIVATIONS, TrainState, scaled_params
+from mlxsae.train.state import ACTIVATIONS, TrainState, flat, scaled_params
 
 _CHECK_EVERY = 10
-"""Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run computes."""
+"""Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run
+computes.
+"""
 
 
 class NonFiniteError(ArithmeticError):
-    """Training met NaN or inf. ``step`` is the batch, counted from 0; the SAE has its weights from before it."""
+    """Training met NaN or inf in batch ``step``, counted from 0; the SAE has its weights from before it."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
@@ -42,7 +45,9 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass
 class FitResult:
-    """The trained SAE (the one given, its weights folded to raw activations), the last state, the logged metrics."""
+    """The trained SAE (the one given, its weights folded to raw activations), the last state, the logged
+    metrics.
+    """
 
     sae: SAE
     state: TrainState
@@ -75,16 +80,16 @@ class Run:
         self.raise_if_failed()
         host, arrays = self.state.to_files()
         position, held = self.source.state()
-        arrays = {f"state.{name}": a for name, a in arrays.items()} | {f"source.{name}": a for name, a in held.items()}
+        arrays = {f"state.{name}": a for name, a in arrays.items()} | {
+            f"source.{name}": a for name, a in held.items()
+        }
         host = {"state": host, "source": position, "config": self.config.to_dict(), "history": self.history}
         return checkpoint.save(
             self.checkpoint_dir, self.state.step, host, arrays, keep=self.config.keep_checkpoints
         )
 
-    def resume(self, path: Path) -> None:
+    def restore(self, host: dict[str, Any], arrays: dict[str, mx.array]) -> None:
         """Continue from a checkpoint of an equal run."""
-        host, arrays = checkpoint.load(path)
-        _same_config(host["config"], self.config.to_dict())
         parts: dict[str, dict[str, mx.array]] = {"state": {}, "source": {}}
         for name, array in arrays.items():
             part, _, rest = name.partition(".")
@@ -94,7 +99,7 @@ class Run:
         self.history = host["history"]
 
     def raise_if_failed(self) -> None:
-        step, what = self.state.failed.tolist()
+        step, what = (int(n) for n in np.array(self.state.failed))
         if step < 0:
             return
         subject = "activations" if what == ACTIVATIONS else "loss"
@@ -124,32 +129,37 @@ def fit(
 
     Parameters
     ----------
-    sae : trained in place, in float32 whatever its dtype; frozen parameters stay. Its weights change at the end (or
-        early end) of the run; until then ``Run.export`` has the current ones.
+    sae : trained in place, in float32 whatever its dtype; frozen parameters stay. Its weights change at the
+        end (or early end) of the run; until then ``Run.export`` has the current ones.
     data : an :class:`~mlxsae.data.ActivationSource`, or batches ``x [n, d_in]`` or ``(x, y [n, d_out])``.
     config : hyper-parameters.
     loss, schedule, engine : in place of those that ``config`` describes.
     callbacks : see :class:`~mlxsae.train.Callback`.
     checkpoint_dir : where checkpoints go, every ``config.checkpoint_every`` steps, at the end, and on Ctrl-C.
-    resume : go on from the newest checkpoint there, if any. The run then equals the uninterrupted one bit for bit,
-        given an equal SAE, source and config.
+    resume : go on from the newest checkpoint there, if any. The run then equals the uninterrupted one bit for
+        bit, given an equal SAE, source and config.
     progress : draw a progress bar on stderr. Nothing else is ever printed.
 
     Raises
     ------
-    NonFiniteError : NaN or inf in activations or loss. Names the batch; no update follows it and no checkpoint holds it.
+    NonFiniteError : NaN or inf in activations or loss. Names the batch; no update follows it and no
+        checkpoint holds it.
     KeyboardInterrupt : Ctrl-C, after the step in progress and a checkpoint.
     ValueError : shapes, empty data, a checkpoint of another run.
     """
     config = config or TrainConfig()
     source = as_source(data)
-    run = _start(sae, source, config, loss, schedule, engine)
+    if resume and checkpoint_dir is None:
+        raise ValueError("[fit] checkpoint_dir must be given to resume.")
+    saved = checkpoint.checkpoints(checkpoint_dir) if resume and checkpoint_dir is not None else []
+    if saved:
+        host, arrays = checkpoint.load(saved[-1])
+        _same_config(host["config"], config.to_dict())
+        run = _assemble(sae, source, config, loss, schedule, engine, scale=tuple(host["state"]["scale"]))
+        run.restore(host, arrays)
+    else:
+        run = _start(sae, source, config, loss, schedule, engine)
     run.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-    if resume:
-        if run.checkpoint_dir is None:
-            raise ValueError("[fit] checkpoint_dir must be given to resume.")
-        if saved := checkpoint.checkpoints(run.checkpoint_dir):
-            run.resume(saved[-1])
     watchers = [*callbacks, *([ProgressBar()] if progress else [])]
     try:
         with _deferred_interrupt() as interrupted:
@@ -184,6 +194,7 @@ def _start(
     schedule: Schedule | None,
     engine: Engine | None,
 ) -> Run:
+    """A run before its first step: scale and ``b_dec`` come from a sample of the data."""
     sample = source.sample(config.sample_size)
     _check_batch(sae, sample)
     x, y = _pair(finite_rows(*sample))
@@ -191,20 +202,36 @@ def _start(
     if config.normalize == "expected_norm":
         s_in = expected_norm_scale(x)
         scale = (s_in, s_in if sae.apply_b_dec_to_input else expected_norm_scale(y))
-    params = tree_unflatten([(name, p.astype(mx.float32)) for name, p in tree_flatten(sae.trainable_parameters())])
-    if not params:
-        raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")
-    params = scaled_params(sae, params, *scale)
-    if config.b_dec_init != "keep" and "bias" in params.get("decoder", {}):
-        centre = geometric_median(y) if config.b_dec_init == "geometric_median" else y.astype(mx.float32).mean(axis=0)
-        params["decoder"]["bias"] = centre * scale[1]
+    centre = None
+    if config.b_dec_init != "keep":
+        centre = (
+            geometric_median(y)
+            if config.b_dec_init == "geometric_median"
+            else y.astype(mx.float32).mean(axis=0)
+        )
+    return _assemble(sae, source, config, loss, schedule, engine, scale, centre)
+
+
+def _assemble(
+    sae: SAE,
+    source: ActivationSource,
+    config: TrainConfig,
+    loss: Loss | None,
+    schedule: Schedule | None,
+    engine: Engine | None,
+    scale: tuple[float, float],
+    b_dec: mx.array | None = None,
+) -> Run:
     working = copy.deepcopy(sae)
     working.set_dtype(mx.float32)
-    working.update(scaled_params(working, _tree(working.parameters()), *scale))
-    working.update(params)
+    working.update(scaled_params(sae, working.parameters(), *scale))
+    params = _tree(working.trainable_parameters())
+    if not params:
+        raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")
+    if b_dec is not None and "bias" in params.get("decoder", {}):
+        params["decoder"]["bias"] = b_dec * scale[1]
     o = config.optimizer
-    schedule = schedule or warmup_decay(config.total_steps, warmup=o.warmup, decay=o.decay, shape=o.shape)
-    engine = engine or AutodiffEngine(working, loss or config.loss.build(sae.d_in), config)
+    engine = engine or make_engine(config.engine, working, loss or config.loss.build(sae.d_in), config)
     state = TrainState(
         params=params,
         optimizer=engine.optimizer_state(params),
@@ -212,6 +239,7 @@ def _start(
         failed=mx.array([-1, 0], mx.int32),
         scale=scale,
     )
+    schedule = schedule or warmup_decay(config.total_steps, warmup=o.warmup, decay=o.decay, shape=o.shape)
     return Run(sae, config, source, engine, schedule, state)
 
 
@@ -245,7 +273,9 @@ def _loop(run: Run, watchers: list[Callback], interrupted: threading.Event) -> N
 
 
 def _advance(run: Run) -> dict[str, mx.array] | None:
-    """One step, launched and not awaited: the host prepares the next batch meanwhile. None at the end of the data."""
+    """One step, launched and not awaited: the host prepares the next batch meanwhile. None at the end of the
+    data.
+    """
     batch = run.source.next_batch()
     if batch is None:
         return None
@@ -255,7 +285,8 @@ def _advance(run: Run) -> dict[str, mx.array] | None:
     s_in, s_out = state.scale
     scaled = x.astype(mx.float32) * s_in
     target = scaled if y is x else y.astype(mx.float32) * s_out
-    lr = run.config.optimizer.learning_rate * run.schedule(state.step)
+    base = run.config.optimizer.learning_rate or default_learning_rate(run.sae.d_sae)
+    lr = base * run.schedule(state.step)
     arrays, metrics = run.engine.step(
         state.arrays, scaled, target, lr=lr, step=state.step, auxk=state.auxk_active
     )
@@ -267,7 +298,7 @@ def _advance(run: Run) -> dict[str, mx.array] | None:
 
 def _look(run: Run) -> None:
     run.raise_if_failed()
-    dead = run.state.tokens_since_fired >= run.config.loss.dead_after
+    dead = run.state.tokens_since_fired >= run.config.dead_after
     run.state = replace(run.state, auxk_active=bool(dead.any().item()))
 
 
@@ -284,8 +315,8 @@ def _record(run: Run, metrics: dict[str, mx.array], clock: Throughput) -> dict[s
 def _write_back(sae: SAE, state: TrainState) -> None:
     s_in, s_out = state.scale
     raw = scaled_params(sae, state.params, 1 / s_in, 1 / s_out)
-    dtypes = dict(tree_flatten(sae.parameters()))
-    sae.update(tree_unflatten([(name, p.astype(dtypes[name].dtype)) for name, p in tree_flatten(raw)]))
+    dtypes = {name: p.dtype for name, p in flat(sae.parameters()).items()}
+    sae.update(tree_unflatten([(name, p.astype(dtypes[name])) for name, p in flat(raw).items()]))
     mx.eval(sae.parameters())
 
 
@@ -297,7 +328,9 @@ def _check_batch(sae: SAE, batch: tuple[mx.array, ...]) -> None:
     x, y = _pair(batch)
     for name, a, width in (("x", x, sae.d_in), ("y", y, sae.d_out)):
         if a.ndim != 2 or a.shape[1] != width or a.shape[0] != x.shape[0]:
-            raise ValueError(f"[fit] {name} must have shape [n, {width}] with n={x.shape[0]} but got {a.shape}.")
+            raise ValueError(
+                f"[fit] {name} must have shape [n, {width}] with n={x.shape[0]} but got {a.shape}."
+            )
         if not mx.issubdtype(a.dtype, mx.floating):
             raise ValueError(f"[fit] {name} must be floating point but got {a.dtype}.")
     if x.shape[0] == 0:
@@ -315,6 +348,7 @@ def _same_config(saved: dict[str, Any], mine: dict[str, Any], path: str = "") ->
 
 
 def _tree(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Without the empty branches that optimisers and files would lose."""
     return tree_unflatten(tree_flatten(parameters))
 
 

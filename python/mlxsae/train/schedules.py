@@ -1,4 +1,6 @@
-"""Learning-rate schedules: pure functions of the step, computed on the host and passed to the step as a scalar."""
+"""Learning-rate schedules: pure functions of the step, computed on the host and passed to the step as a
+scalar.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ Schedule = Callable[[int], float]
 def warmup_decay(total_steps: int, *, warmup: float, decay: float, shape: str = "linear") -> Schedule:
     """Linear warm-up, plateau, decay towards 0; ``warmup`` and ``decay`` are fractions of ``total_steps``.
 
-    The first step has rate ``1 / warmup_steps``, never 0; the last has the smallest positive rate of its slope, and
-    the step after it would have 0.
+    The first step has rate ``1 / warmup_steps``, never 0; the last has the smallest positive rate of its
+    slope, and the step after it would have 0.
     """
     rising, falling = round(warmup * total_steps), round(decay * total_steps)
 

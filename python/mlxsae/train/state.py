@@ -20,15 +20,15 @@ class TrainState:
 
     Attributes
     ----------
-    params : trainable parameters in float32, a tree as ``SAE.trainable_parameters`` gives it, in *scaled* space: the
-        activations they see are ``scale[0] * x`` and ``scale[1] * y``.
-    optimizer : the optimiser's state tree (Adam: ``m`` and ``v`` of each parameter, ``step``, ``learning_rate``).
-    tokens_since_fired : int32 ``[d_sae]``.
-    failed : int32 ``[2]``, the first step whose loss was not finite and what was not (see ``ACTIVATIONS``, ``LOSS``);
-        (-1, 0) while all is well. From that step on nothing is updated.
+    params : trainable parameters in float32, a tree as ``SAE.trainable_parameters`` gives it, in *scaled*
+        space: the activations they see are ``scale[0] * x`` and ``scale[1] * y``.
+    optimizer : the optimiser's state tree (Adam: ``m`` and ``v`` of each parameter, ``step``,
+        ``learning_rate``). tokens_since_fired : int32 ``[d_sae]``. failed : int32 ``[2]``, the first step
+        whose loss was not finite and what was not (see ``ACTIVATIONS``, ``LOSS``); (-1, 0) while all is well.
+        From that step on nothing is updated.
     step, tokens : steps done, tokens seen.
-    auxk_active : whether the step computes AuxK. Read from the device every few steps, a part of the state so that a
-        resumed run decides as the uninterrupted one.
+    auxk_active : whether the step computes AuxK. Read from the device every few steps, a part of the state so
+        that a resumed run decides as the uninterrupted one.
     """
 
     params: dict[str, Any]
@@ -52,17 +52,24 @@ class TrainState:
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
         """A JSON-able part and flat named arrays."""
-        host = {"step": self.step, "tokens": self.tokens, "scale": list(self.scale), "auxk_active": self.auxk_active}
-        return host, dict(tree_flatten(self.arrays))
+        host = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "scale": list(self.scale),
+            "auxk_active": self.auxk_active,
+        }
+        return host, flat(self.arrays)
 
     def from_files(self, host: dict[str, Any], arrays: dict[str, mx.array]) -> TrainState:
         """The state that :meth:`to_files` gave, for the same SAE and optimiser as this state."""
-        mine = dict(tree_flatten(self.arrays))
+        mine = flat(self.arrays)
         for name in sorted(mine.keys() | arrays.keys()):
-            a, b = (side.get(name) for side in (mine, arrays))
+            a, b = mine.get(name), arrays.get(name)
             if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
                 shown = ["nothing" if s is None else f"{s.dtype} {s.shape}" for s in (a, b)]
-                raise ValueError(f"[resume] {name} must be {shown[0]} for this SAE but the checkpoint has {shown[1]}.")
+                raise ValueError(
+                    f"[resume] {name} must be {shown[0]} for this SAE but the checkpoint has {shown[1]}."
+                )
         tree = tree_unflatten(list(arrays.items()))
         return replace(
             self,
@@ -74,11 +81,16 @@ class TrainState:
         )
 
 
+def flat(tree: Any) -> dict[str, mx.array]:
+    """Leaves of a tree by their dotted names."""
+    return dict(tree_flatten(tree))  # type: ignore[arg-type]
+
+
 def scaled_params(sae: SAE, params: dict[str, Any], s_in: float, s_out: float) -> dict[str, Any]:
     """Parameters for activations ``s_in * x`` and targets ``s_out * y``, of the same function.
 
-    Latents scale with the input: biases take the scale, ``W_enc`` stays, and ``W_dec`` takes ``s_out / s_in``, 1 for an
-    SAE, whose decoder rows so keep their norm. Inverse: the reciprocal scales.
+    Latents scale with the input: biases take the scale, ``W_enc`` stays, and ``W_dec`` takes ``s_out /
+    s_in``, 1 for an SAE, whose decoder rows so keep their norm. Inverse: the reciprocal scales.
     """
     params = tree_map(lambda p: p, params)
     if s_in == s_out == 1.0:

@@ -1,0 +1,670 @@
+"""fit: learning, engines, resuming, stopping, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxsae import loss as L
+from mlxsae.data import ArraySource, ShuffleBuffer
+from mlxsae.io import atomic, load, save
+from mlxsae.metrics import evaluate
+from mlxsae.sae import SAE
+from mlxsae.train import (
+    Callback,
+    LossConfig,
+    NonFiniteError,
+    OptimizerConfig,
+    ProgressBar,
+    Run,
+    SAEConfig,
+    TrainConfig,
+    fit,
+    train_sae_from_activations,
+)
+from mlxsae.train.checkpoint import checkpoints
+from mlxsae.train.engine import AutodiffEngine
+
+D, D_SAE, K = 16, 48, 4
+
+
+def dictionary_data(n: int = 6000, seed: int = 0, scale: float = 0.3) -> np.ndarray:
+    """Sparse positive combinations of unit directions around an offset: what an SAE can explain."""
+    rng = np.random.default_rng(seed)
+    directions = np.random.default_rng(99).normal(size=(32, D))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    codes = rng.exponential(size=(n, 32)) * (rng.random((n, 32)) < 0.08)
+    return (scale * (codes @ directions + 0.5 + 0.01 * rng.normal(size=(n, D)))).astype(np.float32)
+
+
+def config(**changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        total_tokens=60 * 64,
+        batch_size=64,
+        sample_size=512,
+        log_every=10,
+        checkpoint_every=20,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        loss=LossConfig(dead_after=640, k_aux=6),
+    )
+    return replace(base, **changes)
+
+
+def source(seed: int = 0) -> ArraySource:
+    return ArraySource(dictionary_data(), batch_size=64, seed=seed)
+
+
+def new_sae(**options: Any) -> SAE:
+    return SAE(D, D_SAE, k=K, seed=0, **options)
+
+
+def weights(sae: SAE) -> dict[str, np.ndarray]:
+    return {name: np.array(a.astype(mx.float32)) for name, a in tree_flatten(sae.parameters())}
+
+
+def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def half_dead_sae() -> SAE:
+    """A quarter of the latents are too weak to be ever selected."""
+    sae = new_sae()
+    sae.W_enc = mx.where(mx.arange(D_SAE) < 12, 0.01 * sae.W_enc, sae.W_enc)
+    return sae
+
+
+# ---- it learns ---------------------------------------------------------------------------------------------
+
+
+def test_fit_learns_and_the_sae_takes_raw_activations() -> None:
+    sae = new_sae()
+    held_out = mx.array(dictionary_data(2000, seed=7))
+    before = evaluate(sae, [held_out])["fvu"]
+    result = fit(sae, source(), config(total_tokens=800 * 64))
+    got = evaluate(sae, [held_out])
+    assert result.sae is sae
+    assert got["fvu"] < 0.1 < 0.3 < before
+    np.testing.assert_allclose(np.linalg.norm(np.array(sae.W_dec), axis=1), 1, atol=1e-5)
+    assert result.history[-1]["fvu"] == pytest.approx(
+        got["fvu"], rel=0.3
+    )  # the scaled run saw the same quality
+    training = sae.metadata["training"]
+    assert training["steps"] == 800
+    assert training["tokens"] == 51_200
+    assert TrainConfig.from_dict(training["config"]) == config(total_tokens=800 * 64)
+
+
+def test_transcoder_learns_its_target() -> None:
+    x = dictionary_data(6000)
+    y = np.maximum(x @ np.random.default_rng(1).normal(size=(D, 5)).astype(np.float32), 0) * 40
+    coder = new_sae(d_out=5)
+    fit(coder, ArraySource(x[:5000], y[:5000], batch_size=64), config(total_tokens=1000 * 64))
+    got = evaluate(coder, [(mx.array(x[5000:]), mx.array(y[5000:]))])
+    assert got["fvu"] < 0.25
+    assert evaluate(new_sae(d_out=5), [(mx.array(x[5000:]), mx.array(y[5000:]))])["fvu"] > 0.9
+
+
+def test_train_sae_from_activations() -> None:
+    settings = SAEConfig(d_sae=D_SAE, k=K, train=config())
+    result = train_sae_from_activations(dictionary_data(), settings)
+    again = new_sae()
+    fit(again, source(), config())
+    assert_same_bits(weights(result.sae), weights(again))
+    with pytest.raises(ValueError, match=r"activations must have shape \[n, d_in\] but got \(2, 3, 4\)"):
+        train_sae_from_activations(np.zeros((2, 3, 4)))
+
+
+def test_auxk_revives_the_dead() -> None:
+    """Without AuxK the dead stay dead, with any of its presets they come back."""
+    dead = {}
+    for preset in (None, *L.AUXK_PRESETS):
+        weight = 4.0 if preset == "saelens" else 1.0  # its distance is not normalised
+        loss = LossConfig(auxk=preset, auxk_weight=weight, dead_after=640)
+        settings = config(total_tokens=400 * 64, loss=loss, optimizer=OptimizerConfig(learning_rate=5e-3))
+        history = fit(half_dead_sae(), source(), settings).history
+        assert history[0]["dead_fraction"] == 12 / D_SAE
+        dead[preset] = history[-1]["dead_fraction"]
+    assert dead.pop(None) > 0.2
+    assert max(dead.values()) < 0.13, dead
+
+
+def test_batches_from_any_iterable() -> None:
+    batches = [mx.array(dictionary_data(64, seed=i)) for i in range(60)]
+    a, b = new_sae(), new_sae()
+    result = fit(a, batches, config())
+    assert result.state.step == 60
+    fit(b, iter(batches), config())
+    assert_same_bits(weights(a), weights(b))
+    short = fit(new_sae(), batches[:7], config())  # the data ends before the plan
+    assert (short.state.step, short.state.tokens) == (7, 7 * 64)
+    assert short.history == []
+
+
+def test_frozen_parameters_stay() -> None:
+    sae = new_sae()
+    sae.b_dec = mx.full((D,), 0.1)
+    sae.decoder.freeze()
+    before = weights(sae)
+    fit(sae, source(), config(b_dec_init="mean"))
+    after = weights(sae)
+    np.testing.assert_array_equal(after["decoder.weight"], before["decoder.weight"])
+    np.testing.assert_array_equal(after["decoder.bias"], before["decoder.bias"])
+    assert (after["encoder.weight"] != before["encoder.weight"]).any()
+    sae.freeze()
+    with pytest.raises(
+        ValueError, match=r"\[fit\] the SAE must have a parameter to train but all are frozen"
+    ):
+        fit(sae, source(), config())
+
+
+def test_sixteen_bit_saes_train_in_float32() -> None:
+    low, full = new_sae(dtype=mx.bfloat16), new_sae()
+    full.update({k: v for k, v in low.parameters().items()})
+    full.set_dtype(mx.float32)
+    state = fit(low, source(), config()).state
+    assert {a.dtype for _, a in tree_flatten(state.params)} == {mx.float32}
+    assert low.W_enc.dtype == mx.bfloat16
+    fit(full, source(), config())
+    full.set_dtype(mx.bfloat16)
+    assert_same_bits(weights(low), weights(full))
+
+
+def test_b_dec_starts_where_it_should() -> None:
+    x = mx.array(dictionary_data())
+    still = OptimizerConfig(learning_rate=1e-12)
+    for init, expected in (("mean", np.array(x.mean(axis=0))), ("keep", np.zeros(D))):
+        sae = new_sae()
+        fit(sae, source(), config(b_dec_init=init, sample_size=6000, optimizer=still, total_tokens=64))
+        np.testing.assert_allclose(np.array(sae.b_dec), expected, atol=1e-4)
+    sae = new_sae()
+    fit(sae, source(), config(sample_size=6000, optimizer=still, total_tokens=64))
+    cost = lambda p: np.linalg.norm(np.array(x) - p, axis=1).sum()  # noqa: E731
+    assert cost(np.array(sae.b_dec)) < cost(np.array(x.mean(axis=0)))
+
+
+# ---- one step, from the equations --------------------------------------------------------------------------
+
+
+def test_steps_match_numpy_adam() -> None:
+    """Three steps with projection, clipping, schedule and renorm against float64 from the equations."""
+    sae, x = new_sae(), dictionary_data(192)
+    sae.b_enc = mx.random.normal((D_SAE,), key=mx.random.key(1)) * 0.1
+    o = OptimizerConfig(
+        learning_rate=1e-2, betas=(0.8, 0.95), eps=1e-8, warmup=0.5, decay=0.5, max_grad_norm=0.5
+    )
+    settings = config(
+        total_tokens=192, optimizer=o, b_dec_init="keep", normalize="none", loss=LossConfig("mse", auxk=None)
+    )
+    p = {name: a.astype(np.float64) for name, a in weights(sae).items()}
+    m, v = ({name: np.zeros_like(a) for name, a in p.items()} for _ in range(2))
+    fit(sae, [mx.array(x[i : i + 64]) for i in (0, 64, 128)], settings)
+    # Three steps: warm-up over round(1.5) = 2 of them, decay over the last 2.
+    for step, factor in enumerate((0.5, 1.0, 0.5)):
+        batch = x[step * 64 : step * 64 + 64].astype(np.float64)
+        inner = batch - p["decoder.bias"]
+        pre = inner @ p["encoder.weight"].T + p["encoder.bias"]
+        top = np.argsort(-pre, axis=1, kind="stable")[:, :K]
+        f = np.zeros_like(pre)
+        np.put_along_axis(f, top, np.maximum(np.take_along_axis(pre, top, 1), 0), 1)
+        d_out = 2 / 64 * (f @ p["decoder.weight"] + p["decoder.bias"] - batch)
+        d_pre = (d_out @ p["decoder.weight"].T) * (f > 0)
+        g = {
+            "encoder.weight": d_pre.T @ inner,
+            "encoder.bias": d_pre.sum(0),
+            "decoder.weight": f.T @ d_out,
+            "decoder.bias": d_out.sum(0) - (d_pre @ p["encoder.weight"]).sum(0),
+        }
+        w = p["decoder.weight"]
+        g["decoder.weight"] -= (g["decoder.weight"] * w).sum(1, keepdims=True) * w
+        norm = math.sqrt(sum((a**2).sum() for a in g.values()))
+        assert norm > 0.5  # clipping bites
+        for name in p:
+            gradient = g[name] * 0.5 / norm
+            m[name] = 0.8 * m[name] + 0.2 * gradient
+            v[name] = 0.95 * v[name] + 0.05 * gradient**2
+            m_hat, v_hat = m[name] / (1 - 0.8 ** (step + 1)), v[name] / (1 - 0.95 ** (step + 1))
+            p[name] = p[name] - 1e-2 * factor * m_hat / (np.sqrt(v_hat) + 1e-8)
+        p["decoder.weight"] /= np.linalg.norm(p["decoder.weight"], axis=1, keepdims=True)
+    for name, a in weights(sae).items():
+        np.testing.assert_allclose(a, p[name], rtol=2e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("d_out", [None, 9])
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "loss"),
+    [
+        ({}, {}, {}),
+        ({}, {"max_grad_norm": 0.01}, {}),
+        ({"normalize": "none"}, {"betas": (0.8, 0.95)}, {"reconstruction": "mse", "auxk": None}),
+        ({"normalize_decoder": False}, {}, {"reconstruction": "nmse", "auxk": "sparsify"}),
+    ],
+)
+def test_two_engines_one_law(d_out: int | None, changes: dict, optimizer: dict, loss: dict) -> None:
+    """From one start, with dead latents, both engines have the same parameters after 50 steps."""
+    x = dictionary_data()
+    y = x @ np.random.default_rng(3).normal(size=(D, 9)).astype(np.float32)
+    saes, states = [], []
+    for engine in ("autodiff", "fused"):
+        sae = new_sae(d_out=d_out)
+        sae.W_enc = mx.where(mx.arange(D_SAE) < 12, 0.01 * sae.W_enc, sae.W_enc)
+        o = OptimizerConfig(**({"learning_rate": 1e-3} | optimizer))
+        auxk = LossConfig(**({"dead_after": 128, "k_aux": 6, "auxk_weight": 0.5} | loss))
+        settings = config(total_tokens=50 * 64, engine=engine, optimizer=o, loss=auxk, **changes)
+        data = ArraySource(x, None if d_out is None else y, batch_size=64)
+        result = fit(sae, data, settings)
+        assert sae.metadata["training"]["engine"] == engine
+        assert auxk.auxk is None or any(r.get("auxk", 0) > 0 for r in result.history)
+        saes.append(sae)
+        states.append(dict(tree_flatten(result.state.arrays)))
+    assert states[0].keys() == states[1].keys()
+    np.testing.assert_array_equal(*(np.array(s["tokens_since_fired"]) for s in states))
+    for name in states[0]:
+        a, b = (np.array(s[name], np.float64) for s in states)
+        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1e-3), name
+
+
+def test_a_fused_step_copies_no_weights_and_holds_no_dense_latents() -> None:
+    """What a step needs beyond its state stays far below one weight matrix and below [n, d_sae]."""
+    n, d, d_sae = 128, 64, 20_000
+    peaks = []
+
+    class Peak(Callback):
+        def on_step(self, run: Run) -> None:
+            mx.eval(run.state.arrays)
+            peaks.append(mx.get_peak_memory() - mx.get_active_memory())
+            mx.reset_peak_memory()
+
+    batches = [mx.random.normal((n, d), key=mx.random.key(i)) for i in range(14)]
+    mx.eval(batches)
+    settings = TrainConfig(14 * n, n, engine="fused", sample_size=n, loss=LossConfig(dead_after=100))
+    fit(SAE(d, d_sae, k=8, seed=0), batches, settings, callbacks=[Peak()])
+    assert max(peaks[2:]) < d_sae * d * 4 / 4  # the first step leaves the caller's weights behind
+    assert d_sae * d * 4 < n * d_sae * 4
+
+
+def test_auto_takes_the_fused_engine_where_it_can() -> None:
+    def engine_of(loss: L.Loss | None = None, sae: SAE | None = None, **changes: Any) -> str:
+        trained = fit(sae or new_sae(), source(), config(total_tokens=64, **changes), loss=loss).sae
+        return trained.metadata["training"]["engine"]
+
+    assert engine_of() == "fused"
+    assert (
+        engine_of(loss=L.Loss({"mse": (1.0, L.mse)}, terms={"l1": (0.1, lambda f: f.code.values.sum())}))
+        == "autodiff"
+    )
+    assert engine_of(loss=L.Loss({"mse": (1.0, L.mse)}, (1.0, L.AuxK(4, "saelens")))) == "autodiff"
+    frozen = new_sae()
+    frozen.encoder.freeze()
+    assert engine_of(sae=frozen) == "autodiff"
+    with pytest.raises(
+        ValueError, match=r"engine must be autodiff for this run but got fused: some parameters are frozen"
+    ):
+        engine_of(sae=frozen, engine="fused")
+
+
+def test_tokens_since_fired_counts_tokens() -> None:
+    sae = new_sae()
+    sae.b_enc = mx.where(mx.arange(D_SAE) < 5, mx.array(-1e3), mx.array(0.0))
+    state = fit(sae, source(), config(loss=LossConfig(auxk=None, dead_after=640))).state
+    assert (np.array(state.tokens_since_fired)[:5] == 60 * 64).all()
+    assert np.array(state.tokens_since_fired)[5:].min() == 0
+
+
+def test_any_loss_any_optimizer() -> None:
+    """A user's term and an MLX optimiser go through the same loop."""
+    sae = new_sae()
+    loss = L.Loss({"mse": (1.0, L.mse)}, terms={"l1": (0.01, lambda f: f.code.values.sum(axis=-1).mean())})
+    settings = config()
+    optimizer = optim.Lion(1e-3)
+    working = new_sae()
+    result = fit(sae, source(), settings, engine=AutodiffEngine(working, loss, settings, optimizer))
+    assert {"mse", "l1", "loss"} <= result.history[-1].keys()
+    assert result.history[-1]["mse"] < result.history[0]["mse"]
+    last = result.history[-1]
+    assert last["loss"] == pytest.approx(last["mse"] + 0.01 * last["l1"], rel=1e-5)
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------
+
+
+class StopAt(Callback):
+    """Ends the run from a callback after so many steps."""
+
+    def __init__(self, step: int, error: type[BaseException] = KeyboardInterrupt):
+        self.step, self.error = step, error
+
+    def on_step(self, run: Run) -> None:
+        if run.state.step == self.step:
+            raise self.error
+
+
+def chunks() -> Iterator[mx.array]:
+    for i in range(40):
+        yield mx.array(dictionary_data(200, seed=i).reshape(2, 100, D))
+
+
+def stream() -> ShuffleBuffer:
+    return ShuffleBuffer(chunks(), batch_size=64, capacity=1000, seed=3)
+
+
+@pytest.mark.parametrize("make_source", [source, stream])
+@pytest.mark.parametrize("stop", [1, 20, 33])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, make_source: Any, stop: int) -> None:
+    """Bit for bit: parameters, moments, counters, history, with AuxK at work and through a new process's
+    objects.
+    """
+    settings = config(loss=LossConfig(dead_after=128, k_aux=6))
+    whole = fit(half_dead_sae(), make_source(), settings)
+    assert any(r.get("auxk", 0) > 0 for r in whole.history)
+    with pytest.raises(KeyboardInterrupt):
+        fit(half_dead_sae(), make_source(), settings, callbacks=[StopAt(stop)], checkpoint_dir=tmp_path)
+    assert [p.name for p in checkpoints(tmp_path)][-1] == f"step_{stop:08d}"
+    # The SAE handed in no longer matters, nor what was left in MLX's random state.
+    mx.random.seed(123)
+    again = SAE(D, D_SAE, k=K, seed=77)
+    resumed = fit(again, make_source(), settings, checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(resumed.sae), weights(whole.sae))
+    for (name, a), (other, b) in zip(
+        tree_flatten(whole.state.arrays), tree_flatten(resumed.state.arrays), strict=True
+    ):
+        assert name == other
+        np.testing.assert_array_equal(np.array(a), np.array(b), err_msg=name)
+    timeless = [
+        [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in h.history] for h in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_before_the_first_checkpoint_and_after_the_end(tmp_path: Path) -> None:
+    fresh = fit(new_sae(), source(), config(), checkpoint_dir=tmp_path, resume=True)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    again = fit(new_sae(), source(), config(), checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(fresh.sae), weights(again.sae))
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == files
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_00000040", "step_00000060"]
+
+
+def test_resume_refuses_another_run(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_sae(), source(), config(), callbacks=[StopAt(5)], checkpoint_dir=tmp_path)
+    other = config(optimizer=OptimizerConfig(learning_rate=1e-4))
+    with pytest.raises(
+        ValueError, match=r"\[resume\] optimizer\.learning_rate must be 0\.003 as in the checkpoint"
+    ):
+        fit(new_sae(), source(), other, checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"\[resume\] .* must be .* for this SAE but the checkpoint has"):
+        fit(SAE(D, 50, k=K), source(), config(), checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"\[ArraySource\] to resume, seed must be 0 but got 1"):
+        fit(new_sae(), source(seed=1), config(), checkpoint_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"\[fit\] checkpoint_dir must be given to resume"):
+        fit(new_sae(), source(), config(), resume=True)
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    fit(new_sae(), source(), config(), checkpoint_dir=tmp_path)
+    last = checkpoints(tmp_path)[-1]
+    raw = (last / "state.safetensors").read_bytes()
+    (last / "state.safetensors").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(ValueError, match=r"state\.safetensors must be a whole safetensors file"):
+        fit(new_sae(), source(), config(), checkpoint_dir=tmp_path, resume=True)
+    (last / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"state\.json must be JSON but is damaged"):
+        fit(new_sae(), source(), config(), checkpoint_dir=tmp_path, resume=True)
+    (last / "state.json").write_text('{"format_version": 7}')
+    with pytest.raises(ValueError, match=r"must have format_version 1 but has 7"):
+        fit(new_sae(), source(), config(), checkpoint_dir=tmp_path, resume=True)
+
+
+def test_failing_checkpoint_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fsync, [0]
+
+    def full(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] > 8:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(new_sae(), source(), config(), checkpoint_dir=tmp_path)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000020"]
+    resumed = fit(new_sae(), source(), config(), checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(resumed.sae), weights(fit(new_sae(), source(), config()).sae))
+
+
+# ---- stopping ----------------------------------------------------------------------------------------------
+
+
+class Spoilt:
+    """Batches of which one holds a bad value."""
+
+    def __init__(self, at: int, value: float):
+        self.at, self.value = at, value
+
+    def __iter__(self) -> Iterator[mx.array]:
+        for i in range(60):
+            x = dictionary_data(64, seed=i)
+            if i == self.at:
+                x[3, 5] = self.value
+            yield mx.array(x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 33, 40, 59])
+def test_bad_activations_stop_the_run(tmp_path: Path, at: int, value: float) -> None:
+    sae = new_sae()
+    with pytest.raises(NonFiniteError, match=rf"\[fit\] activations must be finite but batch {at} ") as error:
+        fit(sae, Spoilt(at, value), config(), checkpoint_dir=tmp_path)
+    assert error.value.step == at
+    saved = checkpoints(tmp_path)
+    assert [p.name for p in saved] == {0: [], 33: ["step_00000020"]}.get(
+        at, ["step_00000020", "step_00000040"]
+    )
+    assert (str(saved[-1]) if saved else "there is no checkpoint") in str(error.value)
+    # The weights are those from just before the bad batch, bit for bit.
+    if at:
+        clean = new_sae()
+        with pytest.raises(KeyboardInterrupt):
+            fit(clean, Spoilt(-1, 0.0), config(), callbacks=[StopAt(at)])
+        assert_same_bits(weights(sae), weights(clean))
+    assert all(np.isfinite(a).all() for a in weights(sae).values())
+
+
+def test_loss_that_overflows_stops_the_run() -> None:
+    sae = new_sae()
+    loss = L.Loss({"mse": (1.0, L.mse)}, terms={"wild": (1.0, lambda f: mx.exp(200 * f.code.values.max()))})
+    with pytest.raises(NonFiniteError, match=r"\[fit\] loss must be finite but batch 0 "):
+        fit(sae, source(), config(), loss=loss)
+    assert all(np.isfinite(a).all() for a in weights(sae).values())
+
+
+def test_interrupt_from_a_callback_leaves_a_checkpoint_and_the_weights(tmp_path: Path) -> None:
+    sae, seen = new_sae(), []
+
+    class Watch(Callback):
+        def on_end(self, run: Run) -> None:
+            seen.append(run.state.step)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(sae, source(), config(), callbacks=[StopAt(27), Watch()], checkpoint_dir=tmp_path)
+    assert seen == [27]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_00000020", "step_00000027"]
+    fresh = new_sae()
+    with pytest.raises(KeyboardInterrupt):
+        fit(fresh, source(), config(), callbacks=[StopAt(27)])
+    assert_same_bits(weights(sae), weights(fresh))
+
+
+def test_sigint_waits_for_the_step_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    class Press(Callback):
+        def on_log(self, run: Run, record: dict) -> None:
+            if run.state.step == 30:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_sae(), source(), config(), callbacks=[Press()], checkpoint_dir=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoints(tmp_path)[-1].name == "step_00000030"
+    resumed = fit(new_sae(), source(), config(), checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(resumed.sae), weights(fit(new_sae(), source(), config()).sae))
+
+
+def test_outside_the_main_thread() -> None:
+    """No signal handler may be set there."""
+    found = {}
+    thread = threading.Thread(target=lambda: found.update(weights(fit(new_sae(), source(), config()).sae)))
+    thread.start()
+    thread.join()
+    assert_same_bits(found, weights(fit(new_sae(), source(), config()).sae))
+
+
+def test_killed_at_any_moment_the_last_complete_checkpoint_loads(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a run that does nothing but write checkpoints; then the run is resumed to its
+    end.
+    """
+    script = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_train import *
+        print("go", flush=True)
+        fit(new_sae(), source(), config(checkpoint_every=1), checkpoint_dir=sys.argv[1], resume=True)
+        """
+    )
+    whole = fit(new_sae(), source(), config(checkpoint_every=1))
+    for delay in (0.02, 0.1):
+        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"go\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.kill()
+        process.wait()
+    resumed = fit(new_sae(), source(), config(checkpoint_every=1), checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(resumed.sae), weights(whole.sae))
+
+
+# ---- watching, files, bad input ----------------------------------------------------------------------------
+
+
+def test_history_and_callbacks() -> None:
+    calls: list[str] = []
+
+    class Watch(Callback):
+        def on_begin(self, run: Run) -> None:
+            calls.append("begin")
+
+        def on_step(self, run: Run) -> None:
+            calls.append("step")
+
+        def on_log(self, run: Run, record: dict) -> None:
+            calls.append("log")
+
+        def on_end(self, run: Run) -> None:
+            calls.append("end")
+
+    result = fit(new_sae(), source(), config(), callbacks=[Watch()])
+    assert calls[0] == "begin"
+    assert calls[-1] == "end"
+    assert (calls.count("step"), calls.count("log")) == (60, 6)
+    assert [r["step"] for r in result.history] == [10, 20, 30, 40, 50, 60]
+    assert {"loss", "fvu", "l0", "dead_fraction", "lr", "tokens", "tokens_per_s"} <= result.history[0].keys()
+    assert json.loads(json.dumps(result.history)) == result.history
+
+
+def test_export_in_mid_run_is_the_sae_of_that_moment() -> None:
+    exported = {}
+
+    class Export(Callback):
+        def on_step(self, run: Run) -> None:
+            if run.state.step == 30:
+                exported["sae"] = run.export()
+
+    sae = new_sae()
+    start = weights(sae)
+
+    class Untouched(Callback):
+        def on_step(self, run: Run) -> None:
+            if run.state.step == 30:
+                assert_same_bits(weights(run.sae), start)
+
+    fit(sae, source(), config(), callbacks=[Export(), Untouched()])
+    stopped = new_sae()
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, source(), config(), callbacks=[StopAt(30)])
+    assert_same_bits(weights(exported["sae"]), weights(stopped))
+
+
+def test_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    fit(new_sae(), source(), config())
+    assert capfd.readouterr() == ("", "")
+    fit(new_sae(), source(), config(), progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "100%" in err
+    assert "tok/s" in err
+    assert len(err.splitlines()) == 6  # plain lines where it is no terminal
+
+
+def test_progress_bar_redraws_one_line_on_a_terminal() -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    fit(new_sae(), source(), config(), callbacks=[ProgressBar(stream)])
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().count("\r") == 6
+
+
+def test_trained_sae_round_trips_through_files(tmp_path: Path) -> None:
+    sae = fit(new_sae(), source(), config()).sae
+    save(sae, tmp_path)
+    again = load(tmp_path)
+    assert again.metadata == sae.metadata
+    assert_same_bits(weights(again), weights(sae))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], r"\[fit\] there must be at least one batch but got none"),
+        ([mx.zeros((0, D))], r"\[fit\] a batch must have at least one row but got none"),
+        ([mx.zeros((4, D + 1))], r"\[fit\] x must have shape \[n, 16\] with n=4 but got \(4, 17\)"),
+        ([mx.zeros((4, 2, D))], r"\[fit\] x must have shape"),
+        ([mx.zeros((4, D), mx.int32)], r"\[fit\] x must be floating point but got"),
+        (
+            [(mx.ones((4, D)), mx.ones((5, D)))],
+            r"\[fit\] y must have shape \[n, 16\] with n=4 but got \(5, 16\)",
+        ),
+        (
+            [mx.ones((4, D)), mx.ones((4, 3))],
+            r"\[fit\] x must have shape \[n, 16\] with n=4 but got \(4, 3\)",
+        ),
+        ([mx.zeros((4, D))], r"\[fit\] activations must have a positive mean norm"),
+    ],
+)
+def test_bad_data(data: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(new_sae(), data, config(sample_size=4))

@@ -408,8 +408,8 @@ inline void write(const Lists& lists, int64_t i, int64_t token, const Codes& to)
   const int32_t *keys = lists.keys + i * lists.stride, *ids = lists.ids + i * lists.stride;
   int64_t m = lists.counts[i];
   if (to.keys) {
-    std::memcpy(to.keys + token * to.k, keys, m * sizeof(int32_t));
-    std::memcpy(to.ids + token * to.k, ids, m * sizeof(int32_t));
+    std::memcpy(to.keys + token * to.room, keys, m * sizeof(int32_t));
+    std::memcpy(to.ids + token * to.room, ids, m * sizeof(int32_t));
     to.counts[token] = static_cast<int32_t>(m);
   } else {
     with_type(to.type, [&]<class T>(T) {
@@ -470,15 +470,15 @@ inline void encode(const Encode& e) {
 inline void merge(const Merge& m) {
   static thread_local Scratch mem;
   const Codes& c = m.out;
-  int64_t stride = (m.parts * c.k + 15) / 16 * 16 + 16;
+  int64_t stride = (m.parts * c.room + 15) / 16 * 16 + 16;
   int32_t* keys = mem.get<int32_t>(2 * stride);
   int32_t* ids = keys + stride;
   for (int64_t t = m.t0; t < m.t1; ++t) {
     int64_t count = 0;
     for (int64_t p = 0; p < m.parts; ++p) {
       int64_t row = p * m.n + t;
-      std::memcpy(keys + count, c.keys + row * c.k, c.counts[row] * sizeof(int32_t));
-      std::memcpy(ids + count, c.ids + row * c.k, c.counts[row] * sizeof(int32_t));
+      std::memcpy(keys + count, c.keys + row * c.room, c.counts[row] * sizeof(int32_t));
+      std::memcpy(ids + count, c.ids + row * c.room, c.counts[row] * sizeof(int32_t));
       count += c.counts[row];
     }
     if (count > c.k) {

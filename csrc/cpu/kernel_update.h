@@ -65,6 +65,8 @@ inline void adam_vector(const Param& p, const float* g, float clip, const Adam& 
   adam_row<true>(p, g, clip, a, d);
 }
 
+inline void shadow(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1);
+
 inline void update(const Update& u) {
   static thread_local Scratch mem;
   const int64_t d_in = u.d_in, d_out = u.d_out;
@@ -155,6 +157,7 @@ inline void update(const Update& u) {
     else
       adam_row<false>(enc, nullptr, 1, u.adam, d_in);
     adam_row<true>(bias, &db, u.clip, u.adam, 1);
+    if (u.w16) shadow(u.w_enc.w, u.d_sae, d_in, u.w16, u.columns, j, j + 1);
   }
   if (u.square) *u.square += square;
 }

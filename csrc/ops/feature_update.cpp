@@ -57,13 +57,18 @@ Arrays graph(const Arrays& in, int n_terms, const UpdateOptions& o, mx::Stream s
   out.insert(out.end(), m.begin(), m.end());
   out.insert(out.end(), v.begin(), v.end());
   out.push_back(norm);
+  if (p.size() > 12) {
+    auto [w16, columns] = encoder_shadow(w[0], s);
+    out.insert(out.end(), {w16, columns});
+  }
   return out;
 }
 
 }  // namespace
 
 Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vector<UpdateTerm>& terms, const Arrays& params,
-                      const Arrays& m, const Arrays& v, const UpdateOptions& options, mx::StreamOrDevice s_) {
+                      const Arrays& m, const Arrays& v, const UpdateOptions& options, const std::optional<Shadow>& shadow,
+                      mx::StreamOrDevice s_) {
   const char* op = "feature_update";
   auto s = mx::to_stream(s_);
   if (params.size() != 4 || m.size() != 4 || v.size() != 4)
@@ -96,19 +101,29 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
     if (!index && inputs[i].dtype() != mx::float32)
       fail(op, "x, residuals, parameters and moments must be float32 but got ", inputs[i].dtype(), ".");
   }
+  if (shadow) {
+    if (shadow->w16.dtype() != mx::bfloat16 || shadow->w16.shape() != params[0].shape() ||
+        shadow->columns.dtype() != mx::float32 || shadow->columns.shape() != mx::Shape{3, d_sae})
+      fail(op, "shadow must be encoder_shadow(w_enc) but got ", shadow->w16.dtype(), " ", shadow->w16.shape(), " and ",
+           shadow->columns.dtype(), " ", shadow->columns.shape(), ".");
+    inputs.insert(inputs.end(), {shadow->w16, shadow->columns});
+  }
   int n_terms = static_cast<int>(terms.size());
   auto define = [n_terms, options, s](const Arrays& in) { return graph(in, n_terms, options, s); };
   if (!has_kernel(op, s.device)) return define(inputs);
   for (auto& a : inputs) a = normal(a, s);
   auto primitive = std::make_shared<FeatureUpdate>(s, define, n_terms, options);
   auto shapes = primitive->output_shapes(inputs);
-  return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(13, mx::float32), primitive, inputs);
+  std::vector<mx::Dtype> types(13, mx::float32);
+  if (shadow) types.insert(types.end(), {mx::bfloat16, mx::float32});
+  return mx::array::make_arrays(shapes, types, primitive, inputs);
 }
 
 std::vector<mx::Shape> FeatureUpdate::output_shapes(const Arrays& in) {
   std::vector<mx::Shape> shapes;
-  for (size_t i = 2 + 4 * n_terms_; i < in.size(); ++i) shapes.push_back(in[i].shape());
-  shapes.push_back({});
+  size_t first = 2 + 4 * n_terms_;
+  for (size_t i = first; i < in.size(); ++i) shapes.push_back(in[i].shape());
+  shapes.insert(shapes.begin() + 12, mx::Shape{});  // grad_norm
   return shapes;
 }
 

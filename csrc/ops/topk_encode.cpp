@@ -62,7 +62,7 @@ mx::array gate(const mx::array& values, const mx::array& ct, mx::Stream s) {
 }
 
 Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
-              const std::optional<mx::array>& mask, int k_aux, mx::Stream s) {
+              const std::optional<mx::array>& mask, int k_aux, const std::optional<Shadow>& shadow, mx::Stream s) {
   check_matrix(op, "x", x);
   check_matrix(op, "w_enc", w_enc);
   int d_sae = w_enc.shape(0);
@@ -76,13 +76,24 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
     if (k_aux <= 0 || k_aux > d_sae)
       fail(op, "k_aux must be in (0, d_sae] but got k_aux=", k_aux, " with d_sae=", d_sae, ".");
   }
+  if (shadow) {
+    if (w_enc.dtype() != mx::float32) fail(op, "w_enc must be float32 where a shadow is given but got ", w_enc.dtype(), ".");
+    if (shadow->w16.dtype() != mx::bfloat16 || shadow->w16.shape() != w_enc.shape() ||
+        shadow->columns.dtype() != mx::float32 || shadow->columns.shape() != mx::Shape{3, d_sae})
+      fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 ", w_enc.shape(), " and float32 [3, d_sae], but got ",
+           shadow->w16.dtype(), " ", shadow->w16.shape(), " and ", shadow->columns.dtype(), " ", shadow->columns.shape(), ".");
+  }
   auto define = [k, k_aux, s](const Arrays& in) { return graph(in, k, k_aux, s); };
   Arrays inputs{x, w_enc, b_enc ? mx::astype(*b_enc, mx::float32, s) : mx::zeros({d_sae}, mx::float32, s)};
   if (mask) inputs.push_back(*mask);
   Arrays out;
   if (has_kernel("topk_encode", s.device)) {
+    if (shadow) {
+      inputs[0] = mx::astype(x, mx::float32, s);
+      inputs.insert(inputs.end(), {mx::stop_gradient(shadow->w16, s), mx::stop_gradient(shadow->columns, s)});
+    }
     for (auto& a : inputs) a = normal(a, s);
-    auto primitive = std::make_shared<TopKEncode>(s, define, k, k_aux);
+    auto primitive = std::make_shared<TopKEncode>(s, define, k, k_aux, shadow.has_value());
     auto type = mx::promote_types(x.dtype(), w_enc.dtype());
     std::vector<mx::Dtype> types{type, mx::uint32};
     if (mask) types.insert(types.end(), {type, mx::uint32});
@@ -98,15 +109,24 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
 }  // namespace
 
 std::pair<mx::array, mx::array> topk_encode(const mx::array& x, const mx::array& w_enc,
-                                            const std::optional<mx::array>& b_enc, int k, mx::StreamOrDevice s) {
-  auto out = encode("topk_encode", x, w_enc, b_enc, k, std::nullopt, 0, mx::to_stream(s));
+                                            const std::optional<mx::array>& b_enc, int k,
+                                            const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
+  auto out = encode("topk_encode", x, w_enc, b_enc, k, std::nullopt, 0, shadow, mx::to_stream(s));
   return {out[0], out[1]};
 }
 
 std::vector<mx::array> topk_encode_masked(const mx::array& x, const mx::array& w_enc,
                                           const std::optional<mx::array>& b_enc, const mx::array& mask, int k, int k_aux,
-                                          mx::StreamOrDevice s) {
-  return encode("topk_encode_masked", x, w_enc, b_enc, k, mask, k_aux, mx::to_stream(s));
+                                          const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
+  return encode("topk_encode_masked", x, w_enc, b_enc, k, mask, k_aux, shadow, mx::to_stream(s));
+}
+
+Arrays TopKEncode::again(const mx::array& x, const Arrays& inputs) {
+  std::optional<mx::array> mask;
+  std::optional<Shadow> shadow;
+  if (k_aux_) mask = inputs[3];
+  if (certified_) shadow = Shadow{inputs[inputs.size() - 2], inputs[inputs.size() - 1]};
+  return encode("topk_encode", x, inputs[1], inputs[2], k_, mask, k_aux_, shadow, stream());
 }
 
 Arrays TopKEncode::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
@@ -125,16 +145,14 @@ Arrays TopKEncode::vjp(const Arrays& primals, const Arrays& cotangents, const st
       if (a == 2)
         terms.push_back(mx::squeeze(sparse_outer(mx::astype(d_pre, mx::float32, s), indices, ones, w.shape(0), s), 1, s));
     }
-    grads.push_back(a == 3 ? mx::zeros_like(primals[3], s) : mx::astype(add_all(terms, s), primals[a].dtype(), s));
+    grads.push_back(a > 2 ? mx::zeros_like(primals[a], s) : mx::astype(add_all(terms, s), primals[a].dtype(), s));
   }
   return grads;
 }
 
 Arrays TopKEncode::jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) {
   auto s = stream();
-  std::optional<mx::array> mask;
-  if (k_aux_) mask = primals[3];
-  auto out = encode("topk_encode", primals[0], primals[1], primals[2], k_, mask, k_aux_, s);
+  auto out = again(primals[0], primals);
   Arrays result;
   for (size_t q = 0; q < out.size(); q += 2) {
     const auto &values = out[q], &indices = out[q + 1];
@@ -157,9 +175,7 @@ std::pair<Arrays, std::vector<int>> TopKEncode::vmap(const Arrays& inputs, const
   if (!only_x) return FusedPrimitive::vmap(inputs, axes);
   auto s = stream();  // more rows of the same problem
   auto x = mx::moveaxis(inputs[0], axes[0], 0, s);
-  std::optional<mx::array> mask;
-  if (k_aux_) mask = inputs[3];
-  auto out = encode("topk_encode", mx::flatten(x, 0, 1, s), inputs[1], inputs[2], k_, mask, k_aux_, s);
+  auto out = again(mx::flatten(x, 0, 1, s), inputs);
   for (auto& a : out) a = mx::unflatten(a, 0, {x.shape(0), x.shape(1)}, s);
   return {out, std::vector<int>(out.size(), 0)};
 }

@@ -23,6 +23,16 @@
 
 namespace mlxsae {
 
+/** A float32 encoder in bfloat16, with what bounds the error of products with it (encoder_shadow). */
+struct Shadow {
+  mlx::core::array w16;      // [d_sae, d_in] bfloat16
+  mlx::core::array columns;  // [3, d_sae] float32
+};
+
+/** The shadow of w_enc, for certified encoding. It must be made anew whenever w_enc changes. */
+MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(const mlx::core::array& w_enc,
+                                                                        mlx::core::StreamOrDevice s = {});
+
 /**
  * The k largest pre-activations of each row, then relu.
  *
@@ -35,11 +45,14 @@ namespace mlxsae {
  * of x and w_enc. NaN counts as the largest value and stays NaN. The derivative is that of the selected entries, and
  * zero where the value is not positive.
  *
+ * With a shadow the product runs in bfloat16 where the processor has one; a proven bound decides which features are
+ * computed again in float32, so that the result has the same bits ("certified").
+ *
  * Throws std::invalid_argument for other ranks, sizes, types or k.
  */
 MLXSAE_API std::pair<mlx::core::array, mlx::core::array> topk_encode(
     const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc, int k,
-    mlx::core::StreamOrDevice s = {});
+    const std::optional<Shadow>& shadow = std::nullopt, mlx::core::StreamOrDevice s = {});
 
 /**
  * topk_encode, and from the same product a second selection: the k_aux largest among the features where mask [d_sae]
@@ -48,7 +61,8 @@ MLXSAE_API std::pair<mlx::core::array, mlx::core::array> topk_encode(
  */
 MLXSAE_API std::vector<mlx::core::array> topk_encode_masked(
     const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc,
-    const mlx::core::array& mask, int k, int k_aux, mlx::core::StreamOrDevice s = {});
+    const mlx::core::array& mask, int k, int k_aux, const std::optional<Shadow>& shadow = std::nullopt,
+    mlx::core::StreamOrDevice s = {});
 
 /**
  * x_hat[t] = sum_i values[t, i] w_dec[indices[t, i]] + b_dec, [n, d_out].
@@ -115,7 +129,8 @@ struct UpdateOptions {
  * any, an auxiliary one (its own values and indices, no bias). params, m and v are each w_enc [d_sae, d_in],
  * b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out], all float32. Per feature: dz = <g, w_dec>, the gradients of both
  * rows, the projection, Adam with bias correction (every feature, touched or not), the renorm. Where `loss` is not
- * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped).
+ * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped); where the
+ * encoder's shadow is given, also its new w16 and columns.
  *
  * The buffers of params, m and v are reused where nobody else holds them; else they are copied. Deterministic; the
  * result does not depend on the number of threads.
@@ -123,7 +138,8 @@ struct UpdateOptions {
 MLXSAE_API std::vector<mlx::core::array> feature_update(
     const mlx::core::array& x, const mlx::core::array& loss, const std::vector<UpdateTerm>& terms,
     const std::vector<mlx::core::array>& params, const std::vector<mlx::core::array>& m,
-    const std::vector<mlx::core::array>& v, const UpdateOptions& options, mlx::core::StreamOrDevice s = {});
+    const std::vector<mlx::core::array>& v, const UpdateOptions& options,
+    const std::optional<Shadow>& shadow = std::nullopt, mlx::core::StreamOrDevice s = {});
 
 /** The names of all ops. */
 MLXSAE_API const std::vector<std::string>& op_names();

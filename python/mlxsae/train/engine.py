@@ -173,7 +173,7 @@ class FusedEngine:
         adam = arrays["optimizer"]
         m, v = (ops.Params(*(adam[part][name][moment] for part, name in _PLACES)) for moment in "mv")
         clip = config.optimizer.max_grad_norm
-        updated, m, v, norm = ops.feature_update(
+        updated, m, v, norm, _ = ops.feature_update(
             inner,
             terms,
             params,

@@ -178,10 +178,10 @@ struct Selection {
  * MR features x (NV * lanes) tokens over `depth` coordinates: product, and where it is complete bias and filter.
  *
  * Inputs that are too wide for the cache come in several depths; `carry` [MR][NV * lanes] then holds the sums between
- * them, so that the chain of additions is that of one pass. `ahead`: rows that will be needed next, or null.
+ * them, so that the chain of additions is that of one pass. Not inlined: it needs all registers. `ahead`: rows that will be needed next, or null.
  */
 template <int MR, int NV, bool kFirst, bool kLast>
-MLXSAE_INLINE void tile(const float* w, int64_t ldw, const float* panel, int64_t depth, const float* bias, const float* ahead,
+__attribute__((noinline)) void tile(const float* w, int64_t ldw, const float* panel, int64_t depth, const float* bias, const float* ahead,
                         float* carry, Selection& out, int64_t t0, int32_t feature) {
   vf acc[MR][NV];
   MLXSAE_UNROLL for (int i = 0; i < MR; ++i) {
@@ -202,7 +202,8 @@ MLXSAE_INLINE void tile(const float* w, int64_t ldw, const float* panel, int64_t
     }
     _Pragma("GCC unroll 4") for (int q = 0; q < 16; ++q) multiply_add(c + q);
   }
-  for (; c < depth; ++c) multiply_add(c);
+  if constexpr (kLast)  // every other depth is whole cache lines
+    for (; c < depth; ++c) multiply_add(c);
 
   if constexpr (!kLast) {
     MLXSAE_UNROLL for (int i = 0; i < MR; ++i) {
@@ -217,8 +218,13 @@ MLXSAE_INLINE void tile(const float* w, int64_t ldw, const float* panel, int64_t
       MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] += b;
     }
     MLXSAE_UNROLL for (int v = 0; v < NV; ++v) any |= any_not_le(acc[i][v], load(out.main.bound + t0 + v * kLanes));
-    if (__builtin_expect(any, 0)) emit<NV>(out.main, t0, feature + i, acc[i]);
-    if (__builtin_expect(out.mask && out.mask[feature + i], 0)) emit<NV>(out.aux, t0, feature + i, acc[i]);
+    bool masked = out.mask && out.mask[feature + i];
+    if (__builtin_expect(any | masked, 0)) {
+      vf row[NV];  // a copy: the accumulators themselves have no address, or they would leave the registers
+      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) row[v] = acc[i][v];
+      if (any) emit<NV>(out.main, t0, feature + i, row);
+      if (masked) emit<NV>(out.aux, t0, feature + i, row);
+    }
   }
 }
 

@@ -3,7 +3,21 @@
 #include <algorithm>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace mlxsae::cpu {
+
+void allocate(mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+#if defined(__linux__)
+  constexpr uintptr_t page = 2u << 20;
+  auto begin = (reinterpret_cast<uintptr_t>(out.data<char>()) + page - 1) / page * page;
+  auto end = (reinterpret_cast<uintptr_t>(out.data<char>()) + out.nbytes()) / page * page;
+  if (out.nbytes() >= 4 * page && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 void parallel_ranges(int64_t n, int64_t least, const std::function<void(int64_t, int64_t)>& task) {
   if (n <= 0) return;

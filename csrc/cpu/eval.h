@@ -18,7 +18,8 @@ inline Code code_of(const mx::array* values, const mx::array& indices) {
           nullptr, indices.shape(0), indices.shape(1)};
 }
 
-inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
+/** Memory for an output; large ones ask for large pages, which the walks over weights gain from. */
+void allocate(mx::array& out);
 
 /**
  * Runs `task` on the stream's thread. It must hold pointers and sizes by value, never arrays: MLX keeps the buffers of

@@ -15,6 +15,8 @@
 
 namespace mlxsae::cpu::MLXSAE_ISA {
 
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+
 /** Room for d flushed products and inputs of 2^-126. */
 MLXSAE_INLINE float tiny(int64_t d, float a, float b) { return 4e-38f * static_cast<float>(d) * (1 + a + b); }
 
@@ -37,7 +39,8 @@ inline Rounded round_row(const float* v, bf16* out, int64_t d) {
       vi rounded = bits + 0x7fff + ((bits >> 16) & 1);
       vi kept = (nan & (bits | 0x400000)) | (~nan & rounded);
       kept &= splat(int32_t(0xffff0000));
-      for (int i = 0; i < kLanes; ++i) out[c + i].bits = static_cast<uint16_t>(static_cast<uint32_t>(kept[i]) >> 16);
+      vh low = __builtin_convertvector((kept >> 16) & 0xffff, vh);
+      std::memcpy(static_cast<void*>(out + c), &low, sizeof(low));
       y = (V)kept;
     }
     full.add(x * x), rest.add((x - y) * (x - y)), low.add(y * y);
@@ -59,14 +62,36 @@ inline void shadow(const float* w, int64_t d_sae, int64_t d, uint16_t* out, floa
   }
 }
 
-/** Four to eight dot products at once, each one chain over ascending coordinates: the bits of the encode kernel. */
-template <int N>
-MLXSAE_INLINE void chains(const float* const* a, const float* const* b, const float* bias, int64_t d, float* out) {
-  float s[N] = {};
-  for (int64_t c = 0; c < d; ++c) {
-    MLXSAE_UNROLL for (int i = 0; i < N; ++i) s[i] = __builtin_fmaf(a[i][c], b[i][c], s[i]);
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+/** Four coordinates of four rows, turned so that a row lies in each lane. */
+MLXSAE_INLINE void turn(const float* const* rows, int64_t c, v4* out) {
+  v4 r[4];
+  MLXSAE_UNROLL for (int i = 0; i < 4; ++i) r[i] = *reinterpret_cast<const v4*>(rows[i] + c);
+  v4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+  v4 e = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), f = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  out[0] = __builtin_shufflevector(a, e, 0, 1, 4, 5);
+  out[1] = __builtin_shufflevector(a, e, 2, 3, 6, 7);
+  out[2] = __builtin_shufflevector(b, f, 0, 1, 4, 5);
+  out[3] = __builtin_shufflevector(b, f, 2, 3, 6, 7);
+}
+
+/** Eight dot products at once, each one chain over ascending coordinates: the bits of the encode kernel. */
+inline void chains(const float* const* a, const float* const* b, int64_t d, float* out) {
+  v4 s[2] = {};
+  int64_t c = 0;
+  for (; c + 4 <= d; c += 4) {
+    MLXSAE_UNROLL for (int g = 0; g < 2; ++g) {
+      v4 x[4], y[4];
+      turn(a + 4 * g, c, x);
+      turn(b + 4 * g, c, y);
+      MLXSAE_UNROLL for (int q = 0; q < 4; ++q) s[g] += x[q] * y[q];
+    }
   }
-  for (int i = 0; i < N; ++i) out[i] = s[i] + bias[i];
+  for (int i = 0; i < 8; ++i) {
+    out[i] = s[i / 4][i % 4];
+    for (int64_t q = c; q < d; ++q) out[i] = __builtin_fmaf(a[i][q], b[i][q], out[i]);
+  }
 }
 
 /** out[e] = <x[rows[e]], w[ids[e]]> + bias[ids[e]] in the order of the encode kernel, for entries sorted by feature. */
@@ -74,16 +99,15 @@ inline void rescore(const Rescore& r, int64_t begin, int64_t end) {
   constexpr int N = 8;
   for (int64_t e = begin; e < end; e += N) {
     const float *a[N], *b[N];
-    float bias[N], out[N];
+    float out[N];
     int64_t m = end - e < N ? end - e : N;
     for (int i = 0; i < N; ++i) {
       int64_t q = e + (i < m ? i : 0);
       a[i] = r.x + int64_t(r.rows[q]) * r.d;
       b[i] = r.w + int64_t(r.ids[q]) * r.d;
-      bias[i] = r.bias ? r.bias[r.ids[q]] : 0.0f;
     }
-    chains<N>(a, b, bias, r.d, out);
-    for (int64_t i = 0; i < m; ++i) r.out[e + i] = out[i];
+    chains(a, b, r.d, out);
+    for (int64_t i = 0; i < m; ++i) r.out[e + i] = out[i] + (r.bias ? r.bias[r.ids[e + i]] : 0.0f);
   }
 }
 
@@ -143,9 +167,86 @@ struct Intervals {
   }
 };
 
+/** What a tile of the screen reads beside its weights. */
+struct ScreenBlock {
+  const Screen& s;
+  const uint32_t* packed;  // [panels][pairs][width] pairs of bfloat16
+  int64_t pairs;
+  const float *row0, *row1;  // [tokens]
+  Intervals& lists;
+};
+
+constexpr int kScreenVectors = 4, kScreenWidth = kScreenVectors * kLanes;
+
+__attribute__((noinline)) void emit_intervals(Intervals& lists, const vf* lower, const vf* up, int64_t t0, int32_t feature) {
+  for (int v = 0; v < kScreenVectors; ++v) {
+    uint32_t mask = _mm512_cmp_ps_mask((__m512)up[v], (__m512)load(lists.bound + t0 + v * kLanes), _CMP_GE_OQ);
+    while (mask) {
+      int lane = __builtin_ctz(mask);
+      mask &= mask - 1;
+      lists.add(t0 + v * kLanes + lane, lower[v][lane], up[v][lane], feature);
+    }
+  }
+}
+
+/** M features x 64 tokens of panel p: product, interval, filter. */
+template <int M>
+__attribute__((noinline)) void screen_tile(const ScreenBlock& b, int64_t f, int64_t p, bool ahead) {
+  constexpr int NV = kScreenVectors, W = kScreenWidth;
+  const Screen& s = b.s;
+  const int64_t d = s.d;
+  const uint16_t* w = s.w16 + f * d;
+  const uint32_t* panel = b.packed + p * W * b.pairs;
+  __m512 acc[M][NV];
+  MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
+    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_setzero_ps();
+  }
+  auto multiply_add = [&](int64_t c, int bytes) __attribute__((always_inline)) {
+    __m512bh x[NV];
+    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) x[v] = (__m512bh)_mm512_loadu_si512(panel + c * W + v * kLanes);
+    MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
+      int32_t two = 0;
+      std::memcpy(&two, w + i * d + 2 * c, bytes);
+      __m512bh a = (__m512bh)_mm512_set1_epi32(two);
+      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], a, x[v]);
+    }
+  };
+  int64_t c = 0, whole = d / 2;
+  for (; c + 16 <= whole; c += 16) {
+    if (ahead) {
+      MLXSAE_UNROLL for (int i = 0; i < M; ++i) prefetch(w + (M + i) * d + 2 * c);
+    }
+    for (int q = 0; q < 16; ++q) multiply_add(c + q, 4);
+  }
+  for (; c < whole; ++c) multiply_add(c, 4);
+  if (d % 2) multiply_add(c, 2);
+
+  MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
+    int64_t j = f + i;
+    float bias = s.bias ? s.bias[j] : 0.0f;
+    vf bias_v = splat(bias), c0 = splat(s.columns[j]), c1 = splat(s.columns[s.d_sae + j]);
+    vf c2 = splat(s.columns[2 * s.d_sae + j] + 2.4e-7f * __builtin_fabsf(bias));
+    uint32_t any = 0;
+    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) {
+      int64_t t = p * W + v * kLanes;
+      vf e = load(b.row0 + t) * c0 + load(b.row1 + t) * c1 + c2;
+      any |= _mm512_cmp_ps_mask((__m512)((vf)acc[i][v] + bias_v + e), (__m512)load(b.lists.bound + t), _CMP_GE_OQ);
+    }
+    if (__builtin_expect(any != 0, 0)) {
+      vf lower[NV], up[NV];
+      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) {
+        int64_t t = p * W + v * kLanes;
+        vf e = load(b.row0 + t) * c0 + load(b.row1 + t) * c1 + c2, a = (vf)acc[i][v] + bias_v;
+        lower[v] = a - e, up[v] = a + e;
+      }
+      emit_intervals(b.lists, lower, up, p * W, static_cast<int32_t>(j));
+    }
+  }
+}
+
 /** The screen of one task's tokens over all features (Screen in kernels.h). */
 inline void screen(const Screen& s) {
-  constexpr int MR = 6, NV = 4, W = NV * kLanes;
+  constexpr int MR = 6, W = kScreenWidth;
   static thread_local Scratch mem[6];
   const int64_t n = s.t1 - s.t0, d = s.d, pairs = (d + 1) / 2, panels = (n + W - 1) / W, padded = panels * W;
   uint32_t* packed = mem[0].get<uint32_t>(padded * pairs);
@@ -182,66 +283,14 @@ inline void screen(const Screen& s) {
     if (!(r.full < 1e18f)) lists.counts[t] = -1, bound[t] = INFINITY;  // NaN, infinite, or squares that may overflow
   }
 
-  auto emit_all = [&](const vf* lower, const vf* up, int64_t t0, int32_t feature) __attribute__((noinline)) {
-    for (int v = 0; v < NV; ++v) {
-      uint32_t mask = _mm512_cmp_ps_mask((__m512)up[v], (__m512)load(bound + t0 + v * kLanes), _CMP_GE_OQ);
-      while (mask) {
-        int lane = __builtin_ctz(mask);
-        mask &= mask - 1;
-        lists.add(t0 + v * kLanes + lane, lower[v][lane], up[v][lane], feature);
-      }
-    }
-  };
-  auto tile16 = [&]<int M>(std::integral_constant<int, M>, int64_t f, int64_t p, bool ahead) __attribute__((always_inline)) {
-    const uint16_t* w = s.w16 + f * d;
-    const uint32_t* panel = packed + p * W * pairs;
-    __m512 acc[M][NV];
-    MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
-      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_setzero_ps();
-    }
-    auto step = [&](int64_t c, bool half) __attribute__((always_inline)) {
-      __m512bh b[NV];
-      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) b[v] = (__m512bh)_mm512_loadu_si512(panel + c * W + v * kLanes);
-      MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
-        uint32_t two = 0;
-        std::memcpy(&two, w + i * d + 2 * c, half ? 2 : 4);
-        __m512bh a = (__m512bh)_mm512_set1_epi32(static_cast<int>(two));
-        MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], a, b[v]);
-      }
-    };
-    int64_t c = 0, whole = d / 2;
-    for (; c + 16 <= whole; c += 16) {
-      if (ahead) {
-        MLXSAE_UNROLL for (int i = 0; i < M; ++i) prefetch(w + (M + i) * d + 2 * c);
-      }
-      _Pragma("GCC unroll 4") for (int q = 0; q < 16; ++q) step(c + q, false);
-    }
-    for (; c < whole; ++c) step(c, false);
-    if (d % 2) step(c, true);
-    MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
-      int64_t j = f + i;
-      float bias = s.bias ? s.bias[j] : 0.0f;
-      vf b = splat(bias), c0 = splat(s.columns[j]), c1 = splat(s.columns[s.d_sae + j]);
-      vf c2 = splat(s.columns[2 * s.d_sae + j] + 2.4e-7f * __builtin_fabsf(bias));
-      vf lower[NV], up[NV];
-      uint32_t any = 0;
-      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) {
-        int64_t t = p * W + v * kLanes;
-        vf e = load(row0 + t) * c0 + load(row1 + t) * c1 + c2;
-        vf a = (vf)acc[i][v] + b;
-        lower[v] = a - e, up[v] = a + e;
-        any |= _mm512_cmp_ps_mask((__m512)up[v], (__m512)load(bound + t), _CMP_GE_OQ);
-      }
-      if (__builtin_expect(any != 0, 0)) emit_all(lower, up, p * W, static_cast<int32_t>(j));
-    }
-  };
+  ScreenBlock block{s, packed, pairs, row0, row1, lists};
   auto scan16 = [&](int64_t f0, int64_t f1) {
     int64_t f = f0;
     for (; f + MR <= f1; f += MR)
       for (int64_t p = 0; p < panels; ++p)
-        tile16(std::integral_constant<int, MR>{}, f, p, p == 0 && f + 2 * MR <= s.d_sae);
+        screen_tile<MR>(block, f, p, p == 0 && f + 2 * MR <= s.d_sae);
     for (; f < f1; ++f)
-      for (int64_t p = 0; p < panels; ++p) tile16(std::integral_constant<int, 1>{}, f, p, false);
+      for (int64_t p = 0; p < panels; ++p) screen_tile<1>(block, f, p, false);
   };
   auto start = [&](int64_t k) {
     lists.k = k;

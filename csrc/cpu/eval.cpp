@@ -38,9 +38,12 @@ namespace {
 float value_at(const Code& c, int64_t i) {
   if (!c.values) return 1.0f;
   switch (c.type) {
-    case Type::f32: return static_cast<const float*>(c.values)[i];
-    case Type::f16: return static_cast<float>(static_cast<const mx::float16_t*>(c.values)[i]);
-    case Type::bf16: return static_cast<float>(static_cast<const mx::bfloat16_t*>(c.values)[i]);
+    case Type::f32:
+      return static_cast<const float*>(c.values)[i];
+    case Type::f16:
+      return static_cast<float>(static_cast<const mx::float16_t*>(c.values)[i]);
+    case Type::bf16:
+      return static_cast<float>(static_cast<const mx::bfloat16_t*>(c.values)[i]);
   }
   return 0;
 }
@@ -52,7 +55,8 @@ Grouped::Grouped(const Code& c, int64_t d_sae) : starts_(d_sae + 2, 0) {
   rows_ = std::make_unique_for_overwrite<uint32_t[]>(nnz + 1);
   values_ = std::make_unique_for_overwrite<float[]>(nnz + 1);
   rows_[nnz] = 0;  // a row to prefetch after the last
-  // starts_[j + 2] counts, then starts_[j + 1] is where the next entry of feature j goes, then where feature j + 1 starts.
+  // starts_[j + 2] counts, then starts_[j + 1] is where the next entry of feature j goes, then where feature j + 1
+  // starts.
   for (int64_t i = 0; i < nnz; ++i) ++starts_[c.indices[i] + 2];
   for (int64_t j = 2; j < d_sae + 2; ++j) starts_[j] += starts_[j - 1];
   for (int64_t t = 0; t < c.n; ++t) {

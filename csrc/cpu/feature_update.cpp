@@ -72,7 +72,8 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
         u.terms = walk.data(), u.n_terms = static_cast<int>(walk.size());
         u.w_enc = w_enc, u.b_enc = b_enc, u.w_dec = w_dec;
         float step = static_cast<float>(o.step);
-        u.adam = {o.beta1, o.beta2, o.eps, o.lr / (1 - std::pow(o.beta1, step)), 1 / std::sqrt(1 - std::pow(o.beta2, step))};
+        u.adam = {o.beta1, o.beta2, o.eps, o.lr / (1 - std::pow(o.beta1, step)),
+                  1 / std::sqrt(1 - std::pow(o.beta2, step))};
         u.project = o.project_decoder, u.normalize = o.normalize_decoder;
         u.clip = 1;
         u.w16 = w16, u.columns = columns, u.d_sae = d_sae;

@@ -46,9 +46,12 @@ class Scratch {
 template <class F>
 MLXSAE_INLINE void with_type(Type type, F&& f) {
   switch (type) {
-    case Type::f32: return f(float{});
-    case Type::f16: return f(f16{});
-    case Type::bf16: return f(bf16{});
+    case Type::f32:
+      return f(float{});
+    case Type::f16:
+      return f(f16{});
+    case Type::bf16:
+      return f(bf16{});
   }
 }
 
@@ -178,11 +181,12 @@ struct Selection {
  * MR features x (NV * lanes) tokens over `depth` coordinates: product, and where it is complete bias and filter.
  *
  * Inputs that are too wide for the cache come in several depths; `carry` [MR][NV * lanes] then holds the sums between
- * them, so that the chain of additions is that of one pass. Not inlined: it needs all registers. `ahead`: rows that will be needed next, or null.
+ * them, so that the chain of additions is that of one pass. Not inlined: it needs all registers. `ahead`: rows that
+ * will be needed next, or null.
  */
 template <int MR, int NV, bool kFirst, bool kLast>
-__attribute__((noinline)) void tile(const float* w, int64_t ldw, const float* panel, int64_t depth, const float* bias, const float* ahead,
-                        float* carry, Selection& out, int64_t t0, int32_t feature) {
+__attribute__((noinline)) void tile(const float* w, int64_t ldw, const float* panel, int64_t depth, const float* bias,
+                                    const float* ahead, float* carry, Selection& out, int64_t t0, int32_t feature) {
   vf acc[MR][NV];
   MLXSAE_UNROLL for (int i = 0; i < MR; ++i) {
     MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = kFirst ? vf{} : load(carry + (i * NV + v) * kLanes);
@@ -327,7 +331,8 @@ struct Room {
   Scratch packed, ints[2], bounds[2];
 };
 
-inline void prepare(Lists& lists, int64_t k, int64_t features, int64_t n, int64_t padded, Scratch& ints, Scratch& bounds) {
+inline void prepare(Lists& lists, int64_t k, int64_t features, int64_t n, int64_t padded, Scratch& ints,
+                    Scratch& bounds) {
   lists.keep(k < features ? k : features, features);
   lists.stride = (lists.limit + 16) / 16 * 16 + 16;
   int32_t* memory = ints.get<int32_t>(padded * (2 * lists.stride + 1));
@@ -382,7 +387,8 @@ inline void collect(const Encode& e, const int64_t* tokens, int64_t n, bool gues
   if (out.mask) finish(out.aux, n);
 }
 
-/** k codes of one row from at most k candidates in ascending order; missing ones are filled with the first free features. */
+/** k codes of one row from at most k candidates in ascending order; missing ones are filled with the first free
+ * features. */
 template <class T>
 inline void write_codes(const int32_t* keys, const int32_t* ids, int64_t m, int64_t k, T* values, uint32_t* indices) {
   auto value = [](int32_t key) { return key == kNanKey ? NAN : from_key(key) <= 0 ? 0.0f : from_key(key); };

@@ -1,7 +1,7 @@
 #pragma once
 // Certified low precision: the product in bfloat16, and an interval around each result that the float32 result of the
-// encode kernel cannot leave. With u = 2^-24, bars for the bfloat16 roundings, and gamma = 2 (d + 16) u (twice the worst
-// rounding of d + 16 additions, so that truncating hardware is covered as well):
+// encode kernel cannot leave. With u = 2^-24, bars for the bfloat16 roundings, and gamma = 2 (d + 16) u (twice the
+// worst rounding of d + 16 additions, so that truncating hardware is covered as well):
 //
 //   |s - s_bar| <= |x - x_bar| |w| + |x_bar| |w - w_bar|              Cauchy-Schwarz on the two roundings
 //                + gamma |x| |w| + gamma |x_bar| |w_bar|              rounding of both chains
@@ -178,7 +178,8 @@ struct ScreenBlock {
 
 constexpr int kScreenVectors = 4, kScreenWidth = kScreenVectors * kLanes;
 
-__attribute__((noinline)) void emit_intervals(Intervals& lists, const vf* lower, const vf* up, int64_t t0, int32_t feature) {
+__attribute__((noinline)) void emit_intervals(Intervals& lists, const vf* lower, const vf* up, int64_t t0,
+                                              int32_t feature) {
   for (int v = 0; v < kScreenVectors; ++v) {
     uint32_t mask = _mm512_cmp_ps_mask((__m512)up[v], (__m512)load(lists.bound + t0 + v * kLanes), _CMP_GE_OQ);
     while (mask) {
@@ -287,8 +288,7 @@ inline void screen(const Screen& s) {
   auto scan16 = [&](int64_t f0, int64_t f1) {
     int64_t f = f0;
     for (; f + MR <= f1; f += MR)
-      for (int64_t p = 0; p < panels; ++p)
-        screen_tile<MR>(block, f, p, p == 0 && f + 2 * MR <= s.d_sae);
+      for (int64_t p = 0; p < panels; ++p) screen_tile<MR>(block, f, p, p == 0 && f + 2 * MR <= s.d_sae);
     for (; f < f1; ++f)
       for (int64_t p = 0; p < panels; ++p) screen_tile<1>(block, f, p, false);
   };

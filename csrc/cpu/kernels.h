@@ -111,7 +111,7 @@ struct Update {
   float clip;       // factor on every gradient
   bool norms_only;  // sums up, but changes nothing
   int64_t f0, f1;
-  uint16_t* w16;         // the encoder's new bfloat16 shadow [d_sae, d_in] and columns [3, d_sae], or null
+  uint16_t* w16;  // the encoder's new bfloat16 shadow [d_sae, d_in] and columns [3, d_sae], or null
   float* columns;
   int64_t d_sae;
   float* through_input;  // [d_in] += sum_j db_enc[j] * w_enc[j], or null

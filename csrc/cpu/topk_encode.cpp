@@ -22,9 +22,11 @@ void encode_all(const cpu::Encode& e, int64_t t0, int64_t t1) {
   int64_t n = t1 - t0, d_sae = e.w.n, threads = cpu::num_threads();
   if (n <= 0) return;
   // Blocks of tokens; where there are fewer than threads, each block's features are split as well.
-  int64_t block = std::max<int64_t>(kernels.token_block * 1024 / std::max<int64_t>(1024, e.x.d), kernels.token_block / 2);
+  int64_t block =
+      std::max<int64_t>(kernels.token_block * 1024 / std::max<int64_t>(1024, e.x.d), kernels.token_block / 2);
   int64_t blocks = (n + block - 1) / block;
-  int64_t parts = blocks >= threads ? 1 : std::clamp<int64_t>(2 * threads / blocks, 1, std::max<int64_t>(1, d_sae / 256));
+  int64_t parts =
+      blocks >= threads ? 1 : std::clamp<int64_t>(2 * threads / blocks, 1, std::max<int64_t>(1, d_sae / 256));
   auto task = [&](int64_t b, int64_t p) {
     cpu::Encode part = e;
     part.t0 = t0 + n * b / blocks, part.t1 = t0 + n * (b + 1) / blocks;
@@ -130,7 +132,8 @@ void encode_screened(const cpu::Encode& e, const uint16_t* w16, const float* col
     for (int32_t i = 0; i < counts[t]; ++i) {
       int32_t f = ids[t * capacity + i];
       int64_t q = starts[f]++;
-      rows[q] = static_cast<uint32_t>(t), features[q] = static_cast<uint32_t>(f), slots[q] = static_cast<uint32_t>(slot++);
+      rows[q] = static_cast<uint32_t>(t), features[q] = static_cast<uint32_t>(f),
+      slots[q] = static_cast<uint32_t>(slot++);
     }
   auto each = [&](int64_t m, auto&& f) {  // ranges in whole groups of eight
     cpu::parallel_ranges((m + 7) / 8, 64, [&](int64_t a, int64_t b) { f(a * 8, std::min(m, b * 8)); });
@@ -142,7 +145,8 @@ void encode_screened(const cpu::Encode& e, const uint16_t* w16, const float* col
   each(total, [&](int64_t a, int64_t b) { kernels.estimate(r, a, b); });
   float gamma = 2 * static_cast<float>(d + 16) * 5.97e-8f;
   auto error = [&](int64_t t, uint32_t f) {
-    return 1.0001f * gamma * norms[t] * columns[f] + columns[2 * d_sae + f] + 4e-38f * d * norms[t] + 2.4e-7f * std::fabs(e.bias[f]);
+    return 1.0001f * gamma * norms[t] * columns[f] + columns[2 * d_sae + f] + 4e-38f * d * norms[t] +
+           2.4e-7f * std::fabs(e.bias[f]);
   };
   auto first = room_for<int64_t>(n + 1);
   first[0] = 0;
@@ -205,8 +209,14 @@ void encode_screened(const cpu::Encode& e, const uint16_t* w16, const float* col
 void TopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (auto& out : outputs) cpu::allocate(out);
   auto codes = [&](int i, int k) {
-    return cpu::Codes{k, outputs[i].data<char>(), cpu::type_of(outputs[i]), outputs[i + 1].data<uint32_t>(), nullptr,
-                      nullptr, nullptr, 0};
+    return cpu::Codes{k,
+                      outputs[i].data<char>(),
+                      cpu::type_of(outputs[i]),
+                      outputs[i + 1].data<uint32_t>(),
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      0};
   };
   cpu::Encode e{};
   e.x = cpu::rows_of(inputs[0]);
@@ -226,7 +236,8 @@ void TopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     columns = inputs[inputs.size() - 1].data<float>();
   }
   cpu::dispatch(stream(), inputs, outputs, [e, w16, columns] {
-    // Few tokens are bound by reading the weights once; and a width or a k that the screen cannot thin out gains nothing.
+    // Few tokens are bound by reading the weights once; and a width or a k that the screen cannot thin out gains
+    // nothing.
     bool screen = w16 && cpu::kernels().screen && e.x.n >= 32 && 4 * e.k <= e.w.n && e.w.n < INT32_MAX / 2;
     if (screen)
       for (int64_t j = 0; j < e.w.n && screen; ++j) screen = columns[j] < 1e18f;

@@ -3,7 +3,8 @@
 namespace mlxsae {
 namespace {
 
-/** The same bound with wider margins: sums in plain ops are not in a known order (cpu/kernel_screen.h has the terms). */
+/** The same bound with wider margins: sums in plain ops are not in a known order (cpu/kernel_screen.h has the terms).
+ */
 Arrays graph(const Arrays& in, mx::Stream s) {
   const auto& w = in[0];
   float d = static_cast<float>(w.shape(1)), gamma = 2 * (d + 16) * 5.97e-8f, up = 1 + 1e-4f + d * 1e-6f;

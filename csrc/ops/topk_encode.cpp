@@ -77,11 +77,13 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
       fail(op, "k_aux must be in (0, d_sae] but got k_aux=", k_aux, " with d_sae=", d_sae, ".");
   }
   if (shadow) {
-    if (w_enc.dtype() != mx::float32) fail(op, "w_enc must be float32 where a shadow is given but got ", w_enc.dtype(), ".");
+    if (w_enc.dtype() != mx::float32)
+      fail(op, "w_enc must be float32 where a shadow is given but got ", w_enc.dtype(), ".");
     if (shadow->w16.dtype() != mx::bfloat16 || shadow->w16.shape() != w_enc.shape() ||
         shadow->columns.dtype() != mx::float32 || shadow->columns.shape() != mx::Shape{3, d_sae})
       fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 ", w_enc.shape(), " and float32 [3, d_sae], but got ",
-           shadow->w16.dtype(), " ", shadow->w16.shape(), " and ", shadow->columns.dtype(), " ", shadow->columns.shape(), ".");
+           shadow->w16.dtype(), " ", shadow->w16.shape(), " and ", shadow->columns.dtype(), " ",
+           shadow->columns.shape(), ".");
   }
   auto define = [k, k_aux, s](const Arrays& in) { return graph(in, k, k_aux, s); };
   Arrays inputs{x, w_enc, b_enc ? mx::astype(*b_enc, mx::float32, s) : mx::zeros({d_sae}, mx::float32, s)};
@@ -116,8 +118,8 @@ std::pair<mx::array, mx::array> topk_encode(const mx::array& x, const mx::array&
 }
 
 std::vector<mx::array> topk_encode_masked(const mx::array& x, const mx::array& w_enc,
-                                          const std::optional<mx::array>& b_enc, const mx::array& mask, int k, int k_aux,
-                                          const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
+                                          const std::optional<mx::array>& b_enc, const mx::array& mask, int k,
+                                          int k_aux, const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
   return encode("topk_encode_masked", x, w_enc, b_enc, k, mask, k_aux, shadow, mx::to_stream(s));
 }
 
@@ -143,7 +145,8 @@ Arrays TopKEncode::vjp(const Arrays& primals, const Arrays& cotangents, const st
       if (a == 0) terms.push_back(sparse_decode(d_pre, indices, w, std::nullopt, s));
       if (a == 1) terms.push_back(sparse_outer(d_pre, indices, x, w.shape(0), s));
       if (a == 2)
-        terms.push_back(mx::squeeze(sparse_outer(mx::astype(d_pre, mx::float32, s), indices, ones, w.shape(0), s), 1, s));
+        terms.push_back(
+            mx::squeeze(sparse_outer(mx::astype(d_pre, mx::float32, s), indices, ones, w.shape(0), s), 1, s));
     }
     grads.push_back(a > 2 ? mx::zeros_like(primals[a], s) : mx::astype(add_all(terms, s), primals[a].dtype(), s));
   }

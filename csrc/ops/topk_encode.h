@@ -4,7 +4,8 @@
 
 namespace mlxsae {
 
-/** Inputs x, w_enc, b_enc (float32)[, mask][, shadow, columns]; outputs values, indices[, values and indices of the masked]. */
+/** Inputs x, w_enc, b_enc (float32)[, mask][, shadow, columns]; outputs values, indices[, values and indices of the
+ * masked]. */
 class TopKEncode : public FusedPrimitive {
  public:
   TopKEncode(mx::Stream s, Graph graph, int k, int k_aux, bool certified)

@@ -14,6 +14,7 @@ namespace mx = mlx::core;
 using namespace nb::literals;
 
 #define ARRAY "mlx.core.array"
+#define SHADOW "shadow: tuple[" ARRAY ", " ARRAY "] | None = None"
 #define STREAM "stream: mlx.core.Stream | mlx.core.Device | None = None"
 
 NB_MODULE(_ext, m) {
@@ -22,10 +23,31 @@ NB_MODULE(_ext, m) {
   m.attr("built_mlx_version") = MLXSAE_BUILT_MLX;
   m.def("_probe", [](const mlx::core::array&) {}, nb::sig("def _probe(a: " ARRAY ") -> None"));
 
-  m.def("topk_encode", &mlxsae::topk_encode, "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a,
-        "stream"_a = nb::none(),
-        nb::sig("def topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, " STREAM
-                ") -> tuple[" ARRAY ", " ARRAY "]"));
+  using Pair = std::optional<std::pair<mx::array, mx::array>>;
+  auto shadow_of = [](const Pair& p) {
+    return p ? std::optional<mlxsae::Shadow>({p->first, p->second}) : std::nullopt;
+  };
+  m.def(
+      "topk_encode",
+      [shadow_of](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
+                  const Pair& shadow, mx::StreamOrDevice stream) {
+        return mlxsae::topk_encode(x, w_enc, b_enc, k, shadow_of(shadow), stream);
+      },
+      "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a, "shadow"_a = nb::none(), "stream"_a = nb::none(),
+      nb::sig("def topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, " SHADOW ", " STREAM
+              ") -> tuple[" ARRAY ", " ARRAY "]"));
+  m.def("encoder_shadow", &mlxsae::encoder_shadow, "w_enc"_a, nb::kw_only(), "stream"_a = nb::none(),
+        nb::sig("def encoder_shadow(w_enc: " ARRAY ", *, " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
+  m.def(
+      "topk_encode_masked",
+      [shadow_of](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc,
+                  const mx::array& mask, int k, int k_aux, const Pair& shadow, mx::StreamOrDevice stream) {
+        return mlxsae::topk_encode_masked(x, w_enc, b_enc, mask, k, k_aux, shadow_of(shadow), stream);
+      },
+      "x"_a, "w_enc"_a, "b_enc"_a.none(), "mask"_a, nb::kw_only(), "k"_a, "k_aux"_a, "shadow"_a = nb::none(),
+      "stream"_a = nb::none(),
+      nb::sig("def topk_encode_masked(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, mask: " ARRAY
+              ", *, k: int, k_aux: int, " SHADOW ", " STREAM ") -> list[" ARRAY "]"));
   m.def("sparse_decode", &mlxsae::sparse_decode, "values"_a, "indices"_a, "w_dec"_a, "b_dec"_a.none(), nb::kw_only(),
         "stream"_a = nb::none(),
         nb::sig("def sparse_decode(values: " ARRAY ", indices: " ARRAY ", w_dec: " ARRAY ", b_dec: " ARRAY
@@ -47,22 +69,26 @@ NB_MODULE(_ext, m) {
                 ", b_dec: " ARRAY " | None, *, " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
   m.def(
       "feature_update",
-      [](const mx::array& x, const mx::array& loss, const std::vector<std::vector<mx::array>>& terms,
-         const std::vector<mx::array>& params, const std::vector<mx::array>& m, const std::vector<mx::array>& v, float lr,
-         float beta1, float beta2, float eps, int step, bool project_decoder, bool normalize_decoder, bool b_dec_to_input,
-         float clip_norm, mx::StreamOrDevice stream) {
+      [shadow_of](const mx::array& x, const mx::array& loss, const std::vector<std::vector<mx::array>>& terms,
+                  const std::vector<mx::array>& params, const std::vector<mx::array>& m,
+                  const std::vector<mx::array>& v, float lr, float beta1, float beta2, float eps, int step,
+                  bool project_decoder, bool normalize_decoder, bool b_dec_to_input, float clip_norm,
+                  const Pair& shadow, mx::StreamOrDevice stream) {
         std::vector<mlxsae::UpdateTerm> list;
         for (auto& t : terms) list.push_back({t.at(0), t.at(1), t.at(2), t.at(3)});
         return mlxsae::feature_update(
             x, loss, list, params, m, v,
-            {lr, beta1, beta2, eps, step, project_decoder, normalize_decoder, b_dec_to_input, clip_norm}, stream);
+            {lr, beta1, beta2, eps, step, project_decoder, normalize_decoder, b_dec_to_input, clip_norm},
+            shadow_of(shadow), stream);
       },
-      "x"_a, "loss"_a, "terms"_a, "params"_a, "m"_a, "v"_a, nb::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "step"_a,
-      "project_decoder"_a, "normalize_decoder"_a, "b_dec_to_input"_a, "clip_norm"_a, "stream"_a = nb::none(),
-      nb::sig("def feature_update(x: " ARRAY ", loss: " ARRAY ", terms: list[tuple[" ARRAY ", " ARRAY ", " ARRAY ", " ARRAY
-              "]], params: list[" ARRAY "], m: list[" ARRAY "], v: list[" ARRAY
+      "x"_a, "loss"_a, "terms"_a, "params"_a, "m"_a, "v"_a, nb::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
+      "step"_a, "project_decoder"_a, "normalize_decoder"_a, "b_dec_to_input"_a, "clip_norm"_a, "shadow"_a = nb::none(),
+      "stream"_a = nb::none(),
+      nb::sig("def feature_update(x: " ARRAY ", loss: " ARRAY ", terms: list[tuple[" ARRAY ", " ARRAY ", " ARRAY
+              ", " ARRAY "]], params: list[" ARRAY "], m: list[" ARRAY "], v: list[" ARRAY
               "], *, lr: float, beta1: float, beta2: float, eps: float, step: int, project_decoder: bool, "
-              "normalize_decoder: bool, b_dec_to_input: bool, clip_norm: float, " STREAM ") -> list[" ARRAY "]"));
+              "normalize_decoder: bool, b_dec_to_input: bool, clip_norm: float, " SHADOW ", " STREAM ") -> list[" ARRAY
+              "]"));
 
   m.def("op_names", &mlxsae::op_names, nb::sig("def op_names() -> list[str]"));
   m.def("kernel_for", &mlxsae::kernel_for, "op"_a, "device"_a,

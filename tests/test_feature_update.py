@@ -118,7 +118,7 @@ def test_equals_autodiff_with_mlx_adam_over_many_steps():
         tree["w_dec"] = tree["w_dec"] / mx.linalg.norm(tree["w_dec"], axis=1, keepdims=True)
         code = ops.topk_encode(x - p.b_dec, p.w_enc, p.b_enc, k=k)
         residual, square = ops.decode_residual(code, p.w_dec, x, p.b_dec)
-        p, m, v, _ = ops.feature_update(
+        p, m, v, *_ = ops.feature_update(
             x - p.b_dec,
             [Term(residual, code, mx.array(2 / n))],
             p,
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     args = problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1)
     for loss in (np.nan, np.inf):
         x, terms, params, m, v = mlx_args(*args)
-        p2, m2, v2, norm = ops.feature_update(
+        p2, m2, v2, norm, _ = ops.feature_update(
             x * np.nan, terms, params, m, v, loss=mx.array(loss), lr=0.1, step=1
         )
         for got, want in zip((*p2, *m2, *v2), (*args[2], *args[3], *args[4]), strict=True):
@@ -158,7 +158,7 @@ def test_buffers_are_reused_and_a_second_reference_is_safe():
     one = params.w_enc.nbytes
 
     def step(state):
-        p, m, v, _ = ops.feature_update(x, terms, *state, loss=mx.array(1.0), lr=0.1, step=1)
+        p, m, v, *_ = ops.feature_update(x, terms, *state, loss=mx.array(1.0), lr=0.1, step=1)
         return p, m, v
 
     state = (params, m, v)
@@ -188,7 +188,7 @@ p = Params(w, mx.zeros(F), w * 1.0, mx.zeros(d)); z = Params(*map(mx.zeros_like,
 for step in range(1, 6):
     x = mx.random.normal((n, d)); code = ops.topk_encode(x - p.b_dec, p.w_enc, p.b_enc, k=8)
     r, s = ops.decode_residual(code, p.w_dec, x, p.b_dec)
-    p, m, v, g = ops.feature_update(x - p.b_dec, [Term(r, code, mx.array(0.02))], p, m, v, loss=mx.mean(s), lr=1e-2,
+    p, m, v, g, _ = ops.feature_update(x - p.b_dec, [Term(r, code, mx.array(0.02))], p, m, v, loss=mx.mean(s), lr=1e-2,
                                     step=step, b_dec_to_input=True, clip_norm=1.0)
     mx.eval(p, m, v)
 print(hashlib.sha256(b"".join(np.array(a).tobytes() for a in (*p, *m, *v))).hexdigest())

@@ -243,6 +243,7 @@ def test_backends_tell_what_runs():
         "gather_dot",
         "sparse_outer",
         "decode_residual",
+        "encoder_shadow",
         "feature_update",
         "tokens_since_fired",
     }

@@ -348,3 +348,84 @@ def test_wrong_types(dtype):
     x = mx.zeros((4, 8), dtype=dtype, stream=mx.cpu)
     with pytest.raises(ValueError, match="x must be float32, float16 or bfloat16 but got"):
         ops.topk_encode(x, mx.zeros((16, 8)), k=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d_in"), [(3, 2049), (70, 2081), (130, 4100)])
+def test_wide_inputs(n, d_in, dtype):
+    """Inputs past the depth of the cache carry their sums between passes: one chain of additions all the same."""
+    x, w, b = problem(np.random.default_rng(d_in), n, d_in, 501, dtype)
+    check(x, w, b, 9, ops.topk_encode(x, w, b, k=9))
+
+
+@pytest.mark.parametrize(
+    ("n", "d_sae", "k", "k_aux", "share"),
+    [
+        (1, 50, 3, 50, 0.5),
+        (70, 5000, 9, 40, 0.02),
+        (33, 900, 900, 16, 0.3),
+        (5, 40, 2, 7, 0.0),
+        (130, 6000, 20, 100, 1.0),
+    ],
+)
+def test_masked_selection(n, d_sae, k, k_aux, share):
+    rng = np.random.default_rng(d_sae)
+    x, w, b = problem(rng, n, 24, d_sae, mx.float32)
+    mask = rng.random(d_sae) < share
+    first, second = ops.topk_encode_masked(x, w, b, mask=mx.array(mask), k=k, k_aux=k_aux)
+    want = ops.topk_encode(x, w, b, k=k)
+    assert mx.array_equal(first.values, want.values)
+    assert mx.array_equal(first.indices, want.indices)
+    _, _, z = oracle.topk_encode(numpy(x), numpy(w), numpy(b), k)
+    values, indices = np.array(second.values), np.array(second.indices).astype(np.int64)
+    kept = min(k_aux, int(mask.sum()))
+    bound = oracle.float32_error_bound(numpy(x), numpy(w), numpy(b))
+    for t in range(n):
+        assert (np.diff(indices[t]) > 0).all()
+        of_masked = mask[indices[t]]
+        assert of_masked.sum() >= kept
+        np.testing.assert_allclose(
+            values[t][of_masked], np.maximum(z[t][indices[t][of_masked]], 0), rtol=1e-4, atol=1e-5
+        )
+        assert (values[t][~of_masked] == 0).all(), "slots past the masked features are unused"
+        left = np.setdiff1d(np.nonzero(mask)[0], indices[t])
+        if kept and len(left):
+            chosen = indices[t][of_masked]
+            assert (z[t][left] - bound[t][left]).max() <= (z[t][chosen] + bound[t][chosen]).min()
+    fallback = graph_of(ops.topk_encode_masked, x, w, b, mask=mx.array(mask), k=k, k_aux=k_aux)
+    np.testing.assert_allclose(np.array(fallback[1].values).sum(1), values.sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_masked_gradient_is_the_sum_of_both_selections():
+    rng = np.random.default_rng(0)
+    x, w, b = problem(rng, 6, 5, 30, mx.float32)
+    mask = mx.array(rng.random(30) < 0.4)
+
+    def loss(w):
+        first, second = ops.topk_encode_masked(x, w, b, mask=mask, k=3, k_aux=4)
+        return mx.sum(mx.square(first.values)) + 3 * mx.sum(mx.square(second.values))
+
+    def definition(w):
+        z = x @ w.T + b
+        first = mx.sort(z, axis=1)[:, -3:]
+        second = mx.sort(mx.where(mask, z, -1e9), axis=1)[:, -4:]
+        return mx.sum(mx.square(mx.maximum(first, 0))) + 3 * mx.sum(mx.square(mx.maximum(second, 0)))
+
+    np.testing.assert_allclose(
+        np.array(mx.grad(loss)(w)), np.array(mx.grad(definition)(w)), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(mask=mx.zeros(9, dtype=mx.bool_)), "mask must be bool of shape [d_sae] = [20]"),
+        (dict(mask=mx.zeros(20)), "mask must be bool"),
+        (dict(k_aux=0), "k_aux must be in (0, d_sae] but got k_aux=0"),
+    ],
+)
+def test_malformed_mask(change, message):
+    args = dict(mask=mx.zeros(20, dtype=mx.bool_), k=2, k_aux=3) | change
+    with pytest.raises(ValueError) as e:
+        ops.topk_encode_masked(mx.zeros((2, 4)), mx.zeros((20, 4)), **args)
+    assert message in str(e.value)

@@ -247,6 +247,79 @@ def test_steps_match_numpy_adam() -> None:
         np.testing.assert_allclose(a, p[name], rtol=2e-4, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("d_out", [None, 9])
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "loss"),
+    [
+        ({}, {}, {}),
+        ({}, {"max_grad_norm": 0.01}, {}),
+        ({"normalize": "none"}, {"betas": (0.8, 0.95)}, {"reconstruction": "mse", "auxk": None}),
+        ({"normalize_decoder": False}, {}, {"reconstruction": "nmse", "auxk": "sparsify"}),
+    ],
+)
+def test_two_engines_one_law(d_out: int | None, changes: dict, optimizer: dict, loss: dict) -> None:
+    """From one start, with dead latents, both engines have the same parameters after 50 steps."""
+    x = dictionary_data()
+    y = x @ np.random.default_rng(3).normal(size=(D, 9)).astype(np.float32)
+    saes, states = [], []
+    for engine in ("autodiff", "fused"):
+        sae = new_sae(d_out=d_out)
+        sae.W_enc = mx.where(mx.arange(D_SAE) < 12, 0.01 * sae.W_enc, sae.W_enc)
+        o = OptimizerConfig(**({"learning_rate": 1e-3} | optimizer))
+        auxk = LossConfig(**({"dead_after": 128, "k_aux": 6, "auxk_weight": 0.5} | loss))
+        settings = config(total_tokens=50 * 64, engine=engine, optimizer=o, loss=auxk, **changes)
+        data = ArraySource(x, None if d_out is None else y, batch_size=64)
+        result = fit(sae, data, settings)
+        assert sae.metadata["training"]["engine"] == engine
+        assert auxk.auxk is None or any(r.get("auxk", 0) > 0 for r in result.history)
+        saes.append(sae)
+        states.append(dict(tree_flatten(result.state.arrays)))
+    assert states[0].keys() == states[1].keys()
+    np.testing.assert_array_equal(*(np.array(s["tokens_since_fired"]) for s in states))
+    for name in states[0]:
+        a, b = (np.array(s[name], np.float64) for s in states)
+        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1e-3), name
+
+
+def test_a_fused_step_copies_no_weights_and_holds_no_dense_latents() -> None:
+    """What a step needs beyond its state stays far below one weight matrix and below [n, d_sae]."""
+    n, d, d_sae = 128, 64, 20_000
+    peaks = []
+
+    class Peak(Callback):
+        def on_step(self, run: Run) -> None:
+            mx.eval(run.state.arrays)
+            peaks.append(mx.get_peak_memory() - mx.get_active_memory())
+            mx.reset_peak_memory()
+
+    batches = [mx.random.normal((n, d), key=mx.random.key(i)) for i in range(14)]
+    mx.eval(batches)
+    settings = TrainConfig(14 * n, n, engine="fused", sample_size=n, loss=LossConfig(dead_after=100))
+    fit(SAE(d, d_sae, k=8, seed=0), batches, settings, callbacks=[Peak()])
+    assert max(peaks[2:]) < d_sae * d * 4 / 4  # the first step leaves the caller's weights behind
+    assert d_sae * d * 4 < n * d_sae * 4
+
+
+def test_auto_takes_the_fused_engine_where_it_can() -> None:
+    def engine_of(loss: L.Loss | None = None, sae: SAE | None = None, **changes: Any) -> str:
+        trained = fit(sae or new_sae(), source(), config(total_tokens=64, **changes), loss=loss).sae
+        return trained.metadata["training"]["engine"]
+
+    assert engine_of() == "fused"
+    assert (
+        engine_of(loss=L.Loss({"mse": (1.0, L.mse)}, terms={"l1": (0.1, lambda f: f.code.values.sum())}))
+        == "autodiff"
+    )
+    assert engine_of(loss=L.Loss({"mse": (1.0, L.mse)}, (1.0, L.AuxK(4, "saelens")))) == "autodiff"
+    frozen = new_sae()
+    frozen.encoder.freeze()
+    assert engine_of(sae=frozen) == "autodiff"
+    with pytest.raises(
+        ValueError, match=r"engine must be autodiff for this run but got fused: some parameters are frozen"
+    ):
+        engine_of(sae=frozen, engine="fused")
+
+
 def test_tokens_since_fired_counts_tokens() -> None:
     sae = new_sae()
     sae.b_enc = mx.where(mx.arange(D_SAE) < 5, mx.array(-1e3), mx.array(0.0))

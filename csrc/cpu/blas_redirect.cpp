@@ -100,7 +100,8 @@ void share(const P& p, int64_t least_work, const Run& run) {
   });
 }
 
-// Multiply-adds below which a tile is not worth another thread: about 15 us of gemm, and of gemv, which waits for memory.
+// Multiply-adds below which a tile is not worth another thread: about 15 us of gemm, and of gemv, which waits for
+// memory.
 constexpr int64_t gemm_work = 1 << 21, gemv_work = 1 << 18;
 
 template <class T, class Scalar>

@@ -1,5 +1,6 @@
 #pragma once
-// Gemms with CBLAS' signatures that stand between libmlx.so and a BLAS on Linux (python/mlxsae/blas.py puts them there).
+// Gemms with CBLAS' signatures that stand between libmlx.so and a BLAS on Linux (python/mlxsae/blas.py puts them
+// there).
 //
 // OpenBLAS' own threads meet at spinning barriers inside each product. Where a core is taken, by another process or by
 // MLX's own Python thread, a product of 128^3 waits for the scheduler: measured 4 ms in place of 30 us. Idle workers

@@ -7,8 +7,8 @@ namespace mlxsae {
 void DecodeResidual::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (auto& out : outputs) cpu::allocate(out);
   cpu::dispatch(stream(), inputs, outputs,
-                [code = cpu::code_of(&inputs[0], inputs[1]), w = inputs[2].data<float>(), d_sae = int64_t{inputs[2].shape(0)},
-                 d = int64_t{inputs[2].shape(1)}, target = inputs[3].data<float>(),
+                [code = cpu::code_of(&inputs[0], inputs[1]), w = inputs[2].data<float>(),
+                 d_sae = int64_t{inputs[2].shape(0)}, d = int64_t{inputs[2].shape(1)}, target = inputs[3].data<float>(),
                  bias = inputs.size() > 4 ? inputs[4].data<float>() : nullptr, residual = outputs[0].data<float>(),
                  square = outputs[1].data<float>()] {
                   cpu::check_indices("decode_residual", code.indices, code.n * code.k, d_sae);

@@ -1,3 +1,4 @@
+#include <bit>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,7 @@ namespace mlxsae::cpu {
   namespace isa {           \
   const Kernels& table();   \
   }
+MLXSAE_DECLARE(avx512bf16)
 MLXSAE_DECLARE(avx512)
 MLXSAE_DECLARE(avx2)
 MLXSAE_DECLARE(neon)
@@ -24,8 +26,10 @@ std::vector<const Kernels*> usable() {
   std::vector<const Kernels*> sets;
 #if defined(MLXSAE_HAS_avx512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512bf16::table());
     sets.push_back(&avx512::table());
+  }
 #endif
 #if defined(MLXSAE_HAS_avx2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::table());
@@ -52,6 +56,12 @@ const Kernels& choose() {
 }
 
 }  // namespace
+
+int32_t order_key(float v) {
+  if (v != v) return INT32_MAX;
+  int32_t b = std::bit_cast<int32_t>(v + 0.0f);
+  return b ^ ((b >> 31) & 0x7fffffff);
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

@@ -3,7 +3,21 @@
 #include <algorithm>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace mlxsae::cpu {
+
+void allocate(mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+#if defined(__linux__)
+  constexpr uintptr_t page = 2u << 20;
+  auto begin = (reinterpret_cast<uintptr_t>(out.data<char>()) + page - 1) / page * page;
+  auto end = (reinterpret_cast<uintptr_t>(out.data<char>()) + out.nbytes()) / page * page;
+  if (out.nbytes() >= 4 * page && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 void parallel_ranges(int64_t n, int64_t least, const std::function<void(int64_t, int64_t)>& task) {
   if (n <= 0) return;
@@ -24,9 +38,12 @@ namespace {
 float value_at(const Code& c, int64_t i) {
   if (!c.values) return 1.0f;
   switch (c.type) {
-    case Type::f32: return static_cast<const float*>(c.values)[i];
-    case Type::f16: return static_cast<float>(static_cast<const mx::float16_t*>(c.values)[i]);
-    case Type::bf16: return static_cast<float>(static_cast<const mx::bfloat16_t*>(c.values)[i]);
+    case Type::f32:
+      return static_cast<const float*>(c.values)[i];
+    case Type::f16:
+      return static_cast<float>(static_cast<const mx::float16_t*>(c.values)[i]);
+    case Type::bf16:
+      return static_cast<float>(static_cast<const mx::bfloat16_t*>(c.values)[i]);
   }
   return 0;
 }
@@ -38,7 +55,8 @@ Grouped::Grouped(const Code& c, int64_t d_sae) : starts_(d_sae + 2, 0) {
   rows_ = std::make_unique_for_overwrite<uint32_t[]>(nnz + 1);
   values_ = std::make_unique_for_overwrite<float[]>(nnz + 1);
   rows_[nnz] = 0;  // a row to prefetch after the last
-  // starts_[j + 2] counts, then starts_[j + 1] is where the next entry of feature j goes, then where feature j + 1 starts.
+  // starts_[j + 2] counts, then starts_[j + 1] is where the next entry of feature j goes, then where feature j + 1
+  // starts.
   for (int64_t i = 0; i < nnz; ++i) ++starts_[c.indices[i] + 2];
   for (int64_t j = 2; j < d_sae + 2; ++j) starts_[j] += starts_[j - 1];
   for (int64_t t = 0; t < c.n; ++t) {

@@ -14,11 +14,16 @@ inline Type type_of(const mx::array& a) {
 }
 inline Rows rows_of(const mx::array& a) { return {a.data<char>(), type_of(a), a.shape(0), a.shape(1)}; }
 inline Code code_of(const mx::array* values, const mx::array& indices) {
-  return {values ? values->data<char>() : nullptr, values ? type_of(*values) : Type::f32, indices.data<uint32_t>(),
-          nullptr, indices.shape(0), indices.shape(1)};
+  return {values ? values->data<char>() : nullptr,
+          values ? type_of(*values) : Type::f32,
+          indices.data<uint32_t>(),
+          nullptr,
+          indices.shape(0),
+          indices.shape(1)};
 }
 
-inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
+/** Memory for an output; large ones ask for large pages, which the walks over weights gain from. */
+void allocate(mx::array& out);
 
 /**
  * Runs `task` on the stream's thread. It must hold pointers and sizes by value, never arrays: MLX keeps the buffers of

@@ -14,17 +14,20 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     if (&out.inputs() != &inputs) out.inputs().clear();
 
   size_t first = 2 + 4 * n_terms_;
-  std::vector<std::tuple<float*, const float*, int64_t>> copies;
-  for (size_t i = 0; i < 12; ++i) {
-    const auto& in = inputs[first + i];
+  std::vector<std::tuple<char*, const char*, size_t>> copies;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (i == 12) {
+      cpu::allocate(outputs[i]);  // grad_norm
+      continue;
+    }
+    const auto& in = inputs[first + i - (i > 12)];
     if (in.is_donatable()) {
       outputs[i].copy_shared_buffer(in);
     } else {
       cpu::allocate(outputs[i]);
-      copies.emplace_back(outputs[i].data<float>(), in.data<float>(), in.size());
+      copies.emplace_back(outputs[i].data<char>(), in.data<char>(), in.nbytes());
     }
   }
-  cpu::allocate(outputs[12]);
 
   struct TermData {
     const float* residual;
@@ -44,8 +47,9 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       [copies, terms, x = inputs[0].data<float>(), loss = inputs[1].data<float>(), n = int64_t{inputs[0].shape(0)},
        d_in = int64_t{inputs[0].shape(1)}, d_sae = int64_t{outputs[0].shape(0)}, d_out = int64_t{outputs[2].shape(1)},
        w_enc = param(0), b_enc = param(1), w_dec = param(2), b_dec = param(3), norm_out = outputs[12].data<float>(),
-       o = options_] {
-        for (auto& [to, from, size] : copies) std::memcpy(to, from, size * sizeof(float));
+       w16 = outputs.size() > 13 ? outputs[13].data<uint16_t>() : nullptr,
+       columns = outputs.size() > 13 ? outputs[14].data<float>() : nullptr, o = options_] {
+        for (auto& [to, from, size] : copies) std::memcpy(to, from, size);
         *norm_out = NAN;
         if (!std::isfinite(*loss)) return;  // the step is skipped: parameters and moments stay what they were
 
@@ -68,9 +72,11 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
         u.terms = walk.data(), u.n_terms = static_cast<int>(walk.size());
         u.w_enc = w_enc, u.b_enc = b_enc, u.w_dec = w_dec;
         float step = static_cast<float>(o.step);
-        u.adam = {o.beta1, o.beta2, o.eps, o.lr / (1 - std::pow(o.beta1, step)), 1 / std::sqrt(1 - std::pow(o.beta2, step))};
+        u.adam = {o.beta1, o.beta2, o.eps, o.lr / (1 - std::pow(o.beta1, step)),
+                  1 / std::sqrt(1 - std::pow(o.beta2, step))};
         u.project = o.project_decoder, u.normalize = o.normalize_decoder;
         u.clip = 1;
+        u.w16 = w16, u.columns = columns, u.d_sae = d_sae;
         auto pass = [&](bool norms_only, bool sums) {
           u.norms_only = norms_only;
           cpu::parallel_for(parts, [&](int64_t i, int) {

@@ -14,6 +14,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -45,9 +46,12 @@ class Scratch {
 template <class F>
 MLXSAE_INLINE void with_type(Type type, F&& f) {
   switch (type) {
-    case Type::f32: return f(float{});
-    case Type::f16: return f(f16{});
-    case Type::bf16: return f(bf16{});
+    case Type::f32:
+      return f(float{});
+    case Type::f16:
+      return f(f16{});
+    case Type::bf16:
+      return f(bf16{});
   }
 }
 
@@ -130,8 +134,7 @@ inline int32_t keep_largest(int32_t* keys, int32_t* ids, int64_t m, int64_t k) {
 
 /** Candidate lists of the tokens of one block. */
 struct Lists {
-  int64_t capacity;  // entries a token
-  int32_t* keys;     // [tokens, capacity + pad]
+  int32_t* keys;  // [tokens, stride]
   int32_t* ids;
   int32_t* counts;  // [tokens]
   float* bound;     // [tokens] the filter: a candidate must not be <= it
@@ -168,13 +171,25 @@ __attribute__((noinline)) void emit(Lists& lists, int64_t t0, int32_t feature, c
   }
 }
 
-/** MR features x (NV * lanes) tokens: product, bias, filter. `ahead`: rows that will be needed next, or null. */
-template <int MR, int NV>
-MLXSAE_INLINE void tile(const float* w, int64_t ldw, const float* panel, int64_t d, const float* bias, const float* ahead,
-                        Lists& lists, int64_t t0, int32_t feature) {
+/** What is kept of each token: the code, and where features are masked a second one over those alone. */
+struct Selection {
+  Lists main, aux;
+  const bool* mask;  // [d_sae] or null
+};
+
+/**
+ * MR features x (NV * lanes) tokens over `depth` coordinates: product, and where it is complete bias and filter.
+ *
+ * Inputs that are too wide for the cache come in several depths; `carry` [MR][NV * lanes] then holds the sums between
+ * them, so that the chain of additions is that of one pass. Not inlined: it needs all registers. `ahead`: rows that
+ * will be needed next, or null.
+ */
+template <int MR, int NV, bool kFirst, bool kLast>
+__attribute__((noinline)) void tile(const float* w, int64_t ldw, const float* panel, int64_t depth, const float* bias,
+                                    const float* ahead, float* carry, Selection& out, int64_t t0, int32_t feature) {
   vf acc[MR][NV];
   MLXSAE_UNROLL for (int i = 0; i < MR; ++i) {
-    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = vf{};
+    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = kFirst ? vf{} : load(carry + (i * NV + v) * kLanes);
   }
   auto multiply_add = [&](int64_t c) __attribute__((always_inline)) {
     vf b[NV];
@@ -185,22 +200,35 @@ MLXSAE_INLINE void tile(const float* w, int64_t ldw, const float* panel, int64_t
     }
   };
   int64_t c = 0;
-  for (; c + 16 <= d; c += 16) {  // one cache line of each row
+  for (; c + 16 <= depth; c += 16) {  // one cache line of each row
     if (ahead) {
       MLXSAE_UNROLL for (int i = 0; i < MR; ++i) prefetch(ahead + i * ldw + c);
     }
     _Pragma("GCC unroll 4") for (int q = 0; q < 16; ++q) multiply_add(c + q);
   }
-  for (; c < d; ++c) multiply_add(c);
+  if constexpr (kLast)  // every other depth is whole cache lines
+    for (; c < depth; ++c) multiply_add(c);
 
+  if constexpr (!kLast) {
+    MLXSAE_UNROLL for (int i = 0; i < MR; ++i) {
+      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) store(carry + (i * NV + v) * kLanes, acc[i][v]);
+    }
+    return;
+  }
   MLXSAE_UNROLL for (int i = 0; i < MR; ++i) {
     bool any = false;
     if (bias) {
       vf b = splat(bias[feature + i]);
       MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] += b;
     }
-    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) any |= any_not_le(acc[i][v], load(lists.bound + t0 + v * kLanes));
-    if (__builtin_expect(any, 0)) emit<NV>(lists, t0, feature + i, acc[i]);
+    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) any |= any_not_le(acc[i][v], load(out.main.bound + t0 + v * kLanes));
+    bool masked = out.mask && out.mask[feature + i];
+    if (__builtin_expect(any | masked, 0)) {
+      vf row[NV];  // a copy: the accumulators themselves have no address, or they would leave the registers
+      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) row[v] = acc[i][v];
+      if (any) emit<NV>(out.main, t0, feature + i, row);
+      if (masked) emit<NV>(out.aux, t0, feature + i, row);
+    }
   }
 }
 
@@ -222,74 +250,145 @@ inline void pack(const T* x, int64_t d, const int64_t* tokens, int64_t n, float*
   }
 }
 
-/** All features [f0, f1) against the packed tokens. */
+// A panel of tokens must stay in the second-level cache with room for the weights: 64 tokens of 2048 coordinates.
+constexpr int64_t kDepth = 2048;
+constexpr int64_t kCarried = 240;  // features whose sums are carried at a time; a multiple of every MR
+
+/** The packed tokens of a task, and room for what is made of the weights. */
+struct Block {
+  const float* packed;  // [panels][d][width]
+  int64_t panels, d;
+  float* converted;  // [MR][d], for weights that are not float32
+  float* carry;      // [kCarried][width], for wide inputs
+};
+
+/** MR features against every panel. */
 template <int MR, int NV, class TW>
-inline void scan(const TW* w, int64_t d, const float* bias, int64_t f0, int64_t f1, const float* packed, int64_t panels,
-                 float* converted, Lists& lists) {
+MLXSAE_INLINE void scan_rows(const TW* w, const Block& b, const float* bias, int64_t f, int64_t f1, Selection& out) {
   constexpr int W = NV * kLanes;
   constexpr bool direct = sizeof(TW) == 4;
-  int64_t f = f0;
-  for (; f + MR <= f1; f += MR) {
-    const float* rows;
-    if constexpr (direct) {
-      rows = reinterpret_cast<const float*>(w) + f * d;
-    } else {
-      for (int i = 0; i < MR; ++i) as_float(w + (f + i) * d, converted + i * d, d);
-      rows = converted;
-    }
-    for (int64_t p = 0; p < panels; ++p) {
-      const float* ahead = direct && p == 0 && f + 2 * MR <= f1 ? rows + MR * d : nullptr;
-      tile<MR, NV>(rows, d, packed + p * W * d, d, bias, ahead, lists, p * W, static_cast<int32_t>(f));
-    }
+  const float* rows;
+  if constexpr (direct) {
+    rows = reinterpret_cast<const float*>(w) + f * b.d;
+  } else {
+    for (int i = 0; i < MR; ++i) as_float(w + (f + i) * b.d, b.converted + i * b.d, b.d);
+    rows = b.converted;
   }
-  for (; f < f1; ++f) {
-    const float* row = as_float(w + f * d, converted, d);
-    for (int64_t p = 0; p < panels; ++p)
-      tile<1, NV>(row, d, packed + p * W * d, d, bias, nullptr, lists, p * W, static_cast<int32_t>(f));
+  for (int64_t p = 0; p < b.panels; ++p) {
+    const float* ahead = direct && p == 0 && f + 2 * MR <= f1 ? rows + MR * b.d : nullptr;
+    tile<MR, NV, true, true>(rows, b.d, b.packed + p * W * b.d, b.d, bias, ahead, nullptr, out, p * W,
+                             static_cast<int32_t>(f));
   }
 }
 
-/** The lists of `n` tokens over all of [f0, f1). With `guess`, some may end with fewer than k: they must be redone. */
-template <int MR, int NV, class TW>
-inline void collect(const Encode& e, const int64_t* tokens, int64_t n, bool guess, Scratch (&mem)[3], Lists& lists) {
+/** One depth of the features [f, f1) against one panel of a wide input. */
+template <int MR, int NV, bool kFirst, bool kLast, class TW>
+inline void scan_depth(const TW* w, const Block& b, const float* bias, int64_t f, int64_t f1, int64_t p, int64_t c0,
+                       int64_t depth, Selection& out) {
   constexpr int W = NV * kLanes;
-  int64_t d = e.x.d, panels = (n + W - 1) / W, padded = panels * W, f_total = e.f1 - e.f0;
-  float* packed = mem[0].get<float>(padded * d + (sizeof(TW) == 4 ? 0 : MR * d));
-  float* converted = packed + padded * d;
-  with_type(e.x.type, [&]<class TX>(TX) { pack<W>(static_cast<const TX*>(e.x.data), d, tokens, n, packed); });
+  const float* panel = b.packed + (p * b.d + c0) * W;
+  float* carry = b.carry;
+  auto step = [&]<int M>(std::integral_constant<int, M>) __attribute__((always_inline)) {
+    const float* rows;
+    int64_t ldw = b.d;
+    if constexpr (sizeof(TW) == 4) {
+      rows = reinterpret_cast<const float*>(w) + f * b.d + c0;
+    } else {
+      for (int i = 0; i < M; ++i) as_float(w + (f + i) * b.d + c0, b.converted + i * depth, depth);
+      rows = b.converted;
+      ldw = depth;
+    }
+    tile<M, NV, kFirst, kLast>(rows, ldw, panel, depth, bias, nullptr, carry, out, p * W, static_cast<int32_t>(f));
+    carry += M * W;
+    f += M;
+  };
+  while (f + MR <= f1) step(std::integral_constant<int, MR>{});
+  while (f < f1) step(std::integral_constant<int, 1>{});
+}
 
-  int64_t k = e.k < f_total ? e.k : f_total;
-  lists.keep(k, f_total);
-  lists.capacity = lists.limit;
-  lists.stride = (lists.capacity + 16) / 16 * 16 + 16;
-  int32_t* ints = mem[1].get<int32_t>(padded * (2 * lists.stride + 1));
-  lists.keys = ints;
-  lists.ids = ints + padded * lists.stride;
-  lists.counts = ints + 2 * padded * lists.stride;
-  lists.bound = mem[2].get<float>(padded);
+/** All features [f0, f1) against the packed tokens. */
+template <int MR, int NV, class TW>
+inline void scan(const TW* w, const Block& b, const float* bias, int64_t f0, int64_t f1, Selection& out) {
+  if (b.d <= kDepth) {
+    int64_t f = f0;
+    for (; f + MR <= f1; f += MR) scan_rows<MR, NV>(w, b, bias, f, f1, out);
+    for (; f < f1; ++f) scan_rows<1, NV>(w, b, bias, f, f1, out);
+    return;
+  }
+  for (int64_t f = f0; f < f1; f += kCarried) {
+    int64_t end = f + kCarried < f1 ? f + kCarried : f1;
+    for (int64_t p = 0; p < b.panels; ++p) {
+      scan_depth<MR, NV, true, false>(w, b, bias, f, end, p, 0, kDepth, out);
+      int64_t c = kDepth;
+      for (; c + kDepth < b.d; c += kDepth) scan_depth<MR, NV, false, false>(w, b, bias, f, end, p, c, kDepth, out);
+      scan_depth<MR, NV, false, true>(w, b, bias, f, end, p, c, b.d - c, out);
+    }
+  }
+}
+
+/** Memory of one collection, kept for the next task of the same thread. */
+struct Room {
+  Scratch packed, ints[2], bounds[2];
+};
+
+inline void prepare(Lists& lists, int64_t k, int64_t features, int64_t n, int64_t padded, Scratch& ints,
+                    Scratch& bounds) {
+  lists.keep(k < features ? k : features, features);
+  lists.stride = (lists.limit + 16) / 16 * 16 + 16;
+  int32_t* memory = ints.get<int32_t>(padded * (2 * lists.stride + 1));
+  lists.keys = memory;
+  lists.ids = memory + padded * lists.stride;
+  lists.counts = memory + 2 * padded * lists.stride;
+  lists.bound = bounds.get<float>(padded);
   for (int64_t t = 0; t < padded; ++t) {
     lists.counts[t] = 0;
     lists.bound[t] = t < n ? -INFINITY : INFINITY;  // nothing exceeds it: the padding collects nothing
   }
+}
+
+inline void finish(Lists& lists, int64_t n) {
+  for (int64_t t = 0; t < n; ++t)
+    if (lists.counts[t] > lists.k) lists.cut(t);
+}
+
+/** The lists of `n` tokens over all of [f0, f1). With `guess`, some may end with fewer than k: they must be redone. */
+template <int MR, int NV, class TW>
+inline void collect(const Encode& e, const int64_t* tokens, int64_t n, bool guess, Room& room, Selection& out) {
+  constexpr int W = NV * kLanes;
+  int64_t d = e.x.d, panels = (n + W - 1) / W, padded = panels * W, f_total = e.f1 - e.f0;
+  int64_t converted = sizeof(TW) == 4 ? 0 : MR * d, carry = d > kDepth ? kCarried * W : 0;
+  float* packed = room.packed.get<float>(padded * d + converted + carry);
+  with_type(e.x.type, [&]<class TX>(TX) { pack<W>(static_cast<const TX*>(e.x.data), d, tokens, n, packed); });
+  Block block{packed, panels, d, packed + padded * d, packed + padded * d + converted};
+
+  prepare(out.main, e.k, f_total, n, padded, room.ints[0], room.bounds[0]);
+  out.mask = e.mask;
+  if (e.mask) {
+    int64_t masked = 0;
+    for (int64_t f = e.f0; f < e.f1; ++f) masked += e.mask[f];
+    if (masked == 0) out.mask = nullptr;
+    prepare(out.aux, e.k_aux, masked > 0 ? masked : 1, n, padded, room.ints[1], room.bounds[1]);
+  }
 
   const TW* w = static_cast<const TW*>(e.w.data);
-  int64_t f = e.f0;
+  int64_t f = e.f0, k = out.main.k;
   if (guess) {
     // The features of a first sixteenth give a bound near rank 2k of the whole at the price of a short list.
     int64_t sample = f_total / 16 / MR * MR;
     int64_t few = 2 * k * sample / f_total + 6;
-    lists.keep(few < k ? few : k, f_total);
-    scan<MR, NV>(w, d, e.bias, f, f + sample, packed, panels, converted, lists);
-    for (int64_t t = 0; t < n; ++t) lists.cut(t);
-    lists.keep(k, f_total);
+    out.main.keep(few < k ? few : k, f_total);
+    scan<MR, NV>(w, block, e.bias, f, f + sample, out);
+    for (int64_t t = 0; t < n; ++t) out.main.cut(t);
+    out.main.keep(k, f_total);
     f += sample;
   }
-  scan<MR, NV>(w, d, e.bias, f, e.f1, packed, panels, converted, lists);
-  for (int64_t t = 0; t < n; ++t)
-    if (lists.counts[t] > k) lists.cut(t);
+  scan<MR, NV>(w, block, e.bias, f, e.f1, out);
+  finish(out.main, n);
+  if (out.mask) finish(out.aux, n);
 }
 
-/** k codes of one row from at most k candidates in ascending order; missing ones are filled with the first free features. */
+/** k codes of one row from at most k candidates in ascending order; missing ones are filled with the first free
+ * features. */
 template <class T>
 inline void write_codes(const int32_t* keys, const int32_t* ids, int64_t m, int64_t k, T* values, uint32_t* indices) {
   auto value = [](int32_t key) { return key == kNanKey ? NAN : from_key(key) <= 0 ? 0.0f : from_key(key); };
@@ -316,88 +415,90 @@ inline void write_codes(const int32_t* keys, const int32_t* ids, int64_t m, int6
   }
 }
 
+/** Codes, or where the features are only a part of all the candidates to be merged. */
+inline void write(const Lists& lists, int64_t i, int64_t token, const Codes& to) {
+  const int32_t *keys = lists.keys + i * lists.stride, *ids = lists.ids + i * lists.stride;
+  int64_t m = lists.counts[i];
+  if (to.keys) {
+    std::memcpy(to.keys + token * to.room, keys, m * sizeof(int32_t));
+    std::memcpy(to.ids + token * to.room, ids, m * sizeof(int32_t));
+    to.counts[token] = static_cast<int32_t>(m);
+  } else {
+    with_type(to.type, [&]<class T>(T) {
+      write_codes(keys, ids, m, to.k, static_cast<T*>(to.values) + token * to.k, to.indices + token * to.k);
+    });
+  }
+}
+
 template <int MR, int NV, class TW>
 inline void encode_block(const Encode& e) {
-  static thread_local Scratch mem[2][3];
+  static thread_local Room room;
   static thread_local Scratch token_mem;
-  int64_t n = e.t1 - e.t0, f_total = e.f1 - e.f0, k = e.k < f_total ? e.k : f_total;
+  int64_t n = e.t1 - e.t0, f_total = e.f1 - e.f0;
   int64_t* tokens = token_mem.get<int64_t>(2 * n);
   int64_t* again = tokens + n;
   for (int64_t t = 0; t < n; ++t) tokens[t] = e.t0 + t;
 
-  auto write = [&](const Lists& lists, int64_t i, int64_t token) {
-    const int32_t *keys = lists.keys + i * lists.stride, *ids = lists.ids + i * lists.stride;
-    if (e.keys) {  // candidates of a part, to be merged
-      int64_t m = lists.counts[i];
-      std::memcpy(e.keys + token * e.k, keys, m * sizeof(int32_t));
-      std::memcpy(e.ids + token * e.k, ids, m * sizeof(int32_t));
-      e.counts[token] = static_cast<int32_t>(m);
-    } else {
-      with_type(e.values_type, [&]<class T>(T) {
-        write_codes(keys, ids, lists.counts[i], e.k, static_cast<T*>(e.values) + token * e.k, e.indices + token * e.k);
-      });
-    }
+  Selection found;
+  auto write_all = [&](int64_t i, int64_t token) {
+    write(found.main, i, token, e.out);
+    if (!e.mask) return;
+    if (!found.mask) found.aux.counts[i] = 0;
+    write(found.aux, i, token, e.aux);
   };
-
-  Lists lists;
-  bool guess = f_total >= 4096 && k * 32 <= f_total;
-  collect<MR, NV, TW>(e, tokens, n, guess, mem[0], lists);
+  bool guess = f_total >= 4096 && e.k * 32 <= f_total;
+  collect<MR, NV, TW>(e, tokens, n, guess, room, found);
   int64_t redo = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (guess && lists.counts[i] < k)  // the sample was not like the rest
+    if (guess && found.main.counts[i] < found.main.k)  // the sample was not like the rest
       again[redo++] = tokens[i];
     else
-      write(lists, i, tokens[i]);
+      write_all(i, tokens[i]);
   }
   if (redo) {
-    collect<MR, NV, TW>(e, again, redo, false, mem[1], lists);
-    for (int64_t i = 0; i < redo; ++i) write(lists, i, again[i]);
+    collect<MR, NV, TW>(e, again, redo, false, room, found);
+    for (int64_t i = 0; i < redo; ++i) write_all(i, again[i]);
   }
 }
 
-// The tile fills the registers. A panel of tokens must stay in the second-level cache with room for the weights, so
-// wide inputs take narrower panels, and a handful of tokens the narrowest.
-#if defined(__AVX512F__)
-constexpr int kTileFeatures = 6, kTileVectors = 4, kNarrowFeatures = 12, kNarrowVectors = 2;
+// The tile fills the registers.
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int kTileFeatures = 6, kTileVectors = 4;
 #elif defined(__AVX2__)
-constexpr int kTileFeatures = 6, kTileVectors = 2, kNarrowFeatures = 6, kNarrowVectors = 2;
-#elif defined(__ARM_NEON)
-constexpr int kTileFeatures = 6, kTileVectors = 4, kNarrowFeatures = 12, kNarrowVectors = 2;
+constexpr int kTileFeatures = 6, kTileVectors = 2;
 #else
-constexpr int kTileFeatures = 3, kTileVectors = 4, kNarrowFeatures = 3, kNarrowVectors = 4;
+constexpr int kTileFeatures = 3, kTileVectors = 4;
 #endif
-constexpr int64_t kPanelBytes = 600 << 10;
 
 inline void encode(const Encode& e) {
   with_type(e.w.type, [&]<class TW>(TW) {
-    if (e.t1 - e.t0 <= kLanes)
+    if (e.t1 - e.t0 <= kLanes)  // a handful of tokens
       encode_block<12, 1, TW>(e);
-    else if (kTileVectors * kLanes * e.x.d * 4 <= kPanelBytes)
-      encode_block<kTileFeatures, kTileVectors, TW>(e);
     else
-      encode_block<kNarrowFeatures, kNarrowVectors, TW>(e);
+      encode_block<kTileFeatures, kTileVectors, TW>(e);
   });
 }
 
 inline void merge(const Merge& m) {
   static thread_local Scratch mem;
-  int64_t stride = (m.parts * m.k + 15) / 16 * 16 + 16;
+  const Codes& c = m.out;
+  int64_t stride = (m.parts * c.room + 15) / 16 * 16 + 16;
   int32_t* keys = mem.get<int32_t>(2 * stride);
   int32_t* ids = keys + stride;
   for (int64_t t = m.t0; t < m.t1; ++t) {
-    int64_t c = 0;
+    int64_t count = 0;
     for (int64_t p = 0; p < m.parts; ++p) {
       int64_t row = p * m.n + t;
-      std::memcpy(keys + c, m.keys + row * m.k, m.counts[row] * sizeof(int32_t));
-      std::memcpy(ids + c, m.ids + row * m.k, m.counts[row] * sizeof(int32_t));
-      c += m.counts[row];
+      std::memcpy(keys + count, c.keys + row * c.room, c.counts[row] * sizeof(int32_t));
+      std::memcpy(ids + count, c.ids + row * c.room, c.counts[row] * sizeof(int32_t));
+      count += c.counts[row];
     }
-    if (c > m.k) {
-      keep_largest(keys, ids, c, m.k);
-      c = m.k;
+    if (count > c.k) {
+      keep_largest(keys, ids, count, c.k);
+      count = c.k;
     }
-    with_type(m.values_type, [&]<class T>(T) {
-      write_codes(keys, ids, c, m.k, static_cast<T*>(m.values) + t * m.k, m.indices + t * m.k);
+    with_type(c.type, [&]<class T>(T) {
+      write_codes(keys, ids, count, c.k, static_cast<T*>(c.values) + t * c.k, c.indices + t * c.k);
     });
   }
 }

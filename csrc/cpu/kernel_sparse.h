@@ -59,15 +59,16 @@ MLXSAE_INLINE void store_row(T* out, const float* row, int64_t d) {
   }
 }
 
-inline void decode(const Code& code, const Rows& w, const void* bias, Type bias_type, void* out, Type out_type, int64_t t0,
-                   int64_t t1) {
+inline void decode(const Code& code, const Rows& w, const void* bias, Type bias_type, void* out, Type out_type,
+                   int64_t t0, int64_t t1) {
   static thread_local Scratch mem;
   int64_t d = w.d;
   float* sum_row = mem.get<float>(6 * d);
   float* bias_row = sum_row + d;
   float* converted = sum_row + 2 * d;
   for (int64_t c = 0; c < d; ++c) bias_row[c] = 0;
-  if (bias) with_type(bias_type, [&]<class T>(T) {
+  if (bias)
+    with_type(bias_type, [&]<class T>(T) {
       const float* b = as_float(static_cast<const T*>(bias), bias_row, d);
       if (b != bias_row) std::memcpy(bias_row, b, d * 4);
     });
@@ -113,7 +114,8 @@ inline void decode(const Code& code, const Rows& w, const void* bias, Type bias_
   });
 }
 
-inline void gather_dot(const Rows& rows, const Rows& w, const Code& code, void* out, Type out_type, int64_t t0, int64_t t1) {
+inline void gather_dot(const Rows& rows, const Rows& w, const Code& code, void* out, Type out_type, int64_t t0,
+                       int64_t t1) {
   static thread_local Scratch mem;
   int64_t d = w.d;
   float* row_f = mem.get<float>(2 * d);
@@ -151,7 +153,8 @@ inline void outer(const ByFeature& by, const Rows& rows, void* out, Type out_typ
         std::memset(o, 0, d * 4);
         for (int64_t e = by.starts[j]; e < by.starts[j + 1]; ++e) {
           if (by.values[e] == 0) continue;
-          add_scaled(o, by.values[e], as_float(static_cast<const TR*>(rows.data) + int64_t(by.rows[e]) * d, converted, d), d);
+          add_scaled(o, by.values[e],
+                     as_float(static_cast<const TR*>(rows.data) + int64_t(by.rows[e]) * d, converted, d), d);
         }
         if (sizeof(TO) != 4) store_row(static_cast<TO*>(out) + j * d, o, d);
       }

@@ -65,6 +65,8 @@ inline void adam_vector(const Param& p, const float* g, float clip, const Adam& 
   adam_row<true>(p, g, clip, a, d);
 }
 
+inline void shadow(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1);
+
 inline void update(const Update& u) {
   static thread_local Scratch mem;
   const int64_t d_in = u.d_in, d_out = u.d_out;
@@ -121,46 +123,43 @@ inline void update(const Update& u) {
     if (any) {
       if (u.project) {
         Sum along;
-        lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-          along.add(get<V>(g_dec + c) * get<V>(dec.w + c));
-        });
+        lanes(d_out, [&]<class V>(int64_t c)
+                         __attribute__((always_inline)) { along.add(get<V>(g_dec + c) * get<V>(dec.w + c)); });
         float s = along.total();
-        lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-          put(g_dec + c, get<V>(g_dec + c) - s * get<V>(dec.w + c));
-        });
+        lanes(d_out, [&]<class V>(int64_t c)
+                         __attribute__((always_inline)) { put(g_dec + c, get<V>(g_dec + c) - s * get<V>(dec.w + c)); });
       }
       if (u.square) {
         Sum sq;
-        lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-          sq.add(get<V>(g_dec + c) * get<V>(g_dec + c));
-        });
-        lanes(d_in, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-          sq.add(get<V>(g_enc + c) * get<V>(g_enc + c));
-        });
+        lanes(d_out, [&]<class V>(int64_t c)
+                         __attribute__((always_inline)) { sq.add(get<V>(g_dec + c) * get<V>(g_dec + c)); });
+        lanes(d_in, [&]<class V>(int64_t c)
+                        __attribute__((always_inline)) { sq.add(get<V>(g_enc + c) * get<V>(g_enc + c)); });
         square += static_cast<double>(sq.total()) + static_cast<double>(db) * db;
       }
       if (u.through_input) add_scaled(u.through_input, db, enc.w, d_in);
     }
     if (u.norms_only) continue;
 
-    float norm = any ? adam_row<true>(dec, g_dec, u.clip, u.adam, d_out) : adam_row<false>(dec, nullptr, 1, u.adam, d_out);
+    float norm =
+        any ? adam_row<true>(dec, g_dec, u.clip, u.adam, d_out) : adam_row<false>(dec, nullptr, 1, u.adam, d_out);
     if (u.normalize && norm > 0) {
       float inverse = 1 / __builtin_sqrtf(norm);
-      lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-        put(dec.w + c, inverse * get<V>(dec.w + c));
-      });
+      lanes(d_out,
+            [&]<class V>(int64_t c) __attribute__((always_inline)) { put(dec.w + c, inverse * get<V>(dec.w + c)); });
     }
     if (any)
       adam_row<true>(enc, g_enc, u.clip, u.adam, d_in);
     else
       adam_row<false>(enc, nullptr, 1, u.adam, d_in);
     adam_row<true>(bias, &db, u.clip, u.adam, 1);
+    if (u.w16) shadow(u.w_enc.w, u.d_sae, d_in, u.w16, u.columns, j, j + 1);
   }
   if (u.square) *u.square += square;
 }
 
-inline void residual(const Code& code, const float* w, const float* bias, const float* target, int64_t d, float* residual,
-                     float* square, int64_t t0, int64_t t1) {
+inline void residual(const Code& code, const float* w, const float* bias, const float* target, int64_t d,
+                     float* residual, float* square, int64_t t0, int64_t t1) {
   Rows rows{w, Type::f32, 0, d};
   for (int64_t t = t0; t < t1; ++t) {
     decode(code, rows, bias, Type::f32, residual, Type::f32, t, t + 1);

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "cpu/kernel_encode.h"
+#include "cpu/kernel_screen.h"
 #include "cpu/kernel_sparse.h"
 #include "cpu/kernel_update.h"
 
@@ -25,6 +26,14 @@ const Kernels& table() {
       .gather_dot = gather_dot,
       .outer = outer,
       .update = update,
+#if defined(__AVX512BF16__)
+      .screen = screen,
+#else
+      .screen = nullptr,
+#endif
+      .shadow = shadow,
+      .estimate = estimate,
+      .rescore = rescore,
       .adam = adam_vector,
       .residual = residual,
   };

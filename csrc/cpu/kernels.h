@@ -24,30 +24,54 @@ struct Code {
   int64_t n, k;
 };
 
+/** Where codes go: values and indices [n, k]; or, of a part of the features, candidates to be merged. */
+struct Codes {
+  int64_t k;
+  void* values;
+  Type type;
+  uint32_t* indices;
+  int32_t* keys;  // [n, room], null where the codes are final
+  int32_t* ids;
+  int32_t* counts;  // [n]
+  int64_t room;
+};
+
 /** topk_encode over the tokens [t0, t1) and the features [f0, f1). */
 struct Encode {
   Rows x, w;
   const float* bias;  // [d_sae] or null
   int64_t k;
+  const bool* mask;  // [d_sae] or null: the features of a second selection
+  int64_t k_aux;
   int64_t t0, t1, f0, f1;
-  // Where f is the whole range: the codes. Otherwise, `keys`/`ids` [tokens, k] and `counts` of this range's candidates.
-  void* values;
-  Type values_type;
-  uint32_t* indices;
-  int32_t* keys;
-  int32_t* ids;
-  int32_t* counts;
+  Codes out, aux;
 };
 
-/** Merges the candidates of `parts` feature ranges, given in ascending order, into the codes of tokens [t0, t1). */
+/** Merges the candidates of `parts` feature ranges, [parts, n, room] in ascending order, into the codes of [t0, t1). */
 struct Merge {
-  const int32_t* keys;  // [parts, n, k]
-  const int32_t* ids;
-  const int32_t* counts;  // [parts, n]
-  int64_t parts, n, k, t0, t1;
-  void* values;
-  Type values_type;
-  uint32_t* indices;
+  Codes out;
+  int64_t parts, n, t0, t1;
+};
+
+/** The bfloat16 screen of the tokens [t0, t1) (kernel_screen.h): features that may be among the k largest. */
+struct Screen {
+  const float* x;  // [n, d]
+  int64_t d, d_sae, k, capacity;
+  const uint16_t* w16;   // [d_sae, d] bfloat16
+  const float* columns;  // [3, d_sae]
+  const float* bias;     // [d_sae] or null
+  int64_t t0, t1;
+  int32_t* ids;     // [n, capacity], ascending
+  int32_t* counts;  // [n]; -1 where the token needs the float32 kernel
+  float* norms;     // [n] |x|, rounded up
+};
+
+/** Pre-activations of single (row, feature) pairs. */
+struct Rescore {
+  const float *x, *w, *bias;
+  int64_t d;
+  const uint32_t *rows, *ids;  // sorted by feature, for locality
+  float* out;
 };
 
 /** Entries grouped by feature: those of feature j are [starts[j], starts[j + 1]), in ascending order of the row. */
@@ -87,6 +111,9 @@ struct Update {
   float clip;       // factor on every gradient
   bool norms_only;  // sums up, but changes nothing
   int64_t f0, f1;
+  uint16_t* w16;  // the encoder's new bfloat16 shadow [d_sae, d_in] and columns [3, d_sae], or null
+  float* columns;
+  int64_t d_sae;
   float* through_input;  // [d_in] += sum_j db_enc[j] * w_enc[j], or null
   double* square;        // += squares of all gradients, before the clip
 };
@@ -105,12 +132,19 @@ struct Kernels {
   /** out[j] = sum over the entries of feature j of value * rows[row], for j in [f0, f1). */
   void (*outer)(const ByFeature&, const Rows& rows, void* out, Type out_type, int64_t f0, int64_t f1);
   void (*update)(const Update&);
+  void (*screen)(const Screen&);  // null where the instruction set has no bfloat16 product
+  void (*shadow)(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1);
+  void (*estimate)(const Rescore&, int64_t begin, int64_t end);  // in any order of additions
+  void (*rescore)(const Rescore&, int64_t begin, int64_t end);   // in the order of encode: its bits
   /** One Adam step on d numbers with gradient g * clip. */
   void (*adam)(const Param&, const float* g, float clip, const Adam&, int64_t d);
   /** residual[t] = decode(t) - target[t], square[t] = |residual[t]|^2, for float32 arrays. */
   void (*residual)(const Code&, const float* w, const float* bias, const float* target, int64_t d, float* residual,
                    float* square, int64_t t0, int64_t t1);
 };
+
+/** Integers in the order of floats; both zeros are one, NaN is the largest (the same as in kernel_encode.h). */
+int32_t order_key(float v);
 
 /** The table for this machine: the best set it has, or the one that MLXSAE_CPU_ISA names. */
 const Kernels& kernels();

@@ -91,7 +91,8 @@ MLXSAE_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, locality);
 }
 
-// ---- element types: storage of 16 bits, arithmetic in float32 --------------------------------------------------------
+// ---- element types: storage of 16 bits, arithmetic in float32
+// --------------------------------------------------------
 
 struct bf16 {
   uint16_t bits;

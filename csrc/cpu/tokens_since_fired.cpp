@@ -17,7 +17,8 @@ void TokensSinceFired::eval_cpu(const Arrays& inputs, Arrays& outputs) {
                  code = cpu::code_of(&inputs[1], inputs[2]), n_tokens = n_tokens_] {
                   int64_t entries = code.n * code.k;
                   cpu::check_indices("tokens_since_fired", code.indices, entries, d_sae);
-                  for (int64_t j = 0; j < d_sae; ++j) to[j] = from[j] > INT32_MAX - n_tokens ? INT32_MAX : from[j] + n_tokens;
+                  for (int64_t j = 0; j < d_sae; ++j)
+                    to[j] = from[j] > INT32_MAX - n_tokens ? INT32_MAX : from[j] + n_tokens;
                   auto mark = [&](auto fired) {
                     for (int64_t i = 0; i < entries; ++i)
                       if (fired(i)) to[code.indices[i]] = 0;

@@ -9,7 +9,8 @@
 namespace mlxsae {
 
 mx::array check_code(const char* op, const mx::array* values, const mx::array& indices, mx::Stream s) {
-  if (!mx::issubdtype(indices.dtype(), mx::integer)) fail(op, "indices must be integers but got ", indices.dtype(), ".");
+  if (!mx::issubdtype(indices.dtype(), mx::integer))
+    fail(op, "indices must be integers but got ", indices.dtype(), ".");
   if (indices.ndim() != 2) fail(op, "indices must have shape [n, k] but got ", indices.shape(), ".");
   if (values) {
     check_float(op, "values", *values);

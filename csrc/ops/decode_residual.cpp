@@ -22,8 +22,8 @@ std::pair<mx::array, mx::array> decode_residual(const mx::array& values, const m
   check_matrix(op, "w_dec", w_dec);
   check_matrix(op, "target", target);
   if (target.shape(0) != values.shape(0) || target.shape(1) != w_dec.shape(1))
-    fail(op, "target must have shape [n, d_out] = [", values.shape(0), ", ", w_dec.shape(1), "] but got ", target.shape(),
-         ".");
+    fail(op, "target must have shape [n, d_out] = [", values.shape(0), ", ", w_dec.shape(1), "] but got ",
+         target.shape(), ".");
   if (b_dec) check_vector(op, "b_dec", *b_dec, w_dec.shape(1), "d_out");
   Arrays inputs{values, ids, w_dec, target};
   if (b_dec) inputs.push_back(*b_dec);

@@ -11,7 +11,8 @@ Arrays graph(const Arrays& in, int n_terms, const UpdateOptions& o, mx::Stream s
   Arrays p(in.begin() + 2 + 4 * n_terms, in.end());
   const auto &w_enc = p[0], &w_dec = p[2];
   int d_sae = w_enc.shape(0);
-  auto d_enc = mx::zeros_like(w_enc, s), d_dec = mx::zeros_like(w_dec, s), d_bias = mx::zeros({d_sae, 1}, mx::float32, s);
+  auto d_enc = mx::zeros_like(w_enc, s), d_dec = mx::zeros_like(w_dec, s),
+       d_bias = mx::zeros({d_sae, 1}, mx::float32, s);
   auto ones = mx::ones({x.shape(0), 1}, mx::float32, s);
   auto d_b_dec = mx::multiply(mx::sum(in[2], 0, false, s), in[5], s);
   for (int q = 0; q < n_terms; ++q) {
@@ -33,7 +34,8 @@ Arrays graph(const Arrays& in, int n_terms, const UpdateOptions& o, mx::Stream s
   Arrays squares;
   for (auto& g : grads) squares.push_back(mx::sum(mx::square(g, s), s));
   auto norm = mx::sqrt(add_all(squares, s), s);
-  auto factor = o.clip_norm > 0 ? mx::minimum(mx::array(1.0f), mx::divide(mx::array(o.clip_norm), norm, s), s) : mx::array(1.0f);
+  auto factor =
+      o.clip_norm > 0 ? mx::minimum(mx::array(1.0f), mx::divide(mx::array(o.clip_norm), norm, s), s) : mx::array(1.0f);
   auto ok = mx::isfinite(loss, s);
   float step_size = o.lr / (1 - std::pow(o.beta1, static_cast<float>(o.step)));
   float inv_sqrt_bias = 1 / std::sqrt(1 - std::pow(o.beta2, static_cast<float>(o.step)));
@@ -57,35 +59,44 @@ Arrays graph(const Arrays& in, int n_terms, const UpdateOptions& o, mx::Stream s
   out.insert(out.end(), m.begin(), m.end());
   out.insert(out.end(), v.begin(), v.end());
   out.push_back(norm);
+  if (p.size() > 12) {
+    auto [w16, columns] = encoder_shadow(w[0], s);
+    out.insert(out.end(), {w16, columns});
+  }
   return out;
 }
 
 }  // namespace
 
-Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vector<UpdateTerm>& terms, const Arrays& params,
-                      const Arrays& m, const Arrays& v, const UpdateOptions& options, mx::StreamOrDevice s_) {
+Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vector<UpdateTerm>& terms,
+                      const Arrays& params, const Arrays& m, const Arrays& v, const UpdateOptions& options,
+                      const std::optional<Shadow>& shadow, mx::StreamOrDevice s_) {
   const char* op = "feature_update";
   auto s = mx::to_stream(s_);
   if (params.size() != 4 || m.size() != 4 || v.size() != 4)
     fail(op, "params, m and v must hold w_enc, b_enc, w_dec and b_dec but got ", params.size(), ", ", m.size(), " and ",
          v.size(), " arrays.");
-  if (terms.empty() || terms.size() > 2) fail(op, "terms must hold the main term and at most one more but got ", terms.size(), ".");
+  if (terms.empty() || terms.size() > 2)
+    fail(op, "terms must hold the main term and at most one more but got ", terms.size(), ".");
   if (options.step < 1) fail(op, "step must be at least 1 but got ", options.step, ".");
   Arrays inputs{x, mx::astype(loss, mx::float32, s)};
   int n = x.ndim() == 2 ? x.shape(0) : -1, d_out = params[2].ndim() == 2 ? params[2].shape(1) : -1;
   for (auto& t : terms) {
     auto ids = check_code(op, &t.values, t.indices, s);
     if (t.residual.shape() != mx::Shape{n, d_out} || t.values.shape(0) != n)
-      fail(op, "residual [n, d_out] and values [n, k] must fit x ", x.shape(), " and w_dec ", params[2].shape(), " but got ",
-           t.residual.shape(), " and ", t.values.shape(), ".");
-    inputs.insert(inputs.end(), {t.residual, mx::astype(t.values, mx::float32, s), ids, mx::astype(t.scale, mx::float32, s)});
+      fail(op, "residual [n, d_out] and values [n, k] must fit x ", x.shape(), " and w_dec ", params[2].shape(),
+           " but got ", t.residual.shape(), " and ", t.values.shape(), ".");
+    inputs.insert(inputs.end(),
+                  {t.residual, mx::astype(t.values, mx::float32, s), ids, mx::astype(t.scale, mx::float32, s)});
     if (t.scale.size() != 1) fail(op, "scale must be one number but got shape ", t.scale.shape(), ".");
   }
   int d_sae = params[0].shape(0);
   if (params[0].shape() != mx::Shape{d_sae, x.shape(-1)} || params[1].shape() != mx::Shape{d_sae} ||
-      params[2].shape() != mx::Shape{d_sae, d_out} || params[3].shape() != mx::Shape{d_out} || (options.b_dec_to_input && x.shape(1) != d_out))
-    fail(op, "w_enc [d_sae, d_in], b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out] must fit x ", x.shape(), " but got ",
-         params[0].shape(), ", ", params[1].shape(), ", ", params[2].shape(), ", ", params[3].shape(), ".");
+      params[2].shape() != mx::Shape{d_sae, d_out} || params[3].shape() != mx::Shape{d_out} ||
+      (options.b_dec_to_input && x.shape(1) != d_out))
+    fail(op, "w_enc [d_sae, d_in], b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out] must fit x ", x.shape(),
+         " but got ", params[0].shape(), ", ", params[1].shape(), ", ", params[2].shape(), ", ", params[3].shape(),
+         ".");
   for (auto* group : {&params, &m, &v})
     for (size_t i = 0; i < 4; ++i) {
       if ((*group)[i].shape() != params[i].shape()) fail(op, "moments must have the shapes of their parameters.");
@@ -96,19 +107,29 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
     if (!index && inputs[i].dtype() != mx::float32)
       fail(op, "x, residuals, parameters and moments must be float32 but got ", inputs[i].dtype(), ".");
   }
+  if (shadow) {
+    if (shadow->w16.dtype() != mx::bfloat16 || shadow->w16.shape() != params[0].shape() ||
+        shadow->columns.dtype() != mx::float32 || shadow->columns.shape() != mx::Shape{3, d_sae})
+      fail(op, "shadow must be encoder_shadow(w_enc) but got ", shadow->w16.dtype(), " ", shadow->w16.shape(), " and ",
+           shadow->columns.dtype(), " ", shadow->columns.shape(), ".");
+    inputs.insert(inputs.end(), {shadow->w16, shadow->columns});
+  }
   int n_terms = static_cast<int>(terms.size());
   auto define = [n_terms, options, s](const Arrays& in) { return graph(in, n_terms, options, s); };
   if (!has_kernel(op, s.device)) return define(inputs);
   for (auto& a : inputs) a = normal(a, s);
   auto primitive = std::make_shared<FeatureUpdate>(s, define, n_terms, options);
   auto shapes = primitive->output_shapes(inputs);
-  return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(13, mx::float32), primitive, inputs);
+  std::vector<mx::Dtype> types(13, mx::float32);
+  if (shadow) types.insert(types.end(), {mx::bfloat16, mx::float32});
+  return mx::array::make_arrays(shapes, types, primitive, inputs);
 }
 
 std::vector<mx::Shape> FeatureUpdate::output_shapes(const Arrays& in) {
   std::vector<mx::Shape> shapes;
-  for (size_t i = 2 + 4 * n_terms_; i < in.size(); ++i) shapes.push_back(in[i].shape());
-  shapes.push_back({});
+  size_t first = 2 + 4 * n_terms_;
+  for (size_t i = first; i < in.size(); ++i) shapes.push_back(in[i].shape());
+  shapes.insert(shapes.begin() + 12, mx::Shape{});  // grad_norm
   return shapes;
 }
 

@@ -6,7 +6,7 @@ namespace mlxsae {
 
 /**
  * Inputs: x, loss, then for each term residual, values, indices, scale, then w_enc, b_enc, w_dec, b_dec, their m, their
- * v. Outputs: w_enc, b_enc, w_dec, b_dec, their m, their v, grad_norm.
+ * v[, shadow, columns]. Outputs: w_enc, b_enc, w_dec, b_dec, their m, their v, grad_norm[, shadow, columns].
  */
 class FeatureUpdate : public FusedPrimitive {
  public:

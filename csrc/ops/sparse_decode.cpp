@@ -28,7 +28,8 @@ mx::array sparse_decode(const mx::array& values, const mx::array& indices, const
   auto s = mx::to_stream(s_);
   auto ids = check_code(op, &values, indices, s);
   check_matrix(op, "w_dec", w_dec);
-  if (w_dec.shape(0) == 0 && indices.size() > 0) fail(op, "w_dec must have at least one feature but got ", w_dec.shape(), ".");
+  if (w_dec.shape(0) == 0 && indices.size() > 0)
+    fail(op, "w_dec must have at least one feature but got ", w_dec.shape(), ".");
   if (b_dec) check_vector(op, "b_dec", *b_dec, w_dec.shape(1), "d_out");
   auto define = [s](const Arrays& in) { return graph(in, s); };
   Arrays inputs{values, ids, w_dec};
@@ -39,7 +40,8 @@ mx::array sparse_decode(const mx::array& values, const mx::array& indices, const
                    std::make_shared<SparseDecode>(s, define), inputs);
 }
 
-Arrays SparseDecode::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
+Arrays SparseDecode::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+                         const Arrays&) {
   auto s = stream();
   const auto &values = primals[0], &indices = primals[1], &w = primals[2], &ct = cotangents[0];
   Arrays grads;

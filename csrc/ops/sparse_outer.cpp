@@ -38,7 +38,8 @@ mx::array sparse_outer(const mx::array& values, const mx::array& indices, const 
                    std::make_shared<SparseOuter>(s, define, d_sae), inputs);
 }
 
-Arrays SparseOuter::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
+Arrays SparseOuter::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+                        const Arrays&) {
   auto s = stream();
   const auto &values = primals[0], &indices = primals[1], &rows = primals[2], &ct = cotangents[0];
   Arrays grads;

@@ -7,7 +7,8 @@ namespace mlxsae {
 /** Inputs tokens_since_fired, values, indices. A count: it has no derivative. */
 class TokensSinceFired : public FusedPrimitive {
  public:
-  TokensSinceFired(mx::Stream s, Graph graph, int n_tokens) : FusedPrimitive(s, std::move(graph)), n_tokens_(n_tokens) {}
+  TokensSinceFired(mx::Stream s, Graph graph, int n_tokens)
+      : FusedPrimitive(s, std::move(graph)), n_tokens_(n_tokens) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;

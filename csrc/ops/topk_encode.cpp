@@ -14,46 +14,55 @@ mx::array descending_key(const mx::array& values, mx::Stream s) {
   return mx::bitwise_or(high, low, s);
 }
 
+/** The k best of values [n, m] at places [n, m], back in ascending order of place. */
+void keep_best(mx::array& values, mx::array& places, int k, mx::Stream s) {
+  if (values.shape(1) <= k) return;
+  auto order = mx::slice(mx::argsort(descending_key(values, s), 1, s), {0, 0}, {values.shape(0), k}, s);
+  order = mx::sort(order, 1, s);
+  values = mx::take_along_axis(values, order, 1, s);
+  places = mx::take_along_axis(places, order, 1, s);
+}
+
 /**
  * The definition in plain MLX ops. Features are taken in chunks, so that no [n, d_sae] array exists here either.
  */
-Arrays graph(const Arrays& in, int k, mx::Stream s) {
+Arrays graph(const Arrays& in, int k, int k_aux, mx::Stream s) {
   const auto &x = in[0], &w = in[1];
   auto out_type = mx::promote_types(x.dtype(), w.dtype());
   auto x32 = mx::astype(x, mx::float32, s);
-  int n = x.shape(0), d_sae = w.shape(0), chunk = std::max(1024, 2 * k);
-  std::optional<mx::array> best, places;
+  int n = x.shape(0), d_sae = w.shape(0), chunk = std::max(1024, 2 * std::max(k, k_aux));
+  auto lowest = mx::array(-std::numeric_limits<float>::infinity());
+  std::vector<std::pair<mx::array, mx::array>> best;  // values, places; of all features, of the masked ones
   for (int f = 0; f < d_sae; f += chunk) {
     int end = std::min(d_sae, f + chunk);
     auto rows = mx::astype(mx::slice(w, {f, 0}, {end, w.shape(1)}, s), mx::float32, s);
     auto pre = mx::matmul(x32, mx::transpose(rows, s), s);
-    if (in.size() > 2) pre = mx::add(pre, mx::astype(mx::slice(in[2], {f}, {end}, s), mx::float32, s), s);
+    pre = mx::add(pre, mx::astype(mx::slice(in[2], {f}, {end}, s), mx::float32, s), s);
     auto here = mx::broadcast_to(mx::arange(f, end, mx::uint32, s), {n, end - f}, s);
-    auto values = best ? mx::concatenate({*best, pre}, 1, s) : pre;
-    auto ids = places ? mx::concatenate({*places, here}, 1, s) : here;
-    if (values.shape(1) > k) {
-      auto order = mx::slice(mx::argsort(descending_key(values, s), 1, s), {0, 0}, {n, k}, s);
-      order = mx::sort(order, 1, s);  // back to ascending features
-      values = mx::take_along_axis(values, order, 1, s);
-      ids = mx::take_along_axis(ids, order, 1, s);
+    for (int q = 0; q < (k_aux ? 2 : 1); ++q) {
+      auto values = q ? mx::where(mx::slice(in[3], {f}, {end}, s), pre, lowest, s) : pre;
+      if (f == 0)
+        best.emplace_back(values, here);
+      else
+        best[q] = {mx::concatenate({best[q].first, values}, 1, s), mx::concatenate({best[q].second, here}, 1, s)};
+      keep_best(best[q].first, best[q].second, q ? k_aux : k, s);
     }
-    best = values;
-    places = ids;
   }
-  auto zero = mx::array(0.0f);
-  auto relu = mx::where(mx::less_equal(*best, zero, s), mx::zeros_like(*best, s), *best, s);
-  return {mx::astype(relu, out_type, s), *places};
+  Arrays out;
+  for (auto& [values, places] : best) {
+    auto relu = mx::where(mx::less_equal(values, mx::array(0.0f), s), mx::zeros_like(values, s), values, s);
+    out.push_back(mx::astype(relu, out_type, s));
+    out.push_back(places);
+  }
+  return out;
 }
 
 mx::array gate(const mx::array& values, const mx::array& ct, mx::Stream s) {
   return mx::where(mx::less_equal(values, mx::array(0, values.dtype()), s), mx::zeros_like(ct, s), ct, s);
 }
 
-}  // namespace
-
-std::pair<mx::array, mx::array> topk_encode(const mx::array& x, const mx::array& w_enc,
-                                            const std::optional<mx::array>& b_enc, int k, mx::StreamOrDevice s_) {
-  const char* op = "topk_encode";
+Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
+              const std::optional<mx::array>& mask, int k_aux, const std::optional<Shadow>& shadow, mx::Stream s) {
   check_matrix(op, "x", x);
   check_matrix(op, "w_enc", w_enc);
   int d_sae = w_enc.shape(0);
@@ -61,58 +70,106 @@ std::pair<mx::array, mx::array> topk_encode(const mx::array& x, const mx::array&
     fail(op, "x [n, d_in] and w_enc [d_sae, d_in] must share d_in but got ", x.shape(), " and ", w_enc.shape(), ".");
   if (b_enc) check_vector(op, "b_enc", *b_enc, d_sae, "d_sae");
   if (k <= 0 || k > d_sae) fail(op, "k must be in (0, d_sae] but got k=", k, " with d_sae=", d_sae, ".");
-
-  auto s = mx::to_stream(s_);
-  auto define = [k, s](const Arrays& in) { return graph(in, k, s); };
-  Arrays inputs{x, w_enc};
-  if (b_enc) inputs.push_back(*b_enc);
-  if (!has_kernel(op, s.device)) {
-    auto out = define(inputs);
-    return {out[0], mx::stop_gradient(out[1], s)};
+  if (mask) {
+    if (mask->dtype() != mx::bool_ || mask->ndim() != 1 || mask->shape(0) != d_sae)
+      fail(op, "mask must be bool of shape [d_sae] = [", d_sae, "] but got ", mask->dtype(), " ", mask->shape(), ".");
+    if (k_aux <= 0 || k_aux > d_sae)
+      fail(op, "k_aux must be in (0, d_sae] but got k_aux=", k_aux, " with d_sae=", d_sae, ".");
   }
-  for (auto& a : inputs) a = normal(a, s);
-  if (b_enc) inputs[2] = mx::astype(inputs[2], mx::float32, s);
-  mx::Shape shape{x.shape(0), k};
-  auto out = mx::array::make_arrays({shape, shape}, {mx::promote_types(x.dtype(), w_enc.dtype()), mx::uint32},
-                                    std::make_shared<TopKEncode>(s, define, k), inputs);
-  return {out[0], mx::stop_gradient(out[1], s)};  // places have no derivative, and gathers insist on being told
+  if (shadow) {
+    if (w_enc.dtype() != mx::float32)
+      fail(op, "w_enc must be float32 where a shadow is given but got ", w_enc.dtype(), ".");
+    if (shadow->w16.dtype() != mx::bfloat16 || shadow->w16.shape() != w_enc.shape() ||
+        shadow->columns.dtype() != mx::float32 || shadow->columns.shape() != mx::Shape{3, d_sae})
+      fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 ", w_enc.shape(), " and float32 [3, d_sae], but got ",
+           shadow->w16.dtype(), " ", shadow->w16.shape(), " and ", shadow->columns.dtype(), " ",
+           shadow->columns.shape(), ".");
+  }
+  auto define = [k, k_aux, s](const Arrays& in) { return graph(in, k, k_aux, s); };
+  Arrays inputs{x, w_enc, b_enc ? mx::astype(*b_enc, mx::float32, s) : mx::zeros({d_sae}, mx::float32, s)};
+  if (mask) inputs.push_back(*mask);
+  Arrays out;
+  if (has_kernel("topk_encode", s.device)) {
+    if (shadow) {
+      inputs[0] = mx::astype(x, mx::float32, s);
+      inputs.insert(inputs.end(), {mx::stop_gradient(shadow->w16, s), mx::stop_gradient(shadow->columns, s)});
+    }
+    for (auto& a : inputs) a = normal(a, s);
+    auto primitive = std::make_shared<TopKEncode>(s, define, k, k_aux, shadow.has_value());
+    auto type = mx::promote_types(x.dtype(), w_enc.dtype());
+    std::vector<mx::Dtype> types{type, mx::uint32};
+    if (mask) types.insert(types.end(), {type, mx::uint32});
+    out = mx::array::make_arrays(primitive->output_shapes(inputs), types, primitive, inputs);
+  } else {
+    out = define(inputs);
+  }
+  // Places have no derivative, and gathers insist on being told.
+  for (size_t i = 1; i < out.size(); i += 2) out[i] = mx::stop_gradient(out[i], s);
+  return out;
+}
+
+}  // namespace
+
+std::pair<mx::array, mx::array> topk_encode(const mx::array& x, const mx::array& w_enc,
+                                            const std::optional<mx::array>& b_enc, int k,
+                                            const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
+  auto out = encode("topk_encode", x, w_enc, b_enc, k, std::nullopt, 0, shadow, mx::to_stream(s));
+  return {out[0], out[1]};
+}
+
+std::vector<mx::array> topk_encode_masked(const mx::array& x, const mx::array& w_enc,
+                                          const std::optional<mx::array>& b_enc, const mx::array& mask, int k,
+                                          int k_aux, const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
+  return encode("topk_encode_masked", x, w_enc, b_enc, k, mask, k_aux, shadow, mx::to_stream(s));
+}
+
+Arrays TopKEncode::again(const mx::array& x, const Arrays& inputs) {
+  std::optional<mx::array> mask;
+  std::optional<Shadow> shadow;
+  if (k_aux_) mask = inputs[3];
+  if (certified_) shadow = Shadow{inputs[inputs.size() - 2], inputs[inputs.size() - 1]};
+  return encode("topk_encode", x, inputs[1], inputs[2], k_, mask, k_aux_, shadow, stream());
 }
 
 Arrays TopKEncode::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
                        const Arrays& outputs) {
   auto s = stream();
-  const auto &x = primals[0], &w = primals[1], &indices = outputs[1];
-  auto d_pre = gate(outputs[0], cotangents[0], s);
+  const auto &x = primals[0], &w = primals[1];
+  auto ones = mx::ones({x.shape(0), 1}, mx::float32, s);
   Arrays grads;
   for (int a : argnums) {
-    if (a == 0)
-      grads.push_back(mx::astype(sparse_decode(d_pre, indices, w, std::nullopt, s), x.dtype(), s));
-    else if (a == 1)
-      grads.push_back(mx::astype(sparse_outer(d_pre, indices, x, w.shape(0), s), w.dtype(), s));
-    else
-      grads.push_back(mx::astype(
-          mx::squeeze(sparse_outer(mx::astype(d_pre, mx::float32, s), indices, mx::ones({x.shape(0), 1}, mx::float32, s),
-                                   w.shape(0), s),
-                      1, s),
-          primals[2].dtype(), s));
+    Arrays terms;  // one for each selection
+    for (size_t q = 0; q < outputs.size(); q += 2) {
+      auto d_pre = gate(outputs[q], cotangents[q], s);
+      const auto& indices = outputs[q + 1];
+      if (a == 0) terms.push_back(sparse_decode(d_pre, indices, w, std::nullopt, s));
+      if (a == 1) terms.push_back(sparse_outer(d_pre, indices, x, w.shape(0), s));
+      if (a == 2)
+        terms.push_back(
+            mx::squeeze(sparse_outer(mx::astype(d_pre, mx::float32, s), indices, ones, w.shape(0), s), 1, s));
+    }
+    grads.push_back(a > 2 ? mx::zeros_like(primals[a], s) : mx::astype(add_all(terms, s), primals[a].dtype(), s));
   }
   return grads;
 }
 
 Arrays TopKEncode::jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) {
   auto s = stream();
-  std::optional<mx::array> bias;
-  if (primals.size() > 2) bias = primals[2];
-  auto [values, indices] = topk_encode(primals[0], primals[1], bias, k_, s);
-  Arrays terms;
-  for (size_t i = 0; i < argnums.size(); ++i) {
-    const auto& t = tangents[i];
-    if (argnums[i] == 0) terms.push_back(gather_dot(t, primals[1], indices, s));
-    if (argnums[i] == 1) terms.push_back(gather_dot(primals[0], t, indices, s));
-    if (argnums[i] == 2) terms.push_back(mx::take(t, indices, s));
+  auto out = again(primals[0], primals);
+  Arrays result;
+  for (size_t q = 0; q < out.size(); q += 2) {
+    const auto &values = out[q], &indices = out[q + 1];
+    Arrays terms{mx::zeros_like(values, s)};
+    for (size_t i = 0; i < argnums.size(); ++i) {
+      const auto& t = tangents[i];
+      if (argnums[i] == 0) terms.push_back(gather_dot(t, primals[1], indices, s));
+      if (argnums[i] == 1) terms.push_back(gather_dot(primals[0], t, indices, s));
+      if (argnums[i] == 2) terms.push_back(mx::take(t, indices, s));
+    }
+    result.push_back(mx::astype(gate(values, add_all(terms, s), s), values.dtype(), s));
+    result.push_back(mx::zeros_like(indices, s));
   }
-  auto d_values = mx::astype(gate(values, add_all(terms, s), s), values.dtype(), s);
-  return {d_values, mx::zeros_like(indices, s)};
+  return result;
 }
 
 std::pair<Arrays, std::vector<int>> TopKEncode::vmap(const Arrays& inputs, const std::vector<int>& axes) {
@@ -121,11 +178,9 @@ std::pair<Arrays, std::vector<int>> TopKEncode::vmap(const Arrays& inputs, const
   if (!only_x) return FusedPrimitive::vmap(inputs, axes);
   auto s = stream();  // more rows of the same problem
   auto x = mx::moveaxis(inputs[0], axes[0], 0, s);
-  std::optional<mx::array> bias;
-  if (inputs.size() > 2) bias = inputs[2];
-  auto [values, indices] = topk_encode(mx::flatten(x, 0, 1, s), inputs[1], bias, k_, s);
-  mx::Shape shape{x.shape(0), x.shape(1), k_};
-  return {{mx::reshape(values, shape, s), mx::reshape(indices, shape, s)}, {0, 0}};
+  auto out = again(mx::flatten(x, 0, 1, s), inputs);
+  for (auto& a : out) a = mx::unflatten(a, 0, {x.shape(0), x.shape(1)}, s);
+  return {out, std::vector<int>(out.size(), 0)};
 }
 
 }  // namespace mlxsae

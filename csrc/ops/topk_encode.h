@@ -4,10 +4,12 @@
 
 namespace mlxsae {
 
-/** Inputs x, w_enc[, b_enc]; outputs values, indices. */
+/** Inputs x, w_enc, b_enc (float32)[, mask][, shadow, columns]; outputs values, indices[, values and indices of the
+ * masked]. */
 class TopKEncode : public FusedPrimitive {
  public:
-  TopKEncode(mx::Stream s, Graph graph, int k) : FusedPrimitive(s, std::move(graph)), k_(k) {}
+  TopKEncode(mx::Stream s, Graph graph, int k, int k_aux, bool certified)
+      : FusedPrimitive(s, std::move(graph)), k_(k), k_aux_(k_aux), certified_(certified) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;
@@ -15,15 +17,20 @@ class TopKEncode : public FusedPrimitive {
   std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override;
   const char* name() const override { return "TopKEncode"; }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return static_cast<const TopKEncode&>(other).k_ == k_;
+    const auto& o = static_cast<const TopKEncode&>(other);
+    return o.k_ == k_ && o.k_aux_ == k_aux_ && o.certified_ == certified_;
   }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override {
-    mx::Shape shape{in[0].shape(0), k_};
-    return {shape, shape};
+    mx::Shape shape{in[0].shape(0), k_}, aux{in[0].shape(0), k_aux_};
+    return k_aux_ ? std::vector<mx::Shape>{shape, shape, aux, aux} : std::vector<mx::Shape>{shape, shape};
   }
 
  private:
-  int k_;
+  /** The op on other rows with this primitive's options. */
+  Arrays again(const mx::array& x, const Arrays& inputs);
+
+  int k_, k_aux_;  // k_aux_ is 0 without a mask
+  bool certified_;
 };
 
 }  // namespace mlxsae

@@ -22,9 +22,11 @@ Stream = mx.Stream | mx.Device | None
 
 __all__ = [
     "Params",
+    "Shadow",
     "Term",
     "backends",
     "decode_residual",
+    "encoder_shadow",
     "feature_update",
     "gather_dot",
     "num_threads",
@@ -33,12 +35,31 @@ __all__ = [
     "sparse_decode",
     "sparse_outer",
     "topk_encode",
+    "topk_encode_masked",
     "update_tokens_since_fired",
 ]
 
 
+class Shadow(NamedTuple):
+    """A float32 encoder in bfloat16, with what bounds the error of products with it: :func:`encoder_shadow`."""
+
+    w16: mx.array  # [d_sae, d_in] bfloat16
+    columns: mx.array  # [3, d_sae] float32: |w|, |w - w16| plus its rounding, an absolute floor
+
+
+def encoder_shadow(w_enc: mx.array, *, stream: Stream = None) -> Shadow:
+    """The shadow of ``w_enc [d_sae, d_in]``, for certified encoding. Make it anew whenever ``w_enc`` changes."""
+    return Shadow(*_ext.encoder_shadow(w_enc, stream=stream))
+
+
 def topk_encode(
-    x: mx.array, w_enc: mx.array, b_enc: mx.array | None = None, *, k: int, stream: Stream = None
+    x: mx.array,
+    w_enc: mx.array,
+    b_enc: mx.array | None = None,
+    *,
+    k: int,
+    shadow: Shadow | None = None,
+    stream: Stream = None,
 ) -> SparseCode:
     r"""The ``k`` largest pre-activations of each row, then relu.
 
@@ -54,6 +75,9 @@ def topk_encode(
         b_enc: ``[d_sae]`` or None.
         k: entries kept per row, in ``(0, d_sae]``. Always ``k`` slots: where fewer pre-activations are positive, the
             others hold value 0.
+        shadow: ``encoder_shadow(w_enc)`` for certified low precision: the product runs in bfloat16, a proven error bound
+            decides which features are computed again in float32, and the result has the same bits as without. Where the
+            processor multiplies no bfloat16 the float32 kernel runs.
 
     Returns:
         ``SparseCode(values [n, k], indices [n, k])``, values in the promoted type of ``x`` and ``w_enc``, indices
@@ -69,7 +93,34 @@ def topk_encode(
 
     Source: Gao et al., *Scaling and evaluating sparse autoencoders*, 2024, section 2.3.
     """
-    return SparseCode(*_ext.topk_encode(x, w_enc, b_enc, k=k, stream=stream))
+    return SparseCode(*_ext.topk_encode(x, w_enc, b_enc, k=k, shadow=shadow, stream=stream))
+
+
+def topk_encode_masked(
+    x: mx.array,
+    w_enc: mx.array,
+    b_enc: mx.array | None = None,
+    *,
+    mask: mx.array,
+    k: int,
+    k_aux: int,
+    shadow: Shadow | None = None,
+    stream: Stream = None,
+) -> tuple[SparseCode, SparseCode]:
+    """:func:`topk_encode`, and from the same product the ``k_aux`` largest among masked features, then relu.
+
+    Args:
+        x, w_enc, b_enc, k, shadow: as in :func:`topk_encode`.
+        mask: ``[d_sae]`` bool; AuxK's dead features.
+        k_aux: slots of the second selection, in ``(0, d_sae]``. Where fewer features are masked the others are unused.
+
+    Returns:
+        The code and the masked code.
+    """
+    values, indices, aux_values, aux_indices = _ext.topk_encode_masked(
+        x, w_enc, b_enc, mask, k=k, k_aux=k_aux, shadow=shadow, stream=stream
+    )
+    return SparseCode(values, indices), SparseCode(aux_values, aux_indices)
 
 
 def sparse_decode(
@@ -184,6 +235,16 @@ class Term(NamedTuple):
     scale: mx.array  # one number
 
 
+class Updated(NamedTuple):
+    """What :func:`feature_update` returns."""
+
+    params: Params
+    m: Params
+    v: Params
+    grad_norm: mx.array  # before clipping; NaN where the step was skipped
+    shadow: Shadow | None  # that of the new encoder, where one was given
+
+
 def feature_update(
     x: mx.array,
     terms: list[Term],
@@ -200,8 +261,9 @@ def feature_update(
     normalize_decoder: bool = True,
     b_dec_to_input: bool = False,
     clip_norm: float = 0.0,
+    shadow: Shadow | None = None,
     stream: Stream = None,
-) -> tuple[Params, Params, Params, mx.array]:
+) -> Updated:
     r"""The backward pass of encode and decode and one Adam step, feature by feature, without gradient buffers.
 
     For feature ``j`` with entries ``(t, v)``, ``v > 0``, and :math:`g_t = s\, r_t`:
@@ -222,9 +284,7 @@ def feature_update(
         step: ``t >= 1`` of Adam's bias correction.
         clip_norm: largest global norm of all gradients after the projection; 0 for no clipping. Clipping is exact, by a
             first pass that computes the norm.
-
-    Returns:
-        ``(params, m, v, grad_norm)``; ``grad_norm`` is that before clipping, NaN where the step was skipped.
+        shadow: the encoder's, to be renewed in the same pass.
 
     Deterministic, and independent of the number of threads.
     Source: Kingma and Ba, *Adam*, 2015, Algorithm 1; Bricken et al., *Towards monosemanticity*, 2023 (projection).
@@ -245,9 +305,11 @@ def feature_update(
         normalize_decoder=normalize_decoder,
         b_dec_to_input=b_dec_to_input,
         clip_norm=clip_norm,
+        shadow=shadow,
         stream=stream,
     )
-    return Params(*out[:4]), Params(*out[4:8]), Params(*out[8:12]), out[12]
+    new = Shadow(*out[13:]) if shadow else None
+    return Updated(Params(*out[:4]), Params(*out[4:8]), Params(*out[8:12]), out[12], new)
 
 
 def backends() -> dict[str, dict[str, str]]:

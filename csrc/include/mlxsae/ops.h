@@ -3,8 +3,8 @@
 // [d_sae, d_out], a feature a row. Floating types are float32, float16 and bfloat16 in any mixture; accumulation is in
 // float32. A sparse code is a pair (values [n, k], indices [n, k] uint32); a slot with value 0 is unused.
 //
-// All ops but `tokens_since_fired` and `feature_update` have derivatives (vjp, jvp) of every order, and vmap. On a device without a kernel of
-// its own an op is a graph of plain MLX ops; `kernel_for` tells.
+// All ops but `tokens_since_fired` and `feature_update` have derivatives (vjp, jvp) of every order, and vmap. On a
+// device without a kernel of its own an op is a graph of plain MLX ops; `kernel_for` tells.
 
 #include <optional>
 #include <string>
@@ -23,6 +23,16 @@
 
 namespace mlxsae {
 
+/** A float32 encoder in bfloat16, with what bounds the error of products with it (encoder_shadow). */
+struct Shadow {
+  mlx::core::array w16;      // [d_sae, d_in] bfloat16
+  mlx::core::array columns;  // [3, d_sae] float32
+};
+
+/** The shadow of w_enc, for certified encoding. It must be made anew whenever w_enc changes. */
+MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(const mlx::core::array& w_enc,
+                                                                        mlx::core::StreamOrDevice s = {});
+
 /**
  * The k largest pre-activations of each row, then relu.
  *
@@ -35,11 +45,25 @@ namespace mlxsae {
  * of x and w_enc. NaN counts as the largest value and stays NaN. The derivative is that of the selected entries, and
  * zero where the value is not positive.
  *
+ * With a shadow the product runs in bfloat16 where the processor has one; a proven bound decides which features are
+ * computed again in float32, so that the result has the same bits ("certified").
+ *
  * Throws std::invalid_argument for other ranks, sizes, types or k.
  */
 MLXSAE_API std::pair<mlx::core::array, mlx::core::array> topk_encode(
     const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc, int k,
-    mlx::core::StreamOrDevice s = {});
+    const std::optional<Shadow>& shadow = std::nullopt, mlx::core::StreamOrDevice s = {});
+
+/**
+ * topk_encode, and from the same product a second selection: the k_aux largest among the features where mask [d_sae]
+ * (bool) is true. Returns values, indices, aux values [n, k_aux], aux indices. Where fewer than k_aux features are
+ * masked the other slots are unused.
+ */
+MLXSAE_API std::vector<mlx::core::array> topk_encode_masked(const mlx::core::array& x, const mlx::core::array& w_enc,
+                                                            const std::optional<mlx::core::array>& b_enc,
+                                                            const mlx::core::array& mask, int k, int k_aux,
+                                                            const std::optional<Shadow>& shadow = std::nullopt,
+                                                            mlx::core::StreamOrDevice s = {});
 
 /**
  * x_hat[t] = sum_i values[t, i] w_dec[indices[t, i]] + b_dec, [n, d_out].
@@ -47,30 +71,29 @@ MLXSAE_API std::pair<mlx::core::array, mlx::core::array> topk_encode(
  * Unused slots are skipped whatever their row holds. An index that is not below d_sae raises std::out_of_range when
  * the array is evaluated (on the CPU).
  */
-MLXSAE_API mlx::core::array sparse_decode(
-    const mlx::core::array& values, const mlx::core::array& indices, const mlx::core::array& w_dec,
-    const std::optional<mlx::core::array>& b_dec = std::nullopt, mlx::core::StreamOrDevice s = {});
+MLXSAE_API mlx::core::array sparse_decode(const mlx::core::array& values, const mlx::core::array& indices,
+                                          const mlx::core::array& w_dec,
+                                          const std::optional<mlx::core::array>& b_dec = std::nullopt,
+                                          mlx::core::StreamOrDevice s = {});
 
 /** out[t, i] = <rows[t], weight[indices[t, i]]>, [n, k]: rows weight^T at the code's places only. */
-MLXSAE_API mlx::core::array gather_dot(
-    const mlx::core::array& rows, const mlx::core::array& weight, const mlx::core::array& indices,
-    mlx::core::StreamOrDevice s = {});
+MLXSAE_API mlx::core::array gather_dot(const mlx::core::array& rows, const mlx::core::array& weight,
+                                       const mlx::core::array& indices, mlx::core::StreamOrDevice s = {});
 
 /**
  * out[j] = sum over the entries (t, i) with indices[t, i] = j of values[t, i] rows[t], [d_sae, d]: the transposed
  * decode, and the gradient of a decoder. Deterministic: entries are added in ascending order of t, without atomics.
  */
-MLXSAE_API mlx::core::array sparse_outer(
-    const mlx::core::array& values, const mlx::core::array& indices, const mlx::core::array& rows, int d_sae,
-    mlx::core::StreamOrDevice s = {});
+MLXSAE_API mlx::core::array sparse_outer(const mlx::core::array& values, const mlx::core::array& indices,
+                                         const mlx::core::array& rows, int d_sae, mlx::core::StreamOrDevice s = {});
 
 /**
  * Tokens since each feature fired last: 0 where some value > 0 (or NaN) in this batch, else the old count + n_tokens,
  * saturating at 2^31 - 1. tokens_since_fired [d_sae] int32, n_tokens >= 0.
  */
-MLXSAE_API mlx::core::array tokens_since_fired(
-    const mlx::core::array& tokens_since_fired, const mlx::core::array& values, const mlx::core::array& indices,
-    int n_tokens, mlx::core::StreamOrDevice s = {});
+MLXSAE_API mlx::core::array tokens_since_fired(const mlx::core::array& tokens_since_fired,
+                                               const mlx::core::array& values, const mlx::core::array& indices,
+                                               int n_tokens, mlx::core::StreamOrDevice s = {});
 
 /**
  * Decode, residual and squared error in one pass: residual = decode(code) - target [n, d_out] and
@@ -92,7 +115,7 @@ struct UpdateTerm {
 struct UpdateOptions {
   float lr;
   float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f;
-  int step = 1;  // t >= 1 of Adam's bias correction
+  int step = 1;                   // t >= 1 of Adam's bias correction
   bool project_decoder = true;    // remove the part of dw_dec along w_dec
   bool normalize_decoder = true;  // rows of w_dec back to norm 1
   bool b_dec_to_input = false;    // x was taken minus b_dec
@@ -106,7 +129,8 @@ struct UpdateOptions {
  * any, an auxiliary one (its own values and indices, no bias). params, m and v are each w_enc [d_sae, d_in],
  * b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out], all float32. Per feature: dz = <g, w_dec>, the gradients of both
  * rows, the projection, Adam with bias correction (every feature, touched or not), the renorm. Where `loss` is not
- * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped).
+ * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped); where
+ * the encoder's shadow is given, also its new w16 and columns.
  *
  * The buffers of params, m and v are reused where nobody else holds them; else they are copied. Deterministic; the
  * result does not depend on the number of threads.
@@ -114,7 +138,8 @@ struct UpdateOptions {
 MLXSAE_API std::vector<mlx::core::array> feature_update(
     const mlx::core::array& x, const mlx::core::array& loss, const std::vector<UpdateTerm>& terms,
     const std::vector<mlx::core::array>& params, const std::vector<mlx::core::array>& m,
-    const std::vector<mlx::core::array>& v, const UpdateOptions& options, mlx::core::StreamOrDevice s = {});
+    const std::vector<mlx::core::array>& v, const UpdateOptions& options,
+    const std::optional<Shadow>& shadow = std::nullopt, mlx::core::StreamOrDevice s = {});
 
 /** The names of all ops. */
 MLXSAE_API const std::vector<std::string>& op_names();

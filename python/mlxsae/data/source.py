@@ -258,7 +258,7 @@ class IterableSource:
             held += len(batch[0])
         if not self._ahead:
             raise ValueError("[fit] there must be at least one batch but got none.")
-        return tuple(mx.concatenate(field)[:n] for field in zip(*self._ahead, strict=True))
+        return tuple(mx.concatenate(list(field))[:n] for field in zip(*self._ahead, strict=True))
 
     def state(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
         return {"kind": "iterable", "taken": self._taken}, {}

@@ -54,7 +54,7 @@ def writer(arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = 
         file.write(struct.pack("<Q", len(text)) + text)
         for array in arrays.values():
             if array.size:
-                file.write(memoryview(_as_numpy(array)).cast("B"))
+                file.write(_as_numpy(array).data.cast("B"))
 
     return write
 

@@ -143,7 +143,7 @@ def load(directory: str | os.PathLike) -> SAE:
             weights[key] = (weights[key].astype(mx.float32) * factor).astype(weights[key].dtype)
     dtype = _DTYPES[config["dtype"]]
     sae = SAE.from_weights(
-        **{key: value.astype(dtype) for key, value in weights.items()},
+        *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", "b_enc", "b_dec")),
         rule=rule_type(**{key: config[key] for key in rule_type.PARAMETERS}),
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
     )

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from mlxsae.loss.auxk import AUXK_PRESETS, AuxK
 from mlxsae.loss.compose import Forward, Loss, Term
-from mlxsae.loss.reconstruction import RECONSTRUCTION, fvu, mse, nmse
+from mlxsae.loss.reconstruction import RECONSTRUCTION, RowTerm, fvu, mse, nmse
 
-__all__ = ["AUXK_PRESETS", "RECONSTRUCTION", "AuxK", "Forward", "Loss", "Term", "fvu", "mse", "nmse"]
+__all__ = [
+    "AUXK_PRESETS",
+    "RECONSTRUCTION",
+    "AuxK",
+    "Forward",
+    "Loss",
+    "RowTerm",
+    "Term",
+    "fvu",
+    "mse",
+    "nmse",
+]

@@ -71,6 +71,12 @@ class AuxK:
         if self.k_aux <= 0:
             raise ValueError(f"[AuxK] k_aux must be positive but got {self.k_aux}.")
 
+    @property
+    def fused(self) -> bool:
+        """Whether the term acts through ``relu``'d latents alone, as the one-pass update wants it."""
+        preset = AUXK_PRESETS[self.preset]
+        return not preset.signed and not preset.bias
+
     def __call__(self, forward: Forward) -> mx.array:
         sae, dead = forward.sae, _dead(forward)
         aux_hat = ops.sparse_decode(self.code(sae, forward.x, dead), sae.decoder.weight)

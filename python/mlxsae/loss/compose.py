@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 
 from mlxsae.code import SparseCode
+from mlxsae.loss.reconstruction import RowTerm
 from mlxsae.sae import SAE
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ class Forward(NamedTuple):
 
 
 Term = Callable[[Forward], mx.array]
-Reconstruction = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Loss:
 
     Parameters
     ----------
-    reconstruction : ``{name: (weight, f(y, y_hat))}``
+    reconstruction : ``{name: (weight, f(squared errors, y))}``, see :mod:`mlxsae.loss.reconstruction`.
     auxk : ``(weight, AuxK)`` or None.
     terms : ``{name: (weight, f(Forward))}``, anything else.
     """
 
-    reconstruction: Mapping[str, tuple[float, Reconstruction]]
+    reconstruction: Mapping[str, tuple[float, RowTerm]]
     auxk: tuple[float, AuxK] | None = None
     terms: Mapping[str, tuple[float, Term]] = field(default_factory=dict)
 
@@ -53,7 +53,8 @@ class Loss:
         """Total (float32 scalar) and the unweighted value of each term. Without ``forward.dead`` AuxK is left
         out.
         """
-        total, values = self.of_reconstruction(forward.y, forward.y_hat)
+        error = forward.y.astype(mx.float32) - forward.y_hat.astype(mx.float32)
+        total, values = self.of_squares(mx.square(error).sum(axis=-1), forward.y)
         named: dict[str, tuple[float, Term]] = dict(self.terms)
         if self.auxk is not None and forward.dead is not None:
             named["auxk"] = self.auxk
@@ -62,11 +63,11 @@ class Loss:
             total = total + weight * values[name]
         return total, values
 
-    def of_reconstruction(self, y: mx.array, y_hat: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        """The part that depends on target and reconstruction alone."""
-        y, y_hat = y.astype(mx.float32), y_hat.astype(mx.float32)
-        values = {name: term(y, y_hat) for name, (_, term) in self.reconstruction.items()}
-        total = sum(
-            (weight * values[name] for name, (weight, _) in self.reconstruction.items()), mx.array(0.0)
-        )
+    def of_squares(self, s: mx.array, y: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        """The reconstruction terms alone, from squared errors ``s [n]`` and target ``y``."""
+        y = y.astype(mx.float32)
+        total, values = mx.array(0.0), {}
+        for name, (weight, term) in self.reconstruction.items():
+            values[name] = term(s, y)
+            total = total + weight * values[name]
         return total, values

@@ -1,6 +1,7 @@
-"""Reconstruction terms: functions of target ``y`` and reconstruction ``y_hat [n, d]`` alone.
+"""Reconstruction terms: functions of each token's squared error and of the target.
 
-Being that, they give the fused engine its gradient ``dL/dy_hat`` without a graph through the weights.
+Written so, one fused op (:func:`mlxsae.ops.decode_residual`) gives all they need, and their gradient at the
+reconstruction is the residual times one number a token.
 """
 
 from __future__ import annotations
@@ -9,28 +10,28 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+RowTerm = Callable[[mx.array, mx.array], mx.array]
+"""From squared errors ``s [n]``, summed over coordinates, and target ``y [n, d_out]`` to a scalar."""
 
-def mse(y: mx.array, y_hat: mx.array) -> mx.array:
+
+def mse(s: mx.array, y: mx.array) -> mx.array:
     """Squared error summed over coordinates, averaged over tokens: ``mean_n sum_d (y - y_hat)^2``
     (SAELens, dictionary_learning)."""
-    return mx.square(y - y_hat).sum(axis=-1).mean()
+    return s.mean()
 
 
-def fvu(y: mx.array, y_hat: mx.array) -> mx.array:
-    """``sum (y - y_hat)^2 / sum (y - mean_n(y))^2`` over the batch (sparsify): free of scale, 1 for
-    predicting the mean.
-    """
-    return mx.square(y - y_hat).sum() / nonzero(mx.square(y - y.mean(axis=0)).sum())
+def fvu(s: mx.array, y: mx.array) -> mx.array:
+    """``sum (y - y_hat)^2 / sum (y - mean_n(y))^2`` over the batch (sparsify): free of scale, 1 where the
+    mean is predicted."""
+    return s.sum() / nonzero(mx.square(y - y.mean(axis=0)).sum())
 
 
-def nmse(y: mx.array, y_hat: mx.array) -> mx.array:
-    """Mean over tokens of ``|y - y_hat|^2 / |y|^2`` (OpenAI): tokens of small norm weigh as much as large
-    ones.
-    """
-    return (mx.square(y - y_hat).sum(axis=-1) / nonzero(mx.square(y).sum(axis=-1))).mean()
+def nmse(s: mx.array, y: mx.array) -> mx.array:
+    """Mean over tokens of ``|y - y_hat|^2 / |y|^2`` (OpenAI): small tokens weigh as much as large ones."""
+    return (s / nonzero(mx.square(y).sum(axis=-1))).mean()
 
 
-RECONSTRUCTION: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"mse": mse, "fvu": fvu, "nmse": nmse}
+RECONSTRUCTION: dict[str, RowTerm] = {"mse": mse, "fvu": fvu, "nmse": nmse}
 
 
 def nonzero(denominator: mx.array) -> mx.array:

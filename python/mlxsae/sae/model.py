@@ -230,7 +230,7 @@ class SAE(nn.Module):
         """What is known about the SAE: model, hook point, training. Travels with the files, never with the
         parameters.
         """
-        return self._metadata
+        return self.__dict__["_metadata"]
 
     @metadata.setter
     def metadata(self, value: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -107,6 +107,121 @@ class AutodiffEngine:
             return new | {"failed": failed}, metrics
 
         return graph
+
+
+class FusedEngine:
+    """Adam in one pass over features, without gradient buffers: :func:`mlxsae.ops.feature_update`.
+
+    For losses made of reconstruction terms and AuxK (see :meth:`refusal`). Weights and moments are updated in
+    place.
+    """
+
+    name = "fused"
+
+    def __init__(self, sae: SAE, loss: Loss, config: TrainConfig):
+        if reason := self.refusal(sae, loss):
+            raise ValueError(f"[fit] engine must be autodiff for this run but got fused: {reason}.")
+        self._sae = sae
+        self._loss = loss
+        self._config = config
+
+    @staticmethod
+    def refusal(sae: SAE, loss: Loss) -> str:
+        """Why the pass cannot make this run's steps; empty where it can."""
+        if not sae.rule.fused or tree_flatten(sae.rule.parameters()):
+            return f"the rule {type(sae.rule).__name__} has no fused op"
+        if loss.terms:
+            return f"the loss has the terms {sorted(loss.terms)}"
+        if loss.auxk is not None and not loss.auxk[1].fused:
+            return f"the AuxK preset {loss.auxk[1].preset} has no fused form"
+        if len(tree_flatten(sae.trainable_parameters())) != len(tree_flatten(sae.parameters())):
+            return "some parameters are frozen"
+        return ""
+
+    def optimizer_state(self, params: Arrays) -> Arrays:
+        # The tree of mlx.optimizers.Adam: a run may change engines at a checkpoint.
+        adam = optim.Adam(1.0, bias_correction=True)
+        adam.init(params)
+        return _copied(adam.state)
+
+    def step(
+        self, arrays: Arrays, x: mx.array, y: mx.array, *, lr: float, step: int, auxk: bool
+    ) -> tuple[Arrays, dict[str, mx.array]]:
+        config, params = self._config, _rows(arrays["params"])
+        with _parameters(self._sae, arrays["params"]) as sae:
+            inner = sae.encoder_input(x)
+            code = sae.rule.encode(inner, params.w_enc, params.b_enc)
+            residual, squares = ops.decode_residual(code, params.w_dec, y, params.b_dec)
+            (total, metrics), weights = mx.value_and_grad(self._loss.of_squares)(squares, y)
+            fired = ops.update_tokens_since_fired(arrays["tokens_since_fired"], code)
+            dead = fired >= config.dead_after
+            terms = [ops.Term(residual * weights[:, None], code, mx.array(2.0))]
+            if auxk and self._loss.auxk is not None:
+                weight, term = self._loss.auxk
+                aux_code = term.code(sae, x, dead)
+                aux_hat = ops.sparse_decode(aux_code, params.w_dec)
+                value, gradient = mx.value_and_grad(lambda a: term.distance(y, y + residual, a, dead))(
+                    aux_hat
+                )
+                metrics["auxk"] = value
+                total = total + weight * value
+                terms.append(ops.Term(gradient, aux_code, mx.array(weight)))
+        failed, good = guard(arrays["failed"], total, x, y, mx.array(step, mx.int32))
+        # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
+        # pass must be over before the update is begun, or the step copies them.
+        mx.eval(terms, metrics, fired, dead, failed, good)
+        adam = arrays["optimizer"]
+        m, v = (ops.Params(*(adam[part][name][moment] for part, name in _PLACES)) for moment in "mv")
+        clip = config.optimizer.max_grad_norm
+        updated, m, v, norm, _ = ops.feature_update(
+            inner,
+            terms,
+            params,
+            m,
+            v,
+            loss=mx.where(good, total, mx.array(float("nan"))),
+            lr=lr,
+            step=step + 1,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            project_decoder=config.normalize_decoder,
+            normalize_decoder=config.normalize_decoder,
+            b_dec_to_input=self._sae.apply_b_dec_to_input,
+            clip_norm=clip or 0.0,
+        )
+        metrics |= {"loss": total, "l0": l0(code), "dead_fraction": dead.astype(mx.float32).mean()}
+        if clip is not None:
+            metrics["grad_norm"] = norm
+        moments = _tree([{"m": a, "v": b} for a, b in zip(m, v, strict=True)])
+        counted = {"step": adam["step"] + good.astype(mx.uint64), "learning_rate": mx.array(lr, mx.float32)}
+        new = {
+            "params": _tree(updated),
+            "optimizer": moments | counted,
+            "tokens_since_fired": mx.where(good, fired, arrays["tokens_since_fired"]),
+            "failed": failed,
+        }
+        return new, metrics
+
+
+def make_engine(name: str, sae: SAE, loss: Loss, config: TrainConfig) -> Engine:
+    """The engine ``autodiff`` or ``fused``; ``auto`` is the fused one wherever it can make the steps."""
+    if name == "auto":
+        name = "autodiff" if FusedEngine.refusal(sae, loss) else "fused"
+    return (FusedEngine if name == "fused" else AutodiffEngine)(sae, loss, config)
+
+
+def _rows(tree: Arrays) -> ops.Params:
+    return ops.Params(*(tree[part][name] for part, name in _PLACES))
+
+
+def _tree(leaves: Sequence[Any]) -> Arrays:
+    tree: Arrays = {"encoder": {}, "decoder": {}}
+    for (part, name), leaf in zip(_PLACES, leaves, strict=True):
+        tree[part][name] = leaf
+    return tree
+
+
+_PLACES = (("encoder", "weight"), ("encoder", "bias"), ("decoder", "weight"), ("decoder", "bias"))
 
 
 def guard(

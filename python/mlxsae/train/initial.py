@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import numpy as np
 
 
 def geometric_median(x: mx.array, *, iterations: int = 100, tolerance: float = 1e-6) -> mx.array:
@@ -36,7 +37,7 @@ def finite_rows(*fields: mx.array) -> tuple[mx.array, ...]:
     its batch.
     """
     good = mx.stack([mx.isfinite(f).all(axis=-1) for f in fields]).all(axis=0)
-    rows = mx.array([i for i, ok in enumerate(good.tolist()) if ok], mx.uint32)
+    rows = mx.array(np.flatnonzero(np.array(good)).astype(np.uint32))
     if rows.size == 0:
         raise ValueError(
             "[fit] activations must be finite but every row of the first sample holds NaN or inf."
@@ -46,7 +47,7 @@ def finite_rows(*fields: mx.array) -> tuple[mx.array, ...]:
 
 def expected_norm_scale(x: mx.array) -> float:
     """``sqrt(d) / mean |x|``: the factor that brings rows of ``x [n, d]`` to norm ``sqrt(d)`` on average."""
-    norm = mx.linalg.norm(x.astype(mx.float32), axis=-1).mean().item()
+    norm = float(mx.linalg.norm(x.astype(mx.float32), axis=-1).mean())
     if not norm > 0:
         raise ValueError(f"[fit] activations must have a positive mean norm to be scaled but got {norm}.")
     return math.sqrt(x.shape[-1]) / norm

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxsae.data import ActivationSource, as_source
@@ -23,10 +24,10 @@ from mlxsae.sae import SAE
 from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar
 from mlxsae.train.config import TrainConfig, default_learning_rate
-from mlxsae.train.engine import AutodiffEngine, Engine
+from mlxsae.train.engine import Engine, make_engine
 from mlxsae.train.initial import expected_norm_scale, finite_rows, geometric_median
 from mlxsae.train.schedules import Schedule, warmup_decay
-from mlxsae.train.state import ACTIVATIONS, TrainState, scaled_params
+from mlxsae.train.state import ACTIVATIONS, TrainState, flat, scaled_params
 
 _CHECK_EVERY = 10
 """Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run
@@ -98,7 +99,7 @@ class Run:
         self.history = host["history"]
 
     def raise_if_failed(self) -> None:
-        step, what = self.state.failed.tolist()
+        step, what = (int(n) for n in np.array(self.state.failed))
         if step < 0:
             return
         subject = "activations" if what == ACTIVATIONS else "loss"
@@ -230,7 +231,7 @@ def _assemble(
     if b_dec is not None and "bias" in params.get("decoder", {}):
         params["decoder"]["bias"] = b_dec * scale[1]
     o = config.optimizer
-    engine = engine or AutodiffEngine(working, loss or config.loss.build(sae.d_in), config)
+    engine = engine or make_engine(config.engine, working, loss or config.loss.build(sae.d_in), config)
     state = TrainState(
         params=params,
         optimizer=engine.optimizer_state(params),
@@ -314,8 +315,8 @@ def _record(run: Run, metrics: dict[str, mx.array], clock: Throughput) -> dict[s
 def _write_back(sae: SAE, state: TrainState) -> None:
     s_in, s_out = state.scale
     raw = scaled_params(sae, state.params, 1 / s_in, 1 / s_out)
-    dtypes = dict(tree_flatten(sae.parameters()))
-    sae.update(tree_unflatten([(name, p.astype(dtypes[name].dtype)) for name, p in tree_flatten(raw)]))
+    dtypes = {name: p.dtype for name, p in flat(sae.parameters()).items()}
+    sae.update(tree_unflatten([(name, p.astype(dtypes[name])) for name, p in flat(raw).items()]))
     mx.eval(sae.parameters())
 
 

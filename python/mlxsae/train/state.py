@@ -58,11 +58,11 @@ class TrainState:
             "scale": list(self.scale),
             "auxk_active": self.auxk_active,
         }
-        return host, dict(tree_flatten(self.arrays))
+        return host, flat(self.arrays)
 
     def from_files(self, host: dict[str, Any], arrays: dict[str, mx.array]) -> TrainState:
         """The state that :meth:`to_files` gave, for the same SAE and optimiser as this state."""
-        mine = dict(tree_flatten(self.arrays))
+        mine = flat(self.arrays)
         for name in sorted(mine.keys() | arrays.keys()):
             a, b = mine.get(name), arrays.get(name)
             if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
@@ -79,6 +79,11 @@ class TrainState:
             scale=tuple(host["scale"]),
             auxk_active=host["auxk_active"],
         )
+
+
+def flat(tree: Any) -> dict[str, mx.array]:
+    """Leaves of a tree by their dotted names."""
+    return dict(tree_flatten(tree))  # type: ignore[arg-type]
 
 
 def scaled_params(sae: SAE, params: dict[str, Any], s_in: float, s_out: float) -> dict[str, Any]:

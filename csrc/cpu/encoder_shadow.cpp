@@ -1,0 +1,18 @@
+#include "ops/encoder_shadow.h"
+
+#include "cpu/eval.h"
+
+namespace mlxsae {
+
+void EncoderShadow::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  for (auto& out : outputs) cpu::allocate(out);
+  cpu::dispatch(stream(), inputs, outputs,
+                [w = inputs[0].data<float>(), d_sae = int64_t{inputs[0].shape(0)}, d = int64_t{inputs[0].shape(1)},
+                 out = outputs[0].data<uint16_t>(), columns = outputs[1].data<float>()] {
+                  cpu::parallel_ranges(d_sae, 64, [&](int64_t f0, int64_t f1) {
+                    cpu::kernels().shadow(w, d_sae, d, out, columns, f0, f1);
+                  });
+                });
+}
+
+}  // namespace mlxsae

@@ -1,0 +1,18 @@
+#pragma once
+
+#include "ops/common.h"
+
+namespace mlxsae {
+
+/** Input w_enc (float32); outputs its bfloat16 shadow and the columns of the error bound. No derivative is needed. */
+class EncoderShadow : public FusedPrimitive {
+ public:
+  using FusedPrimitive::FusedPrimitive;
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  const char* name() const override { return "EncoderShadow"; }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[0].shape(), {3, in[0].shape(0)}}; }
+};
+
+}  // namespace mlxsae

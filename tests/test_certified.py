@@ -1,0 +1,194 @@
+"""Certified low precision: the same bits as the float32 kernel, whatever the data; and attempts to break its bound."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxsae import ops
+
+SCREENS = "bf16" in ops.backends()["topk_encode"]["cpu"]
+
+
+def same_bits(x, w, b, k):
+    x, w, b = (mx.array(np.asarray(a, np.float32)) for a in (x, w, b))
+    want = ops.topk_encode(x, w, b, k=k)
+    got = ops.topk_encode(x, w, b, k=k, shadow=ops.encoder_shadow(w))
+    np.testing.assert_array_equal(np.array(got.indices), np.array(want.indices))
+    np.testing.assert_array_equal(np.array(got.values), np.array(want.values))
+
+
+def test_this_machine():
+    """Everything here holds on every machine; only where the processor multiplies bfloat16 does it test the screen."""
+    if not SCREENS:
+        pytest.skip("this processor has no bfloat16 product: the float32 kernel ran in its place")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from([32, 33, 64, 100, 130, 300]),
+    st.sampled_from([1, 2, 3, 31, 32, 33, 64, 129, 300]),
+    st.sampled_from([64, 500, 4097, 6001]),
+    st.integers(1, 40),
+    st.sampled_from(
+        [
+            "gauss",
+            "shared mean",
+            "tiny",
+            "huge",
+            "sparse",
+            "integers",
+            "near bfloat16",
+            "heavy tails",
+            "cancelling",
+        ]
+    ),
+    st.integers(0, 10**6),
+)
+def test_same_bits_as_float32(n, d, d_sae, k, kind, seed):
+    rng = np.random.default_rng(seed)
+    x, w = rng.standard_normal((n, d)), rng.standard_normal((d_sae, d)) / np.sqrt(d)
+    b = 0.1 * rng.standard_normal(d_sae)
+    if kind == "shared mean":
+        x = x + 30 * rng.standard_normal(d)
+    elif kind == "tiny":  # products are subnormal, and flushed to zero by the bfloat16 product
+        x, w, b = x * 1e-22, w * 1e-20, b * 1e-40
+    elif kind == "huge":
+        x, b = x * 1e15, b * 1e15
+    elif kind == "sparse":
+        x, w = x * (rng.random((n, d)) < 0.1), w * (rng.random((d_sae, d)) < 0.1)
+    elif kind == "integers":  # ties everywhere
+        x, w, b = rng.integers(-2, 3, (n, d)), rng.integers(-2, 3, (d_sae, d)), rng.integers(-1, 2, d_sae)
+    elif kind == "near bfloat16":  # halfway between two bfloat16: the largest rounding there is
+        x, w = np.sign(x) * (1 + 2.0**-8), np.sign(w) * (1 + 2.0**-8 + 2.0**-20 * rng.random((d_sae, d)))
+    elif kind == "heavy tails":
+        x, w = x * np.exp(4 * rng.standard_normal((n, 1))), w * np.exp(3 * rng.standard_normal((d_sae, 1)))
+    elif (
+        kind == "cancelling"
+    ):  # large terms that cancel: accumulation matters, and the bias is larger than the rest
+        x[:, : d // 2] *= 1e4
+        w[:, : d // 2] *= 1e-4
+        b = 1e3 * (1 + 1e-6 * rng.standard_normal(d_sae))
+    same_bits(x, w, b, min(k, d_sae))
+
+
+def test_worst_case_roundings_do_not_hide_the_best_feature():
+    """Every weight of the best feature rounds down and every other one up, by half a unit in the last place."""
+    rng = np.random.default_rng(0)
+    d, d_sae = 256, 5000
+    x = np.abs(rng.standard_normal((64, d)))
+    base = np.exp2(rng.integers(-3, 3, (d_sae, d)).astype(float))
+    w = base * (1 + 2.0**-8 * (1 + 1e-3))  # rounds up to 1 + 2^-7
+    w[4321] = base[100] * (1 + 2.0**-8 * (1 - 1e-3))  # rounds down to 1
+    w[100] = base[100] * (1 + 2.0**-8 * (1 - 2e-3))
+    same_bits(x, w, np.zeros(d_sae), 5)
+
+
+def test_too_many_candidates_go_to_the_float32_kernel():
+    """Features that differ by less than bfloat16 can tell: nearly all of them are candidates."""
+    rng = np.random.default_rng(0)
+    w = 1 + 1e-5 * rng.standard_normal((5000, 32))
+    same_bits(np.abs(rng.standard_normal((70, 32))), w, np.zeros(5000), 9)
+
+
+def test_not_finite_inputs():
+    rng = np.random.default_rng(0)
+    x, w, b = rng.standard_normal((70, 16)), rng.standard_normal((5000, 16)), np.zeros(5000)
+    x[3, 2] = np.nan
+    x[7, 1] = np.inf
+    x[9] = 1e30
+    same_bits(x, w, b, 5)
+    w[17, 3] = np.nan
+    same_bits(x, w, b, 5)
+
+
+def test_masked_selection_with_a_shadow():
+    rng = np.random.default_rng(0)
+    for n, d_sae, k, k_aux, share in [
+        (70, 5000, 9, 40, 0.02),
+        (33, 900, 16, 16, 0.3),
+        (64, 4500, 8, 50, 0.0),
+    ]:
+        x, w = (mx.array(rng.standard_normal(s).astype(np.float32)) for s in ((n, 24), (d_sae, 24)))
+        mask = mx.array(rng.random(d_sae) < share)
+        want = ops.topk_encode_masked(x, w, mask=mask, k=k, k_aux=k_aux)
+        got = ops.topk_encode_masked(x, w, mask=mask, k=k, k_aux=k_aux, shadow=ops.encoder_shadow(w))
+        for a, b in zip(got, want, strict=True):
+            assert mx.array_equal(a.indices, b.indices)
+            assert mx.array_equal(a.values, b.values)
+
+
+def test_shadow_is_renewed_by_the_update():
+    from mlxsae.ops import Params, Term
+
+    rng = np.random.default_rng(0)
+    w = mx.array(rng.standard_normal((300, 33)).astype(np.float32))
+    w = w / mx.linalg.norm(w, axis=1, keepdims=True)
+    p = Params(w * 1.0, mx.zeros(300), w, mx.zeros(33))
+    zero = Params(*map(mx.zeros_like, p))
+    shadow = ops.encoder_shadow(p.w_enc)
+    x = mx.array(rng.standard_normal((40, 33)).astype(np.float32))
+    code = ops.topk_encode(x, p.w_enc, p.b_enc, k=4, shadow=shadow)
+    residual, square = ops.decode_residual(code, p.w_dec, x, p.b_dec)
+    new = ops.feature_update(
+        x,
+        [Term(residual, code, mx.array(0.1))],
+        p,
+        zero,
+        zero,
+        loss=square.mean(),
+        lr=0.01,
+        step=1,
+        shadow=shadow,
+    )
+    want = ops.encoder_shadow(new.params.w_enc)
+    assert mx.array_equal(new.shadow.w16, want.w16)
+    assert mx.array_equal(new.shadow.columns, want.columns)
+    assert not mx.array_equal(new.shadow.w16, shadow.w16)
+
+
+def test_columns_bound_what_they_name():
+    rng = np.random.default_rng(0)
+    for d in (1, 31, 1000):
+        w = (rng.standard_normal((50, d)) * np.exp(5 * rng.standard_normal((50, 1)))).astype(np.float32)
+        for run in (ops.encoder_shadow, lambda a: _plain(a)):
+            w16, columns = run(mx.array(w))
+            low = np.array(w16.astype(mx.float32)).astype(np.float64)
+            np.testing.assert_array_equal(
+                np.array(w16.astype(mx.float32)), np.array(mx.array(w).astype(mx.bfloat16).astype(mx.float32))
+            )
+            full, rest, _ = np.array(columns).astype(np.float64)
+            assert (full >= np.linalg.norm(w.astype(np.float64), axis=1)).all()
+            assert (rest >= np.linalg.norm(w - low, axis=1)).all()
+            assert (full <= 1.01 * np.linalg.norm(w.astype(np.float64), axis=1)).all()
+
+
+def _plain(w):
+    with ops.plain():
+        return ops.encoder_shadow(w)
+
+
+@pytest.mark.parametrize(
+    ("shadow", "message"),
+    [
+        (
+            lambda w: ops.Shadow(mx.zeros((20, 5), mx.bfloat16), mx.zeros((3, 20))),
+            "shadow must be encoder_shadow(w_enc)",
+        ),
+        (lambda w: ops.Shadow(w, mx.zeros((3, 20))), "shadow must be encoder_shadow(w_enc)"),
+        (
+            lambda w: ops.Shadow(w.astype(mx.bfloat16), mx.zeros((2, 20))),
+            "shadow must be encoder_shadow(w_enc)",
+        ),
+    ],
+)
+def test_malformed(shadow, message):
+    w = mx.zeros((20, 4))
+    with pytest.raises(ValueError) as e:
+        ops.topk_encode(mx.zeros((2, 4)), w, k=2, shadow=shadow(w))
+    assert message in str(e.value)
+    with pytest.raises(ValueError, match="w_enc must be float32 where a shadow is given"):
+        ops.topk_encode(mx.zeros((2, 4)), w.astype(mx.float16), k=2, shadow=ops.encoder_shadow(w))

@@ -59,5 +59,5 @@ def rule(text: str) -> str:
 def precision(text: str) -> str:
     if text in PRECISIONS:
         return text
-    ahead = "which is planned but not implemented" if text in _PLANNED else "which is unknown"
+    ahead = "which the trainer does not offer yet" if text in _PLANNED else "which is unknown"
     raise argparse.ArgumentTypeError(f"must be {' or '.join(PRECISIONS)} but got {text!r}, {ahead}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class Steering(NamedTuple):
 
 
 class _Change(NamedTuple):
-    gain: float
+    merit: float  # gain in probability of the followers, and how thinkable the new word was before
     feature: int
     strength: float
     prompt: Sequence[int]
@@ -47,35 +48,34 @@ def find_steering(
     *,
     multiples: Sequence[float] = (1.0, 2.0, 4.0),
     max_tokens: int = 12,
-    tries: int = 16,
+    tries: int = 10,
     min_gain: float = 0.5,
 ) -> Steering | None:
     """The most convincing change among ``candidates`` ``{feature: candidate}``; None if nothing changes.
 
     Each feature is set to multiples of its typical value at the last token of each of its prompts, as a delta. A
     change counts where the likeliest next token becomes one of the feature's followers and these gain
-    ``min_gain`` in probability. Of the ``tries`` largest gains, one to a feature before a second of any, the
-    continuations are generated greedily. Best is the one in which the *unsteered* model finds the least to
-    wonder at: the changed token and the least likely one after it, with a small bonus for every token that
-    differs. So the change is what the feature means, has a fluent consequence and is no accident of a broken
-    model.
+    ``min_gain`` in probability. Of the ``tries`` best, one to a feature before a second of any, the
+    continuations are generated greedily. That one wins which the *unsteered* model finds most thinkable, by the
+    changed token and the least likely one after it, and which changes most tokens. So the change is what the
+    feature means, has a fluent consequence and is no accident of a broken model.
     """
     hook_point = lm.hook_point(hook_point)
     found: list[_Change] = []
     for feature, candidate in candidates.items():
         found += _changes(lm, sae, hook_point, feature, candidate, multiples, min_gain)
-    found.sort(key=lambda change: -change.gain)
+    found.sort(key=lambda change: -change.merit)
     best: tuple[float, Steering] | None = None
-    for gain, feature, strength, ids in _varied(found)[:tries]:
+    for merit, feature, strength, ids in _varied(found)[:tries]:
         prompt = list(ids)
         edit = {hook_point: steer(sae, {feature: strength}, mode="set")}
         before = [t.token for t in stream_generate(lm, prompt, max_tokens=max_tokens)]
         after = [
             t.token for t in stream_generate(lm, prompt, max_tokens=max_tokens, edits=edit, positions=[-1])
         ]
-        first, fluency = _likelihood(lm, prompt, after)
+        fluency = _fluency(lm, prompt, after)
         different = sum(a != b for a, b in zip(before, after, strict=False))
-        score = gain + 0.5 * (fluency + first) + 0.1 * different
+        score = merit + 0.5 * fluency + 0.2 * different
         if best is None or score > best[0]:
             text, said = _joined(lm, prompt, before)
             best = score, Steering(feature, strength, text, said, _joined(lm, prompt, after)[1], fluency)
@@ -112,7 +112,8 @@ def _changes(
         new = steered.argmax(axis=1)
         counts = (gain >= min_gain) & np.isin(new, wanted) & (new != plain.argmax(axis=1))
         for i in np.flatnonzero(counts):
-            changes.setdefault(int(i), _Change(float(gain[i]), feature, strength, prompts[int(i)]))
+            merit = float(gain[i]) + 0.5 * math.log(max(float(plain[i, new[i]]), 1e-12))
+            changes.setdefault(int(i), _Change(merit, feature, strength, prompts[int(i)]))
     return list(changes.values())
 
 
@@ -133,12 +134,11 @@ def _next_tokens(lm: LanguageModel, tokens: mx.array, last: np.ndarray) -> np.nd
     return np.array(mx.softmax(logits.astype(mx.float32), axis=-1))
 
 
-def _likelihood(lm: LanguageModel, prompt: list[int], new: list[int]) -> tuple[float, float]:
-    """Log-probabilities of the continuation's first token and of the least likely one after it."""
+def _fluency(lm: LanguageModel, prompt: list[int], new: list[int]) -> float:
+    """Log-probability of the continuation's least likely token after its first."""
     if len(new) < 2:
-        return -np.inf, -np.inf
-    logprobs = -np.array(token_losses(lm, mx.array([prompt + new], mx.int32))[0, len(prompt) - 1 :])
-    return float(logprobs[0]), float(logprobs[1:].min())
+        return -math.inf
+    return -float(np.array(token_losses(lm, mx.array([prompt + new], mx.int32))[0, len(prompt) :]).max())
 
 
 def _joined(lm: LanguageModel, prompt: list[int], new: list[int]) -> tuple[str, str]:

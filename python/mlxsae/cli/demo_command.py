@@ -57,7 +57,7 @@ from mlxsae.train import FitResult, OptimizerConfig, SAEConfig, TrainConfig, fit
 # Few latents per token: with more, FVU is lower still, but fewer of them stand for one thing.
 K, EXPANSION_FACTOR, BATCH, LEARNING_RATE = 8, 8, 1024, 2e-3
 _ROWS, _BUFFER = 64, 131_072  # documents per pass of the model, activations held for shuffling
-_SHOWN, _EXAMPLES, _PROMPTS, _CANDIDATES = 10, 4, 16, 48
+_SHOWN, _EXAMPLES, _PROMPTS, _CANDIDATES = 10, 4, 16, 32
 _MARKS = [tiny_world.TOKEN_ID[mark] for mark in tiny_world.SPECIALS]
 REPORT = "report.html"
 
@@ -65,7 +65,7 @@ REPORT = "report.html"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=kinds.whole(0), default=0, help="(%(default)s)")
-    parser.add_argument("--tokens", type=kinds.whole(), default=1_000_000, help="to train on (%(default)s)")
+    parser.add_argument("--tokens", type=kinds.whole(), default=800_000, help="to train on (%(default)s)")
     parser.add_argument(
         "--heldout-tokens", type=kinds.whole(), default=60_000, help="to evaluate on (%(default)s)"
     )

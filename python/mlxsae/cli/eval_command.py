@@ -1,0 +1,92 @@
+"""Judge a saved SAE inside its language model.
+
+  mlxsae eval DIR
+
+DIR is what `mlxsae train` wrote, or any SAE in SAELens' layout. Model, hook point and held-out text are those of the
+training unless they are given; with another --dataset all of its text is used, as none of it was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mlxsae import lm as lm_room
+from mlxsae.cli import options as kinds
+from mlxsae.cli import terminal
+from mlxsae.cli.run_file import finite, read
+from mlxsae.cli.text_source import Texts, TextSource, default_context
+from mlxsae.io import native
+from mlxsae.lm import HookPoint
+from mlxsae.metrics.in_model import diagnose, evaluate_in_model
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="folder of the SAE")
+    parser.add_argument("--model", help="mlx-lm model folder or hub name (that of the training)")
+    parser.add_argument("--layer", type=kinds.whole(0), help="number of the block (that of the training)")
+    parser.add_argument(
+        "--component", type=kinds.component, help="mlp, attn, resid, ... (that of the training)"
+    )
+    parser.add_argument("--dataset", help="text to evaluate on (what the training held out)")
+    parser.add_argument("--text-field", help="where an object of the dataset keeps its text")
+    parser.add_argument("--context-size", type=kinds.whole(2), help="tokens per row (that of the training)")
+    parser.add_argument("--heldout-tokens", type=kinds.whole(), default=50_000, help="(%(default)s)")
+    parser.add_argument(
+        "--lm-batch-size", type=kinds.whole(), default=16, help="rows per model pass (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    sae = native.load(options.directory)
+    trained = read(options.directory)
+    made: dict[str, Any] = trained.get("options", {})
+    model = options.model or _place(trained.get("model")) or sae.metadata.get("model_name")
+    dataset = options.dataset or _place(trained.get("dataset")) or sae.metadata.get("dataset_path")
+    if not model or not dataset:
+        missing = "--dataset" if model else "--model"
+        raise ValueError(f"[eval] {missing} must be given: {options.directory} does not say which was used.")
+    lm = lm_room.load(model)
+    text = TextSource(
+        lm,
+        Texts(dataset, options.text_field or (None if options.dataset else made.get("text_field"))),
+        options.context_size or sae.metadata.get("context_size") or default_context(lm),
+        options.lm_batch_size,
+        made.get("heldout_fraction", 0.1),
+    )
+    hook_point = _hook_point(options, sae.metadata.get("hook_name"))
+    # The same file under another name is still the text that was trained on; only a --dataset of its own is not.
+    split = None if options.dataset and options.dataset != made.get("dataset") else "heldout"
+    metrics = evaluate_in_model(lm, sae, hook_point, text.heldout(options.heldout_tokens, split=split))
+    if options.json:
+        print(json.dumps(finite(metrics)))
+        return 0
+    print(
+        f"{options.directory}: {hook_point} of {terminal.clean(str(model))}, d_sae {sae.d_sae}, {sae.rule}\n"
+    )
+    print(terminal.metrics_table(metrics))
+    for advice in diagnose(metrics):
+        print(f"\n! {advice}")
+    return 0
+
+
+def _hook_point(options: argparse.Namespace, trained: str | None) -> HookPoint:
+    known = HookPoint.parse(trained) if trained else None
+    layer = options.layer if options.layer is not None else known and known.layer
+    component = options.component or (known and known.site)
+    if layer is None or component is None:
+        raise ValueError(
+            "[eval] --layer and --component must be given: the SAE does not say where it belongs."
+        )
+    return HookPoint.parse(component, layer=layer)
+
+
+def _place(named: dict[str, Any] | None) -> str | None:
+    """Where a fingerprint's thing lies: its full path while that exists, else its name."""
+    if not named:
+        return None
+    path = named.get("path")
+    return path if path and Path(path).exists() else named.get("name")

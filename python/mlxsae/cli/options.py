@@ -1,0 +1,63 @@
+"""Types of command-line values; each says what it must be."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from mlxsae.lm.hook_point import HookPoint
+from mlxsae.sae import RULES
+
+PRECISIONS = ("float32",)
+_PLANNED = ("certified", "bfloat16")
+
+
+def whole(least: int = 1) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text.replace("_", ""))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number but got {text!r}.") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least} but got {value}.")
+        return value
+
+    return parse
+
+
+def number(*, above: float | None = None, below: float | None = None) -> Callable[[str], float]:
+    """A number in the open interval (above, below)."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number but got {text!r}.") from None
+        inside = (above is None or value > above) and (below is None or value < below)
+        if not inside or value in (float("inf"), float("-inf")):
+            bounds = [f"above {above:g}"] * (above is not None) + [f"below {below:g}"] * (below is not None)
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds)} but got {text}.")
+        return value
+
+    return parse
+
+
+def component(text: str) -> str:
+    try:
+        HookPoint.parse(text, layer=0)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e).removeprefix("[HookPoint.parse] ")) from None
+    return text
+
+
+def rule(text: str) -> str:
+    if text not in RULES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(sorted(RULES))} but got {text!r}.")
+    return text
+
+
+def precision(text: str) -> str:
+    if text in PRECISIONS:
+        return text
+    ahead = "which the trainer does not offer yet" if text in _PLANNED else "which is unknown"
+    raise argparse.ArgumentTypeError(f"must be {' or '.join(PRECISIONS)} but got {text!r}, {ahead}.")

@@ -1,0 +1,135 @@
+"""``run.json``: everything needed to repeat a run, written before any other work and completed at its end."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlxsae
+from mlxsae import ops
+from mlxsae.io import atomic
+
+NAME = "run.json"
+FORMAT_VERSION = 1
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of all that its numbers depend on."""
+    found = {"mlxsae": mlxsae.__version__, "mlx": importlib.metadata.version("mlx")}
+    for package in ("mlx-lm", "numpy", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"python": platform.python_version()}
+
+
+def device() -> dict[str, Any]:
+    """Where MLX computes, and how wide."""
+    default = mx.default_device()
+    name = platform.processor() or platform.machine()
+    if default.type != mx.DeviceType.cpu:
+        info = mx.device_info() if hasattr(mx, "device_info") else {}
+        name = str(info.get("device_name", name))
+    return {
+        "mlx": str(default),
+        "name": name,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "threads": ops.num_threads(),
+    }
+
+
+def fingerprint(path_or_name: str) -> dict[str, Any]:
+    """What a path names at this moment: a file's size and SHA-256, a model folder's config hash and weight sizes.
+    A name of the hub, or what does not exist, is only named."""
+    path = Path(path_or_name).expanduser()
+    found: dict[str, Any] = {"name": path_or_name}
+    if path.is_file():
+        found |= {"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    elif path.is_dir():
+        found["path"] = str(path.resolve())
+        if (path / "config.json").is_file():
+            found["config_sha256"] = _sha256(path / "config.json")
+        sizes = {f.name: f.stat().st_size for f in sorted(path.iterdir()) if f.is_file()}
+        found["bytes"] = sum(sizes.values())
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunFile:
+    """The file of one run. Every update is atomic; a crash at any moment leaves a readable file."""
+
+    def __init__(self, directory: Path, command: str, argv: list[str], **content: Any) -> None:
+        self._directory = directory
+        self._clock = time.perf_counter()
+        self.content: dict[str, Any] = {
+            "format": "mlxsae-run",
+            "format_version": FORMAT_VERSION,
+            "command": command,
+            "argv": argv,
+            "working_directory": str(Path.cwd()),
+            "started": _now(),
+            "status": "running",
+            "versions": versions(),
+            "device": device(),
+            **content,
+        }
+        self._write()
+
+    def update(self, **content: Any) -> None:
+        self.content |= content
+        self._write()
+
+    def finish(self, status: str, **content: Any) -> None:
+        """``done``, ``interrupted`` or ``failed``, with the results."""
+        seconds = round(time.perf_counter() - self._clock, 3)
+        self.update(status=status, finished=_now(), seconds=seconds, **content)
+
+    def _write(self) -> None:
+        atomic.write_files(self._directory, {NAME: atomic.json_writer(finite(self.content))})
+
+
+def finite(value: Any) -> Any:
+    """``value`` with null for NaN and infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The run that made ``directory``; empty where there is none.
+
+    Raises
+    ------
+    ValueError
+        A damaged file, or one of another make.
+    """
+    path = directory / NAME
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"[run] {path} must be JSON but is damaged: {e}.") from e
+    if not isinstance(content, dict) or content.get("format") != "mlxsae-run":
+        raise ValueError(f"[run] {path} must be written by mlxsae but is not.")
+    return content
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,66 @@
+"""Text of a dataset as token batches, the same ones each time they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mlxsae.lm import LanguageModel, TokenBatch, read_texts, token_batches
+
+DEFAULT_CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The documents of a file, folder or hub dataset, read anew on every walk: nothing but one document is held."""
+
+    source: str
+    text_field: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return read_texts(self.source, self.text_field)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Documents cut into rows of ``context_size``, a share of them held out by a hash of their text."""
+
+    lm: LanguageModel
+    texts: Texts
+    context_size: int
+    batch_size: int
+    heldout_fraction: float
+
+    def train(self, max_tokens: int, seed: int) -> Iterator[TokenBatch]:
+        """Exactly ``max_tokens`` tokens, walking through the documents as often as it takes, shuffled anew each time."""
+        return token_batches(
+            self.lm,
+            self.texts,
+            context_size=self.context_size,
+            batch_size=self.batch_size,
+            max_tokens=max_tokens,
+            split="train",
+            heldout_fraction=self.heldout_fraction,
+            seed=seed,
+            epochs=None,
+        )
+
+    def heldout(self, max_tokens: int, *, split: str | None = "heldout") -> Iterator[TokenBatch]:
+        """At most ``max_tokens`` tokens of the documents held out (of all with ``split=None``), in their order."""
+        return token_batches(
+            self.lm,
+            self.texts,
+            context_size=self.context_size,
+            batch_size=self.batch_size,
+            max_tokens=max_tokens,
+            split=split,
+            heldout_fraction=self.heldout_fraction,
+        )
+
+
+def default_context(lm: LanguageModel) -> int:
+    """The model's context where its config states one, at most 128 tokens."""
+    arguments: Any = getattr(lm.model, "args", None)
+    known = getattr(arguments, "max_position_embeddings", None)
+    return min(DEFAULT_CONTEXT, known) if isinstance(known, int) and known >= 2 else DEFAULT_CONTEXT

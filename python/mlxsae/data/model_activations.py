@@ -1,0 +1,57 @@
+"""Activations of a language model as a stream of chunks: what fills a shuffling buffer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from mlxsae.data.source import Chunk
+from mlxsae.lm import HookPoint, LanguageModel, TokenBatch, capture
+
+
+class ModelActivations:
+    """The activations at one hook point for batch after batch of tokens, computed when they are asked for.
+
+    Each iteration starts where the last position says, at first at the beginning; at any moment one batch of
+    activations exists. To resume, tokens already used are skipped without running the model.
+
+    Parameters
+    ----------
+    lm : LanguageModel
+    hook_point : HookPoint
+    batches : function without arguments
+        Gives a new iterator over the same :class:`~mlxsae.lm.TokenBatch`es each time it is called.
+
+    Yields
+    ------
+    Chunk
+        ``x [b, t, d]`` and ``valid [b, t]``, False at padding, BOS and other special tokens.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, hook_point: HookPoint, batches: Callable[[], Iterable[TokenBatch]]
+    ) -> None:
+        self._lm = lm
+        self._hook_point = lm.hook_point(hook_point)
+        self._batches = batches
+        self._used = 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for tokens, valid in itertools.islice(self._batches(), self._used, None):
+            x = capture(self._lm, tokens, self._hook_point)[self._hook_point]
+            self._used += 1
+            yield Chunk(x, valid=valid)
+
+    def state(self) -> dict[str, Any]:
+        """The position: batches used so far, and the hook point."""
+        return {"hook_point": str(self._hook_point), "used": self._used}
+
+    def restore(self, position: dict[str, Any]) -> None:
+        """Continue from the position that an equal stream gave."""
+        if position["hook_point"] != str(self._hook_point):
+            raise ValueError(
+                f"[ModelActivations] to resume, hook_point must be {position['hook_point']} "
+                f"but got {self._hook_point}."
+            )
+        self._used = int(position["used"])

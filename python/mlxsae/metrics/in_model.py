@@ -1,0 +1,110 @@
+"""An SAE judged inside the language model it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxsae.lm import (
+    HookPoint,
+    LanguageModel,
+    TokenBatch,
+    only_at,
+    run_with_capture,
+    token_losses,
+    valid_rows,
+)
+from mlxsae.metrics.streaming import Evaluation, LossRecovered
+from mlxsae.sae import SAE
+
+
+def evaluate_in_model(
+    lm: LanguageModel, sae: SAE, hook_point: HookPoint, batches: Iterable[TokenBatch]
+) -> dict[str, float]:
+    """All metrics of :func:`~mlxsae.metrics.evaluate` on the activations at ``hook_point``, and what splicing costs.
+
+    ``ce_clean``, ``ce_sae``, ``ce_zero``, ``ce_mean``: mean cross entropy of the next token in nats, with the model as
+    it is, with the SAE's reconstruction in place of the activation, with zeros, with the activation's mean over these
+    very tokens. ``loss_recovered_zero`` and ``loss_recovered_mean``:
+    ``(ce_ablated - ce_sae) / (ce_ablated - ce_clean)``.
+
+    Edits act at valid tokens only; invalid tokens are neither measured nor predicted. ``batches`` is walked twice and
+    kept (tokens only). An SAE whose target is another activation than its input cannot be judged so.
+
+    Raises
+    ------
+    ValueError
+        No valid token, an SAE whose width is not the model's.
+    """
+    hook_point = lm.hook_point(hook_point)
+    if not (sae.d_in == sae.d_out == lm.d_model):
+        raise ValueError(
+            f"[evaluate_in_model] the SAE must have d_in = d_out = {lm.d_model}, the model's width, "
+            f"but has d_in={sae.d_in} and d_out={sae.d_out}."
+        )
+    kept: list[tuple[TokenBatch, mx.array]] = []
+    measured = Evaluation(sae.d_sae)
+    for batch in batches:
+        tokens, valid = batch
+        if not _targets(batch):
+            continue
+        logits, found = run_with_capture(lm, tokens, hook_point)
+        losses = nn.losses.cross_entropy(logits[:, :-1].astype(mx.float32), tokens[:, 1:])
+        clean = _summed(losses, batch)
+        x = valid_rows(found[hook_point], valid)
+        mx.eval(clean, x)
+        code = sae.encode(x)
+        measured.update(x, sae.decode(code), code)
+        kept.append((batch, clean))
+    if not kept:
+        raise ValueError(
+            "[evaluate_in_model] there must be at least one valid token to predict but there is none."
+        )
+
+    mean = mx.array(measured.reconstruction.mean, mx.float32)
+    edits = {
+        "sae": sae,
+        "zero": mx.zeros_like,
+        "mean": lambda x: mx.broadcast_to(mean.astype(x.dtype), x.shape),
+    }
+    recovered = LossRecovered()
+    for batch, clean in kept:
+        sums = {
+            name: _summed(
+                token_losses(lm, batch.tokens, edits={hook_point: only_at(edit, batch.valid)}), batch
+            )
+            for name, edit in edits.items()
+        }
+        recovered.update(_targets(batch), clean=clean, **sums)
+    return measured.result() | recovered.result()
+
+
+def _targets(batch: TokenBatch) -> int:
+    """Tokens to predict: the valid ones that have a token before them."""
+    return int(np.count_nonzero(np.array(batch.valid[:, 1:])))
+
+
+def _summed(losses: mx.array, batch: TokenBatch) -> mx.array:
+    return mx.where(batch.valid[:, 1:], losses, 0).sum()
+
+
+def diagnose(metrics: dict[str, float]) -> Sequence[str]:
+    """What is wrong with an SAE, judged by its metrics: one sentence a fault, with what to try; empty where all is well."""
+    found = []
+    if metrics.get("l0", 1.0) == 0:
+        found.append(
+            "No latent ever fires: the SAE is dead. Lower the learning rate or check the activations."
+        )
+    if metrics.get("dead_fraction", 0.0) >= 0.5 and metrics.get("l0", 1.0) > 0:
+        found.append(
+            f"{metrics['dead_fraction']:.0%} of the latents never fired here: train longer, lower the "
+            "expansion factor or the learning rate, or switch AuxK on."
+        )
+    if metrics.get("fvu", 0.0) >= 1:
+        found.append("The reconstruction is no better than the mean activation (FVU >= 1): train longer.")
+    if metrics.get("loss_recovered_mean", 1.0) < 0:
+        found.append("The model predicts worse with this SAE than with the mean activation in its place.")
+    return found

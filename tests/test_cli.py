@@ -1,0 +1,395 @@
+"""The command line end to end, on a real small model and little text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxsae.cli import main
+from mlxsae.io import native
+
+COMMAND = [sys.executable, "-m", "mlxsae.cli"]
+
+
+@pytest.fixture(scope="module")
+def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred real stories."""
+    texts = json.loads((shared / "data" / "text" / "tinystories_val.json").read_text())[:100]
+    path = tmp_path_factory.mktemp("text") / "stories.json"
+    path.write_text(json.dumps(texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(shared: Path) -> str:
+    return str(shared / "data" / "babyllama105")
+
+
+def arguments(model: str, dataset: object, out: object, **options: object) -> list[str]:
+    chosen: dict[str, object] = {
+        "model": model,
+        "layer": 2,
+        "component": "resid",
+        "dataset": dataset,
+        "k": 8,
+        "expansion-factor": 4,
+        "max-tokens": 8_000,
+        "heldout-tokens": 1_500,
+        "batch-size": 256,
+        "context-size": 64,
+        "buffer-tokens": 4_096,
+        "out": out,
+    }
+    chosen |= {name.replace("_", "-"): value for name, value in options.items()}
+    flat = []
+    for name, value in chosen.items():
+        if value is True:
+            flat.append(f"--{name}")
+        elif value is not None:
+            flat += [f"--{name}", str(value)]
+    return ["train", *flat]
+
+
+@pytest.fixture(scope="module")
+def trained(model: str, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(arguments(model, stories, out, quiet=True)) == 0
+    return out
+
+
+def run_of(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+def test_train_leaves_the_four_files(trained: Path, stories: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"cfg.json", "sae_weights.safetensors", "metadata.json", "run.json"}
+    run = run_of(trained)
+    assert run["status"] == "done"
+    assert run["argv"][0] == "train"
+    assert run["options"]["k"] == 8
+    assert run["config"]["sae"]["d_sae"] == 4 * 128
+    assert run["config"]["hook_name"] == "blocks.2.hook_resid_post"
+    assert run["dataset"]["bytes"] == stories.stat().st_size
+    assert len(run["dataset"]["sha256"]) == len(run["model"]["config_sha256"]) == 64
+    assert {"mlxsae", "mlx", "mlx-lm", "numpy", "python"} <= run["versions"].keys()
+    assert run["device"]["threads"] >= 1
+    results = run["results"]
+    assert results["train_tokens"] == 8_000
+    assert results["n_tokens"] == 1_500
+    assert 0 < results["fvu"] < 1
+    assert results["l0"] <= 8
+    assert results["ce_clean"] < results["ce_sae"] < results["ce_mean"]
+    assert 0 < results["loss_recovered_mean"] < 1
+    assert results["tokens_per_s"] > 0
+    sae = native.load(trained)
+    assert sae.metadata["hook_name"] == "blocks.2.hook_resid_post"
+    assert sae.metadata["evaluation"]["fvu"] == results["fvu"]
+
+
+def test_the_same_command_gives_the_same_bits(
+    trained: Path, model: str, stories: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    assert main(arguments(model, stories, again, quiet=True)) == 0
+    weights = [mx.load(str(out / "sae_weights.safetensors")) for out in (trained, again)]
+    for name, value in weights[0].items():
+        assert mx.array_equal(value, weights[1][name]), name
+    other = tmp_path / "other"
+    assert main(arguments(model, stories, other, seed=1, quiet=True)) == 0
+    assert not mx.array_equal(mx.load(str(other / "sae_weights.safetensors"))["W_enc"], weights[0]["W_enc"])
+
+
+def test_eval_repeats_the_metrics_of_the_training(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(trained), "--heldout-tokens", "1500", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = run_of(trained)["results"]
+    for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "loss_recovered_mean", "n_tokens"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-6), name
+
+
+def test_eval_on_another_dataset_and_as_a_table(trained: Path, tmp_path: Path, capsys) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("The dog saw a big red ball. It was happy.\n\nA cat sat on the mat and slept all day.\n")
+    assert main(["eval", str(trained), "--dataset", str(text)]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "L0",
+        "FVU",
+        "explained variance",
+        "dead",
+        "zero ablation",
+        "mean ablation",
+        "cross entropy",
+    ):
+        assert word in out
+
+
+def test_eval_of_a_folder_that_says_nothing_of_its_origin(
+    trained: Path, model: str, tmp_path: Path, capsys
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        shutil.copy(trained / name, bare)
+    config = json.loads((bare / "cfg.json").read_text())
+    config["metadata"] = {}
+    (bare / "cfg.json").write_text(json.dumps(config))
+    assert main(["eval", str(bare)]) == 1
+    assert "--model must be given" in capsys.readouterr().err
+
+
+def test_run_json_comes_before_any_other_work(model: str, stories: Path, tmp_path: Path, monkeypatch) -> None:
+    """Where loading the model dies as a power cut would have it, run.json is there and says what was running."""
+    from mlxsae.cli import train_command
+
+    seen = {}
+
+    class PowerCut(BaseException):
+        pass
+
+    def die(name: str) -> None:
+        seen.update(run_of(tmp_path / "run"))
+        seen["files"] = [path.name for path in (tmp_path / "run").iterdir()]
+        raise PowerCut
+
+    monkeypatch.setattr(train_command.lm_room, "load", die)
+    with pytest.raises(PowerCut):
+        main(arguments(model, stories, tmp_path / "run"))
+    assert seen["files"] == ["run.json"]
+    assert seen["status"] == "running"
+    assert seen["options"]["model"] == model
+    assert run_of(tmp_path / "run")["status"] == "failed"
+
+
+BAD = {
+    "missing model": ({"model": "no/such/model/here"}, 1, "model"),
+    "layer out of range": ({"layer": 5}, 1, "layer"),
+    "negative layer": ({"layer": -1}, 2, "at least 0"),
+    "unknown component": ({"component": "brain"}, 2, "component must be one of"),
+    "missing dataset": ({"dataset": "nowhere.json"}, 1, "nowhere.json"),
+    "k of zero": ({"k": 0}, 2, "at least 1"),
+    "k over d_sae": ({"k": 513}, 1, "k must be in (0, d_sae]"),
+    "unknown rule": ({"rule": "magic"}, 2, "must be one of topk"),
+    "precision not there": ({"precision": "bfloat16"}, 2, "must be float32"),
+    "resume of nothing": ({"resume": True}, 1, "--resume needs a checkpoint"),
+    "all held out": ({"heldout_fraction": 1.5}, 2, "below 1"),
+    "no number": ({"learning_rate": "fast"}, 2, "must be a number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, model: str, stories: Path, tmp_path: Path, capsys) -> None:
+    options, code, said = BAD[case]
+    options = dict(options)
+    chosen = options.pop("model", model), options.pop("dataset", stories), tmp_path / "run"
+    assert main(arguments(*chosen, **options)) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+    if code == 1:
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("mlxsae: error: ")
+
+
+@pytest.mark.parametrize("content", ["[]", '["", "  "]'])
+def test_empty_dataset(content: str, model: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "empty.json"
+    path.write_text(content)
+    assert main(arguments(model, path, tmp_path / "run")) == 1
+    assert "at least one document" in capsys.readouterr().err
+    run = run_of(tmp_path / "run")
+    assert run["status"] == "failed"
+    assert "at least one document" in run["error"]
+
+
+def test_out_that_cannot_be_written(model: str, stories: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(arguments(model, stories, tmp_path / "file" / "run")) == 1
+    assert "--out must be a folder that can be written" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_eval_of_damaged_weights(trained: Path, tmp_path: Path, capsys) -> None:
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    weights = broken / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["eval", str(broken)]) == 1
+    assert "sae_weights.safetensors" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "nothing")]) == 1
+    assert "must exist" in capsys.readouterr().err
+    (broken / "run.json").write_text("{")
+    shutil.copy(trained / "sae_weights.safetensors", broken)
+    assert main(["eval", str(broken)]) == 1
+    assert "run.json must be JSON" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(model: str, stories: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [*COMMAND, *arguments(model, stories, out, max_tokens=5_000_000, checkpoint_every=1_000_000)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "tok/s" in line:  # training is under way
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130, rest
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert checkpoint.name in rest
+    assert "--resume" in rest
+    assert "Traceback" not in rest
+    run = run_of(out)
+    assert run["status"] == "interrupted"
+    assert run["checkpoint"] == str(checkpoint)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    trained: Path, model: str, stories: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from mlxsae.cli import train_command
+    from mlxsae.train import Callback, Run
+
+    class Stop(Callback):
+        def on_step(self, run: Run) -> None:
+            if run.state.step == 17:
+                raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    fit = train_command.fit
+    monkeypatch.setattr(train_command, "fit", lambda *a, **o: fit(*a, **o, callbacks=[Stop()]))
+    assert main(arguments(model, stories, out, quiet=True)) == 130
+    assert "step_00000017" in capsys.readouterr().err
+    monkeypatch.setattr(train_command, "fit", fit)
+
+    assert main(arguments(model, stories, out, quiet=True)) == 1  # an unfinished run is not dropped unasked
+    assert "unfinished run" in capsys.readouterr().err
+    assert (out / "checkpoints" / "step_00000017").is_dir()
+    assert main(arguments(model, stories, out, quiet=True, resume=True)) == 0
+    for name, value in mx.load(str(trained / "sae_weights.safetensors")).items():
+        assert mx.array_equal(value, mx.load(str(out / "sae_weights.safetensors"))[name]), name
+    assert not (out / "checkpoints").exists()
+
+
+def test_json_output_is_one_line(model: str, stories: Path, tmp_path: Path, capsys) -> None:
+    assert main(arguments(model, stories, tmp_path / "a", quiet=True, json=True, max_tokens=512)) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    assert {"fvu", "l0", "loss_recovered_zero"} <= json.loads(captured.out).keys()
+    assert captured.err == ""
+    assert main([*arguments(model, stories, tmp_path / "b", max_tokens=512), "--no-aux"]) == 0
+    assert "tok/s" in capsys.readouterr().err
+    assert run_of(tmp_path / "b")["config"]["sae"]["train"]["loss"]["auxk"] is None
+
+
+def test_bench_step(capsys) -> None:
+    size = ["--n", "64", "--d-in", "32", "--d-sae", "256", "--k", "4", "--steps", "3"]
+    assert main(["bench", "step", *size, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    facts = json.loads(out)
+    assert 0 < facts["min_s"] <= facts["median_s"]
+    assert facts["tokens_per_s"] == pytest.approx(64 / facts["median_s"])
+    assert facts["peak_rss_bytes"] > 2**20
+    assert facts["steps"] == 3
+    assert facts["options"]["k"] == 4
+    assert {"versions", "device", "engine"} <= facts.keys()
+    assert main(["bench", "step", *size, "--aux"]) == 0
+    assert "median" in capsys.readouterr().out
+    assert main(["bench", "step", *size, "--precision", "bfloat16"]) == 2
+    assert "must be float32" in capsys.readouterr().err
+    assert main(["bench", "step", "--d-sae", "8", "--k", "9", "--n", "4", "--d-in", "4"]) == 1
+    assert "k must be in (0, d_sae]" in capsys.readouterr().err
+    assert main(["bench"]) == 2
+
+
+def test_bench_with_aux_really_has_dead_latents() -> None:
+    from mlxsae.bench import time_step
+
+    measured = time_step(n=16, d_in=16, d_sae=512, k=2, aux=True, steps=3)
+    assert measured["dead_fraction"] > 0.5  # at most 32 of 512 fire in a batch
+
+
+def test_info(capsys) -> None:
+    import mlxsae
+
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("mlx-lm", "MLX device", "threads", "BLAS", *mlxsae.backends()):
+        assert word in out
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"] == mlxsae.backends()
+    assert "reason" in facts["blas"]
+
+
+def test_usage(capsys) -> None:
+    import mlxsae
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == mlxsae.__version__
+    assert main([]) == 2
+    assert main(["fly"]) == 2
+    assert main(["train"]) == 2
+    assert "--model" in capsys.readouterr().err
+    for command in ("demo", "train", "eval", "info", "bench"):
+        assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.count("usage: mlxsae") == 5
+
+
+def test_help_does_not_load_mlx_lm() -> None:
+    code = "import sys; from mlxsae.cli import main; main(['train', '--help']); assert 'mlx_lm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.wait(timeout=60)
+    assert "Traceback" not in err
+
+
+def test_demo_at_a_small_size(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    start = time.perf_counter()
+    options = ["--tokens", "60000", "--heldout-tokens", "8000", "--seed", "3", "--quiet"]
+    assert main(["demo", "--out", str(tmp_path), *options]) == 0
+    assert time.perf_counter() - start < 120
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "\x1b" not in captured.out
+    assert captured.out.count("bits per token") == 10
+    assert "«" in captured.out
+    assert "before:" in captured.out or "No feature was found" in captured.out
+    assert (tmp_path / "report.html").resolve().as_uri() in captured.out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"cfg.json", "sae_weights.safetensors", "metadata.json", "run.json", "report.html"}
+    run = run_of(tmp_path)
+    assert run["status"] == "done"
+    assert run["results"]["fvu"] < 0.3
+    assert run["results"]["loss_recovered_mean"] > 0.8
+    page = (tmp_path / "report.html").read_text()
+    assert f"{run['results']['fvu']:.4f}" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    sae = native.load(tmp_path)
+    assert sae.d_sae >= 8 * sae.d_in
+    assert np.isfinite(np.array(sae.W_dec)).all()

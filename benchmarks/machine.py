@@ -129,7 +129,9 @@ class BandwidthProbe:
             source = Path(__file__).with_name("probe.cpp")
             options = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread"]
             try:
-                subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True, capture_output=True)
+                subprocess.run(
+                    [compiler, *options, str(source), "-o", str(library)], check=True, capture_output=True
+                )
             except subprocess.CalledProcessError:
                 return None
             return ctypes.CDLL(str(library))

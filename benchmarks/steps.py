@@ -5,21 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from benchmarks.shapes import Shape, Weights
-from mlxsae import ops
+from mlxsae import SAE, SparseCode, ops
+from mlxsae.train import LossConfig, OptimizerConfig, TrainConfig
+from mlxsae.train.engine import make_engine
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
+AUXK_WEIGHT = 1 / 32
 
 
 class OurStep:
-    """TopK, mean squared error, decoder projection, dense-exact Adam, unit decoder rows.
+    """TopK, mean squared error, decoder projection, dense-exact Adam, unit decoder rows, composed of public ops.
 
     ``b_dec_path`` lets ``b_dec`` learn through the encoder too, as SAELens and dictionary_learning do; ``clip_norm``
-    clips by the global gradient norm.
+    clips by the global gradient norm; ``auxk`` adds dictionary_learning's AuxK with ``k_aux = d_in / 2`` over a fixed
+    twentieth of the features, dead by decree: real ones would come back to life while they are timed.
     """
 
     def __init__(self, shape: Shape, start: Weights):
@@ -28,19 +34,24 @@ class OurStep:
         self.m = ops.Params(*(mx.zeros_like(p) for p in self.params))
         self.v = ops.Params(*(mx.zeros_like(p) for p in self.params))
         self.tokens_since_fired = mx.zeros(shape.d_sae, mx.int32)
+        self.dead = mx.arange(shape.d_sae) % 20 == 7
         self.count = 0
-        mx.eval(self.params, self.m, self.v, self.tokens_since_fired)
+        mx.eval(self.params, self.m, self.v, self.tokens_since_fired, self.dead)
 
-    def step(self, x: mx.array, *, b_dec_path: bool = True, clip_norm: float = 0.0) -> float:
-        centred, code = self._encode(x)
-        residual, loss = self._decode(code, x)
-        self.tokens_since_fired = ops.update_tokens_since_fired(self.tokens_since_fired, code)
-        self._update(centred, code, residual, loss, b_dec_path, clip_norm)
-        del centred, code, residual
-        mx.eval(self.params, self.m, self.v, self.tokens_since_fired, loss)
+    def step(
+        self, x: mx.array, *, b_dec_path: bool = True, clip_norm: float = 0.0, auxk: bool = False
+    ) -> float:
+        centred, codes = self._encode(x, auxk)
+        terms, loss = self._forward(codes, x)
+        fired = ops.update_tokens_since_fired(self.tokens_since_fired, codes[0])
+        # A kernel in flight holds its weights, and held weights cannot be updated in place.
+        mx.eval(centred, terms, loss, fired)
+        self._update(centred, terms, loss, b_dec_path, clip_norm)
+        self.tokens_since_fired = fired
+        mx.eval(self.params, self.m, self.v)
         return loss.item()
 
-    def phases(self, x: mx.array, *, b_dec_path: bool = True, clip_norm: float = 0.0) -> dict[str, float]:
+    def phases(self, x: mx.array) -> dict[str, float]:
         """Seconds of each part, each forced to end before the next begins: their sum is more than a step."""
         marks = [time.perf_counter()]
 
@@ -48,47 +59,58 @@ class OurStep:
             mx.eval(*arrays)
             marks.append(time.perf_counter())
 
-        centred, code = self._encode(x)
-        mark(centred, code)
-        residual, loss = self._decode(code, x)
-        mark(residual, loss)
-        self.tokens_since_fired = ops.update_tokens_since_fired(self.tokens_since_fired, code)
+        centred, codes = self._encode(x, False)
+        mark(centred, codes)
+        terms, loss = self._forward(codes, x)
+        mark(terms, loss)
+        self.tokens_since_fired = ops.update_tokens_since_fired(self.tokens_since_fired, codes[0])
         mark(self.tokens_since_fired)
-        self._update(centred, code, residual, loss, b_dec_path, clip_norm)
+        self._update(centred, terms, loss, True, 0.0)
         mark(self.params, self.m, self.v)
         names = ("encode", "decode_residual", "bookkeeping", "update")
         return {name: b - a for name, (a, b) in zip(names, pairwise(marks), strict=True)}
 
-    def encode(self, x: mx.array) -> ops.SparseCode:
-        code = self._encode(x)[1]
+    def update_seconds(self, x: mx.array, *, b_dec_path: bool = True, clip_norm: float = 0.0) -> float:
+        """A step, and the seconds of its update."""
+        centred, codes = self._encode(x, False)
+        terms, loss = self._forward(codes, x)
+        mx.eval(centred, terms, loss)
+        start = time.perf_counter()
+        self._update(centred, terms, loss, b_dec_path, clip_norm)
+        mx.eval(self.params, self.m, self.v)
+        return time.perf_counter() - start
+
+    def encode(self, x: mx.array) -> SparseCode:
+        (code,) = self._encode(x, False)[1]
         mx.eval(code)
         return code
 
-    def _encode(self, x: mx.array) -> tuple[mx.array, ops.SparseCode]:
-        centred = x - self.params.b_dec
-        return centred, ops.topk_encode(centred, self.params.w_enc, self.params.b_enc, k=self.shape.k)
+    def _encode(self, x: mx.array, auxk: bool) -> tuple[mx.array, tuple[SparseCode, ...]]:
+        centred, w, b, k = x - self.params.b_dec, self.params.w_enc, self.params.b_enc, self.shape.k
+        if not auxk:
+            return centred, (ops.topk_encode(centred, w, b, k=k),)
+        return centred, ops.topk_encode_masked(centred, w, b, mask=self.dead, k=k, k_aux=self.shape.d_in // 2)
 
-    def _decode(self, code: ops.SparseCode, x: mx.array) -> tuple[mx.array, mx.array]:
-        residual, square = ops.decode_residual(code, self.params.w_dec, x, self.params.b_dec)
-        return residual, mx.mean(square)
+    def _forward(self, codes: tuple[SparseCode, ...], x: mx.array) -> tuple[list[ops.Term], mx.array]:
+        residual, square = ops.decode_residual(codes[0], self.params.w_dec, x, self.params.b_dec)
+        terms, loss = [ops.Term(residual, codes[0], mx.array(2 / self.shape.n))], mx.mean(square)
+        for code in codes[1:]:
+            variance = mx.square(residual - residual.mean(axis=0)).sum()
+            aux_residual, aux_square = ops.decode_residual(code, self.params.w_dec, -residual)
+            terms.append(ops.Term(aux_residual, code, AUXK_WEIGHT * 2 / variance))
+            loss = loss + AUXK_WEIGHT * aux_square.sum() / variance
+        return terms, loss
 
     def _update(
-        self,
-        centred: mx.array,
-        code: ops.SparseCode,
-        residual: mx.array,
-        loss: mx.array,
-        b_dec_path: bool,
-        clip_norm: float,
+        self, centred: mx.array, terms: list[ops.Term], loss: mx.array, b_dec_path: bool, clip_norm: float
     ) -> None:
         self.count += 1
-        term = ops.Term(residual, code, mx.array(2 / self.shape.n))
         # The state leaves self before it goes in: a second reference would make the update copy it.
         params, m, v = self.params, self.m, self.v
         del self.params, self.m, self.v
         self.params, self.m, self.v, _ = ops.feature_update(
             centred,
-            [term],
+            terms,
             params,
             m,
             v,
@@ -103,6 +125,48 @@ class OurStep:
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {name: np.array(a) for name, a in self.params._asdict().items()}
+
+
+class TrainerStep:
+    """The same step as ``mlxsae.fit`` makes it: the engine that it chooses for a mean squared error."""
+
+    def __init__(self, shape: Shape, start: Weights, *, clip_norm: float | None = None):
+        w_enc, b_enc, w_dec, b_dec = (mx.array(a) for a in start)
+        sae = SAE.from_weights(w_enc.T, w_dec, b_enc, b_dec, k=shape.k)
+        config = TrainConfig(
+            optimizer=OptimizerConfig(learning_rate=LR, betas=BETAS, eps=EPS, max_grad_norm=clip_norm),
+            loss=LossConfig(reconstruction="mse", auxk=None),
+        )
+        self.engine = make_engine("auto", sae, config.loss.build(sae.d_in), config)
+        params = sae.trainable_parameters()
+        self.arrays: dict[str, Any] = {
+            "params": params,
+            "optimizer": self.engine.optimizer_state(params),
+            "tokens_since_fired": mx.zeros(shape.d_sae, mx.int32),
+            "failed": mx.array([-1, 0], mx.int32),
+        }
+        mx.eval(self.arrays)
+        # The engine needs the module for its structure; its weights are the state's.
+        sae.update(tree_map(lambda _: mx.zeros(1), sae.parameters()))
+        self.count = 0
+
+    def step(self, x: mx.array) -> float:
+        arrays = self.arrays
+        del self.arrays
+        self.arrays, metrics = self.engine.step(arrays, x, x, lr=LR, step=self.count, auxk=False)
+        del arrays
+        self.count += 1
+        mx.eval(self.arrays, metrics)
+        return metrics["loss"].item()
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        p = self.arrays["params"]
+        return {
+            "w_enc": np.array(p["encoder"]["weight"]),
+            "b_enc": np.array(p["encoder"]["bias"]),
+            "w_dec": np.array(p["decoder"]["weight"]),
+            "b_dec": np.array(p["decoder"]["bias"]),
+        }
 
 
 class PlainStep:

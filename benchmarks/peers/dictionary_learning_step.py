@@ -51,7 +51,12 @@ class _Step:
 
     def parameters(self) -> dict[str, np.ndarray]:
         ae = self._trainer.ae
-        named = {"w_enc": ae.encoder.weight, "b_enc": ae.encoder.bias, "w_dec": ae.decoder.weight.T, "b_dec": ae.b_dec}
+        named = {
+            "w_enc": ae.encoder.weight,
+            "b_enc": ae.encoder.bias,
+            "w_dec": ae.decoder.weight.T,
+            "b_dec": ae.b_dec,
+        }
         return {name: p.detach().numpy() for name, p in named.items()}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.peers.contest import CONTESTANTS, PEERS
+from benchmarks.peers.contest import CONTESTANTS, OURS, PEERS
 from benchmarks.shapes import SHAPES, Shape, batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ class Player:
 
     def __init__(self, name: str, shape: str, threads: int):
         peer = CONTESTANTS[name]
-        environment = {k: v for k, v in os.environ.items() if k not in machine.FORCED} | peer.env
+        environment = {k: v for k, v in os.environ.items() if k not in machine.FORCED} | {**peer.env}
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MLXSAE_NUM_THREADS"):
             environment[variable] = str(threads)
         self.name = name
@@ -52,7 +52,8 @@ class Player:
         )
 
     def __call__(self, do: str, **arguments: Any) -> dict:
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
@@ -112,10 +113,15 @@ def mse_of(loss: float, kind: str, x: np.ndarray) -> float:
     return loss
 
 
-OURS = ("step", "step without the b_dec path", "step with clipping", "encode", "matmul")
 TURNS: tuple[tuple[str, str], ...] = (
-    *(("ours", what) for what in OURS),
+    ("trainer", "step"),
+    ("ours", "step"),
+    ("ours", "step without the b_dec path"),
+    ("ours", "step with clipping"),
+    ("ours", "step with AuxK"),
+    ("ours", "encode"),
     ("ours", "phases"),
+    ("ours", "matmul"),
     ("torch", "matmul"),
     ("torch", "matmul, transposed weights"),
     ("torch", "oneDNN"),
@@ -128,22 +134,22 @@ TURNS: tuple[tuple[str, str], ...] = (
 def block(shape: str, peer: str, *, threads: int, rounds: int, quiet: float | None) -> dict:
     """One peer beside ours and all floors: every sample, in seconds, in the order of rounds."""
     with ExitStack() as stack:
-        names = dict.fromkeys(("ours", "torch", "numpy", "probe", peer))
+        turns = (*TURNS, (peer, "step"))
+        names = dict.fromkeys(who for who, _ in turns)
         players = {name: stack.enter_context(player(name, shape, threads)) for name in names}
         made = {name: p("make") for name, p in players.items()}
-        first = {name: players[name]("run", what="step", index=0)["loss"] for name in ("ours", peer)}
-        agreement = compare_losses(peer, first, SHAPES[shape])
-        samples: dict[str, list] = {f"{who}: {what}": [] for who, what in (*TURNS, (peer, "step"))}
-        for what in OURS:  # warm-up; the peer's was the loss above, and one more
-            players["ours"]("run", what=what, index=1)
-        players[peer]("run", what="step", index=1)
+        first = {name: players[name]("run", what="step", index=0)["loss"] for name in (*OURS, peer)}
+        agreement = {name: compare_losses(name, first, SHAPES[shape]) for name in ("trainer", peer)}
+        samples: dict[str, list] = {f"{who}: {what}": [] for who, what in turns}
+        for who, what in turns:
+            turn(players[who], what, 1)  # warm-up
+        memory = {name: players[name]("memory") for name in (*OURS, peer) if made[name]["can_reset_peak"]}
         busy = wait_until_quiet(quiet)
         load = [round(v, 2) for v in os.getloadavg()]
         for index in range(2, 2 + rounds):
-            for who, what in (*TURNS, (peer, "step")):
+            for who, what in turns:
                 time.sleep(PAUSE)
                 samples[f"{who}: {what}"].append(turn(players[who], what, index))
-        memory = {name: players[name]("memory") for name in ("ours", peer) if made[name]["can_reset_peak"]}
         return {
             "peer": peer,
             "rounds": rounds,
@@ -174,13 +180,15 @@ def compare_losses(peer: str, losses: dict[str, float], shape: Shape) -> dict:
     error = abs(theirs - losses["ours"]) / losses["ours"]
     allowed = LOSS_TOLERANCE if CONTESTANTS[peer].exact_by_design else LOSS_TOLERANCE_BF16
     if not error <= allowed:
-        raise ValueError(f"[run] {peer} must have our loss {losses['ours']} within {allowed} but got {theirs}.")
+        raise ValueError(
+            f"[run] {peer} must have our loss {losses['ours']} within {allowed} but got {theirs}."
+        )
     return {"ours": losses["ours"], "peer": theirs, "relative_error": error, "compared": True}
 
 
 def scaling_block(threads: int, rounds: int, quiet: float | None) -> dict:
     """Four times the tokens, everything else as S1: the two steps in turns."""
-    with player("ours", "S1", threads) as small, player("ours", "S1x4", threads) as large:
+    with player("trainer", "S1", threads) as small, player("trainer", "S1x4", threads) as large:
         for p in (small, large):
             p("make")
             for index in range(2):
@@ -217,10 +225,14 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated; default: all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=machine.cores())
-    parser.add_argument("--quiet", type=float, default=None, help="begin a block only below so many busy cores")
+    parser.add_argument(
+        "--quiet", type=float, default=None, help="begin a block only below so many busy cores"
+    )
     parser.add_argument("--no-gate", action="store_true", help="keep stored exactness and determinism")
     parser.add_argument("--scaling", action="store_true", help="also S1 with 4096 tokens against 1024")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"step-cpu-{machine.slug(machine.cpu_name())}.json")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"step-cpu-{machine.slug(machine.cpu_name())}.json"
+    )
     arguments = parser.parse_args()
     forced = [name for name in machine.FORCED if name in os.environ]
     if forced:
@@ -236,16 +248,21 @@ def main() -> None:
         write(arguments.out, results)
     peers = [name for name in arguments.peers.split(",") if name]
     if not arguments.no_gate:
-        for name in ("ours", *peers):
+        for name in ("trainer", *peers):
             gates[name] = gate(name, arguments.threads)
             write(arguments.out, results)
     for name in peers:
-        done = block(arguments.shape, name, threads=arguments.threads, rounds=arguments.rounds, quiet=arguments.quiet)
+        done = block(
+            arguments.shape, name, threads=arguments.threads, rounds=arguments.rounds, quiet=arguments.quiet
+        )
         here["blocks"][name] = done
         write(arguments.out, results)
-        ours = statistics.median(done["samples"]["ours: step"])
+        ours = statistics.median(done["samples"]["trainer: step"])
         theirs = statistics.median(done["samples"][f"{name}: step"])
-        print(f"{name}: {theirs * 1e3:.1f} ms, ours {ours * 1e3:.1f} ms, ratio {theirs / ours:.2f}", file=sys.stderr)
+        print(
+            f"{name}: {theirs * 1e3:.1f} ms, ours {ours * 1e3:.1f} ms, ratio {theirs / ours:.2f}",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,11 @@ class SAELens:
     def __init__(self, shape: Shape, start: Weights, *, autocast: bool = False):
         sae = TopKTrainingSAE(
             TopKTrainingSAEConfig(
-                k=shape.k, d_in=shape.d_in, d_sae=shape.d_sae, rescale_acts_by_decoder_norm=False, device="cpu"
+                k=shape.k,
+                d_in=shape.d_in,
+                d_sae=shape.d_sae,
+                rescale_acts_by_decoder_norm=False,
+                device="cpu",
             )
         )
         with torch.no_grad():

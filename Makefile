@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake metal -type f)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench test-peers bench-peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlxsae demo
@@ -19,11 +19,23 @@ test: $(VENV)/installed-test
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	find csrc src tests/cpp -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
+# SHAPES=S0,S1,S2 and others of benchmarks/shapes.py.
+SHAPES ?= S0,S1
 bench: $(VENV)/installed-test
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmark.json
+	$(BIN)/python -m pytest benchmarks --benchmark-only --shapes $(SHAPES) --benchmark-json=benchmark.json
+
+# The field's libraries, in an environment of their own: as oracles, and beside us in one contest for each of PEER_SHAPES.
+PEERS := .venv-peers
+PEER_SHAPES ?= S1 S2
+test-peers: $(PEERS)/installed-peers
+	$(PEERS)/bin/python -m pytest tests/peers -m peers
+
+bench-peers: $(PEERS)/installed-peers
+	for shape in $(PEER_SHAPES); do $(PEERS)/bin/python -m benchmarks.peers.run --shape $$shape || exit 1; done
+	$(PEERS)/bin/python -m benchmarks.table
 
 # A fresh Debian has neither venv nor the headers that a C++ module needs.
 $(BIN)/python:
@@ -50,5 +62,13 @@ $(VENV)/installed-dev: $(VENV)/installed-test
 	$(PIP) -e ".[$(if $(MLX),$(MLX)$(comma))dev]"
 	@touch $@
 
+ifneq ($(VENV),$(PEERS))
+$(PEERS)/installed-peers: benchmarks/peers/requirements-peers.txt $(SOURCES)
+	$(MAKE) VENV=$(PEERS) $(PEERS)/installed-test
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/requirements-peers.txt
+	-$(PEERS)/bin/python -m pip uninstall -qy torchvision
+	@touch $@
+endif
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(PEERS) build dist

@@ -21,7 +21,7 @@ NB_MODULE(_ext, m) {
   nb::module_::import_("mlx.core");  // registers array, Stream and Device in the domain "mlx"
   m.attr("version") = MLXSAE_VERSION;
   m.attr("built_mlx_version") = MLXSAE_BUILT_MLX;
-  m.def("_probe", [](const mlx::core::array&) {}, nb::sig("def _probe(a: " ARRAY ") -> None"));
+  m.def("probe", [](const mlx::core::array&) {}, nb::sig("def probe(a: " ARRAY ") -> None"));
 
   using Pair = std::optional<std::pair<mx::array, mx::array>>;
   auto shadow_of = [](const Pair& p) {

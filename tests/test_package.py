@@ -86,8 +86,8 @@ def test_stub_is_what_the_module_is(tmp_path):
         ),
         (
             "import sys, types; m = types.ModuleType('mlxsae._ext'); m.built_mlx_version = '0.32.4'\n"
-            "def _probe(a): raise TypeError('incompatible function arguments')\n"
-            "m._probe = _probe; sys.modules['mlxsae._ext'] = m",
+            "def probe(a): raise TypeError('incompatible function arguments')\n"
+            "m.probe = probe; sys.modules['mlxsae._ext'] = m",
             "does not recognise mlx.core.array",
         ),
         (

@@ -97,8 +97,13 @@ MLXSAE_INLINE void prefetch(const void* p) {
 struct bf16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+typedef __fp16 half;  // GCC 12 has no _Float16 in C++ there
+#else
+typedef _Float16 half;
+#endif
 struct f16 {
-  _Float16 value;
+  half value;
 };
 
 MLXSAE_INLINE float to_float(float x) { return x; }
@@ -118,7 +123,7 @@ MLXSAE_INLINE float from_float<float>(float x) {
 }
 template <>
 MLXSAE_INLINE f16 from_float<f16>(float x) {
-  return {static_cast<_Float16>(x)};
+  return {static_cast<half>(x)};
 }
 template <>
 MLXSAE_INLINE bf16 from_float<bf16>(float x) {  // to the nearest, ties to even; NaN stays NaN

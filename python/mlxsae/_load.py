@@ -32,13 +32,17 @@ def _import_mlx() -> None:
         ) from e
 
 
-def _check_version() -> None:
-    """MLX has no stable C++ ABI: a patch release may change a signature that _ext links to."""
+def _installed() -> str:
     import mlx.core as mx
 
-    if mx.__version__ != MLX_VERSION:
+    return vars(mx)["__version__"]  # which its stubs do not know
+
+
+def _check_version() -> None:
+    """MLX has no stable C++ ABI: a patch release may change a signature that _ext links to."""
+    if _installed() != MLX_VERSION:
         raise ImportError(
-            f"This mlxsae was built against mlx {MLX_VERSION}, but mlx {mx.__version__} is installed. {_mlx_advice()}."
+            f"This mlxsae was built against mlx {MLX_VERSION}, but mlx {_installed()} is installed. {_mlx_advice()}."
         )
 
 
@@ -49,16 +53,16 @@ def _import_ext() -> None:
         from . import _ext
     except ImportError as e:
         raise ImportError(
-            f"mlxsae's compiled module does not load with the installed mlx {mx.__version__}: {e}. "
+            f"mlxsae's compiled module does not load with the installed mlx {_installed()}: {e}. "
             "Reinstall both: pip install --force-reinstall mlxsae."
         ) from e
-    if _ext.built_mlx_version != mx.__version__:
+    if _ext.built_mlx_version != _installed():
         raise ImportError(
-            f"mlxsae's compiled module was built against mlx {_ext.built_mlx_version}, but mlx {mx.__version__} is "
+            f"mlxsae's compiled module was built against mlx {_ext.built_mlx_version}, but mlx {_installed()} is "
             "installed. Rebuild it: pip install --force-reinstall --no-deps mlxsae."
         )
     try:
-        _ext._probe(mx.array(0.0))
+        _ext.probe(mx.array(0.0))
     except TypeError as e:
         raise ImportError(
             "mlxsae's compiled module does not recognise mlx.core.array: it was built with a nanobind whose internals "

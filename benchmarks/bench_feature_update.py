@@ -1,0 +1,34 @@
+"""The backward-and-update pass alone, against the bandwidth of an in-place walk over weights and moments."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.conftest import Timer
+from benchmarks.machine import BandwidthProbe
+from benchmarks.shapes import Shape, Weights
+from benchmarks.steps import OurStep
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"b_dec_path": True}, {"b_dec_path": False}, {"clip_norm": 1.0}],
+    ids=["b_dec path", "no b_dec path", "clipping"],
+)
+def bench_feature_update(
+    timed: Timer, shape: Shape, start: Weights, probe: BandwidthProbe, options: dict[str, float]
+) -> None:
+    """The forward pass runs in the timed call too; its own clock takes the update out of it."""
+    step = OurStep(shape, start)
+    seconds: list[float] = []
+    timed(
+        lambda x: seconds.append(step.update_seconds(x, **options)),
+        group=f"step with feature_update {tuple(shape)}",
+    )
+    median = sorted(seconds)[len(seconds) // 2]
+    roof = max(probe.bytes_per_second() for _ in range(3))
+    timed.note(
+        update_ms=1e3 * median,
+        probe_gigabytes_per_second=roof / 1e9,
+        share_of_bandwidth=48 * shape.d_sae * shape.d_in / median / roof,
+    )

@@ -1,0 +1,68 @@
+"""Fused encode and selection against the product alone, and against plain MLX."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from benchmarks.conftest import Timer
+from benchmarks.shapes import Shape, Weights
+from mlxsae import ops
+
+
+def group(shape: Shape) -> str:
+    return f"topk_encode {tuple(shape)}"
+
+
+@pytest.fixture(scope="module")
+def arrays(start: Weights) -> tuple[mx.array, mx.array]:
+    w, b = mx.array(start.w_enc), mx.array(start.b_enc)
+    mx.eval(w, b)
+    return w, b
+
+
+def rate(timed: Timer, shape: Shape) -> None:
+    timed.note(gflops=shape.gemm_flop / timed.median / 1e9)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+def bench_ours(timed: Timer, shape: Shape, arrays: tuple[mx.array, mx.array], dtype: mx.Dtype) -> None:
+    w, b = (a.astype(dtype) for a in arrays)
+    mx.eval(w, b)
+    timed(lambda x: ops.topk_encode(x.astype(dtype), w, b, k=shape.k), group=group(shape))
+    rate(timed, shape)
+
+
+def bench_ours_with_auxk(timed: Timer, shape: Shape, arrays: tuple[mx.array, mx.array]) -> None:
+    """A second selection of d_in / 2 among a twentieth of the features."""
+    dead = mx.arange(shape.d_sae) % 20 == 7
+    timed(
+        lambda x: ops.topk_encode_masked(x, *arrays, mask=dead, k=shape.k, k_aux=shape.d_in // 2),
+        group=group(shape),
+    )
+    rate(timed, shape)
+
+
+def bench_plain_mlx(timed: Timer, shape: Shape, arrays: tuple[mx.array, mx.array]) -> None:
+    w, b = arrays
+
+    def plain(x: mx.array) -> tuple[mx.array, mx.array]:
+        z = mx.addmm(b, x, w.T)
+        indices = mx.argpartition(z, kth=-shape.k, axis=-1)[:, -shape.k :]
+        return mx.maximum(mx.take_along_axis(z, indices, axis=-1), 0), indices
+
+    timed(plain, group=group(shape))
+
+
+def bench_floor_mlx_matmul(timed: Timer, shape: Shape, arrays: tuple[mx.array, mx.array]) -> None:
+    """The product alone on mlxsae's BLAS."""
+    timed(lambda x: x @ arrays[0].T, group=group(shape))
+    rate(timed, shape)
+
+
+def bench_floor_numpy_matmul(timed: Timer, shape: Shape, start: Weights) -> None:
+    """The product alone on NumPy's OpenBLAS, into memory that stays."""
+    out = np.ones((shape.n, shape.d_sae), np.float32)
+    timed(lambda x: np.matmul(x, start.w_enc.T, out=out), group=group(shape), as_mlx=False)
+    rate(timed, shape)

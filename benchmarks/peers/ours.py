@@ -1,0 +1,73 @@
+"""MLX's contestants: ours, and plain MLX ops."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.shapes import Shape, Weights
+from benchmarks.steps import OurStep, PlainStep, TrainerStep
+from mlxsae import ops
+
+
+def _batch(x: np.ndarray) -> mx.array:
+    array = mx.array(x)
+    mx.eval(array)
+    return array
+
+
+class Ours:
+    def __init__(self, shape: Shape, start: Weights):
+        self._step = OurStep(shape, start)
+        self._shape = shape
+        self.timed = {
+            "step": self._step.step,
+            "step without the b_dec path": partial(self._step.step, b_dec_path=False),
+            "step with clipping": partial(self._step.step, clip_norm=1.0),
+            "step with AuxK": partial(self._step.step, auxk=True),
+            "encode": self._step.encode,
+            "matmul": self._matmul,
+        }
+        self.phases = self._step.phases
+        self.parameters = self._step.parameters
+
+    batch = staticmethod(_batch)
+
+    def _matmul(self, x: mx.array) -> None:
+        mx.eval(x @ self._step.params.w_enc.T)
+
+
+class Trainer(TrainerStep):
+    def __init__(self, shape: Shape, start: Weights):
+        super().__init__(shape, start)
+        self._k = shape.k
+        self.timed = {"step": self.step}
+
+    batch = staticmethod(_batch)
+
+    def select(self, x: mx.array) -> np.ndarray:
+        p = self.arrays["params"]
+        centred = x - p["decoder"]["bias"]
+        return np.array(
+            ops.topk_encode(centred, p["encoder"]["weight"], p["encoder"]["bias"], k=self._k).indices
+        )
+
+
+class _Plain(PlainStep):
+    decode: str
+
+    def __init__(self, shape: Shape, start: Weights):
+        super().__init__(shape, start, self.decode)
+        self.timed = {"step": self.step}
+
+    batch = staticmethod(_batch)
+
+
+class PlainDense(_Plain):
+    decode = "dense"
+
+
+class PlainGather(_Plain):
+    decode = "gather"

@@ -59,6 +59,7 @@ K, EXPANSION_FACTOR, BATCH, LEARNING_RATE = 8, 8, 1024, 2e-3
 _ROWS, _BUFFER = 64, 131_072  # documents per pass of the model, activations held for shuffling
 _SHOWN, _EXAMPLES, _PROMPTS, _CANDIDATES = 10, 4, 16, 32
 _MARKS = [tiny_world.TOKEN_ID[mark] for mark in tiny_world.SPECIALS]
+_CAUSED = 0.05  # nats: a smaller effect is not worth a word
 REPORT = "report.html"
 
 
@@ -234,7 +235,7 @@ def _cards(
                     f"Fires on {statistics.fire_rate[feature]:.2%} of tokens, mean {statistics.mean[feature]:.2f}, "
                     f"at most {statistics.maximum[feature]:.2f}.",
                 ],
-                [(lm.token_to_str(effect.token), effect.change) for effect in effects],
+                [(lm.token_to_str(e.token), e.change) for e in effects if e.change >= _CAUSED],
                 [_shown(lm, example) for example in examples],
                 float(statistics.maximum[feature]),
             )

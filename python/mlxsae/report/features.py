@@ -50,7 +50,7 @@ def highlighted(example: ShownExample, maximum: float) -> Markup:
 
 def feature_card(card: FeatureCard) -> Markup:
     promoted = [
-        element("span", f"{piece.strip() or piece!r} +{gain:.1f}", class_="chip")
+        element("span", f"{piece.strip() or repr(piece)} +{gain:.1f}", class_="chip")
         for piece, gain in card.promotes
     ]
     return element(

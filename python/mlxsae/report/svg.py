@@ -141,11 +141,13 @@ def _axis(values: np.ndarray, begin: float, end: float, *, log: bool):  # type: 
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-12 * max(abs(low), abs(high), 1.0):
         low, high = low - 0.5, high + 0.5
-    step = _nice((high - low) / 4)
-    if log:
-        step = max(1.0, round(step)) if high - low >= 2 else step
-    first = math.ceil(low / step - 1e-9)
-    ticks = [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    if log and high - low < 3:  # within three decades: 1, 2 and 5 of each
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        ticks = [t for d in decades for m in (1, 2, 5) if low <= (t := d + math.log10(m)) <= high]
+    else:
+        step = max(1.0, _nice((high - low) / 4)) if log else _nice((high - low) / 4)
+        first = math.ceil(low / step - 1e-9)
+        ticks = [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
     named = [(t, _short(10**t) if log else _short(t)) for t in ticks]
 
     def to(value: float) -> float:

@@ -32,8 +32,8 @@ class Recipe:
     """Everything that the weights depend on, beside the versions of the libraries."""
 
     seed: int = 0
-    steps: int = 2000
-    batch: int = 64
+    steps: int = 5000
+    batch: int = 32
     learning_rate: float = 2e-3
     warm_up: int = 100
     weight_decay: float = 0.1
@@ -78,6 +78,9 @@ def train(recipe: Recipe, progress: Callable[[int, float], None] | None = None) 
     """Train in float32 with AdamW and a cosine schedule; `progress` is told (step, loss in nats) after each step."""
     mx.random.seed(recipe.seed)
     model = Model(ModelArgs.from_dict(recipe.config()))
+    # small, so that words which are used alike stay alike: what sets them apart has to be learnt
+    embedding = model.model.embed_tokens
+    embedding.weight = 0.02 * mx.random.normal(embedding.weight.shape)
     cosine = optim.cosine_decay(recipe.learning_rate, max(recipe.steps - recipe.warm_up, 1))
     schedule = optim.join_schedules(
         [optim.linear_schedule(0.0, recipe.learning_rate, recipe.warm_up), cosine], [recipe.warm_up]

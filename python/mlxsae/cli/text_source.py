@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxsae.lm import LanguageModel, TokenBatch, read_texts, token_batches
 
-DEFAULT_CONTEXT = 128
+DEFAULT_CONTEXT = 256
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TextSource:
 
 
 def default_context(lm: LanguageModel) -> int:
-    """The model's context where its config states one, at most 128 tokens."""
+    """The model's context where its config states one, at most 256 tokens."""
     arguments: Any = getattr(lm.model, "args", None)
     known = getattr(arguments, "max_position_embeddings", None)
     return min(DEFAULT_CONTEXT, known) if isinstance(known, int) and known >= 2 else DEFAULT_CONTEXT

@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--text-field", help="where an object of the dataset keeps its text (text)")
     where.add_argument(
-        "--context-size", type=kinds.whole(2), help="tokens per row (the model's context, at most 128)"
+        "--context-size", type=kinds.whole(2), help="tokens per row (the model's context, at most 256)"
     )
     where.add_argument(
         "--heldout-fraction",

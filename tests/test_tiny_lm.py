@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlxsae.lm import tiny
 from mlxsae.lm.tiny import concepts, evaluation, language, world
 from mlxsae.lm.tiny import train as training
@@ -64,15 +65,14 @@ def test_training_text_never_shows_a_held_out_combination():
 
     def check(kind: str, held: bool) -> None:
         checked[kind] += 1
-        assert not held, sentence
+        assert not held, s
 
     for words in language.documents(5000, 4, "train"):
         sentences = [
             s.replace(",", "").replace(":", "").strip(".").split()
             for s in world.detokenize(words).split(". ")
         ]
-        for before, sentence in zip([[]] + sentences, sentences, strict=False):
-            s = sentence
+        for before, s in itertools.pairwise([[], *sentences]):
             if s[0] in world.FRAME_WORDS or s[1] == "and":
                 pair = [name for name in s if name in world.PEOPLE][:2]
                 check(
@@ -103,7 +103,7 @@ def test_about_an_eighth_is_held_out():
 
 
 @pytest.mark.parametrize(
-    "facts, phrasings", [(world.CAPITALS, "abc"), (world.COUNTRY_OF, "de"), (world.CONTINENT_OF, "fg")]
+    ("facts", "phrasings"), [(world.CAPITALS, "abc"), (world.COUNTRY_OF, "de"), (world.CONTINENT_OF, "fg")]
 )
 def test_some_facts_lack_one_phrasing_and_no_fact_all(facts, phrasings):
     held = [world.held_phrasing(fact, phrasings) for fact in facts]

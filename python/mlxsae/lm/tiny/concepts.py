@@ -66,6 +66,7 @@ _WORDS: dict[str, tuple[str, Iterable[str]]] = {
 _CONTEXT: dict[str, str] = {
     # giving
     "first_of_pair": "the person named right after When, After or While",
+    "were_of_pair": "'were' of two people, not of plural things",
     "and_of_people": "'and' between two people who act together",
     "second_of_pair": "the second name of two people who act together",
     "place_of_pair": "the place where two people are or go",
@@ -79,14 +80,19 @@ _CONTEXT: dict[str, str] = {
     "stop_after_giving": "the full stop of a giving sentence",
     "thankful": "the person named after 'Then': the one who was given something",
     "thanked_person": "the person who is thanked",
+    "has_again": "'has' in 'Now Ben has the ball'",
+    "the_before_gift_again": "'the' that the thing given must follow once more",
     "new_owner": "the person named after 'Now': the one who was given something",
     # people, things and places of a story
     "name_again": "a person already named in this document",
     "object_again": "an object already mentioned in this document",
     "to_place": "'to' after a verb of going: a place must follow",
     "the_before_place": "'the' that a room or an outdoor place must follow",
-    "in_before_container": "'in' that a container must follow",
-    "the_before_container": "'the' that a container must follow",
+    "in_before_place": "'in' that a room or an outdoor place must follow, after 'the'",
+    "in_before_new_container": "'in' that any container must follow, after 'the'",
+    "the_before_new_container": "'the' that any container must follow",
+    "container_new": "the container in which a thing lies, told for the first time",
+    "in_before_known_container": "'in' that the container must follow, after 'the', in which the thing was put",
     "the_before_known_container": "'the' that the container must follow in which the thing was put",
     "container_again": "the container in which the thing is found",
     "the_before_found": "'the' that a hidden thing must follow",
@@ -107,7 +113,8 @@ _CONTEXT: dict[str, str] = {
     "and_of_clauses": "'and' between two clauses: the other owner must follow",
     "second_owner": "the owner in the second clause",
     "is_before_known_colour": "'is' after a thing whose colour was told: that colour must follow",
-    "known_colour": "the colour of a thing, told before and said again",
+    "known_colour": "the colour of a thing, told before and said again after 'is'",
+    "colour_of_known_thing": "the colour of a thing, told before and said again before its noun",
     "to_owner": "'to' in 'belongs to': the owner must follow",
     "owner": "the person something belongs to, told before",
     "is_before_where": "'is' after a thing of which nothing is known: where it lies must follow",
@@ -118,7 +125,8 @@ _CONTEXT: dict[str, str] = {
     "the_before_instrument": "'the' that an instrument must follow",
     # capitals
     "geography": "inside a sentence about a country, a city or a continent",
-    "in_before_country": "'in' or 'from' or 'to' that a country or city must follow",
+    "in_before_country": "'in' that the country must follow where somebody lives",
+    "to_before_country": "'to' that the country must follow where somebody flew",
     "of_before_any_country": "'of' in 'The capital of': some country must follow",
     "city_next": "the country was named and its capital must follow",
     "country_next": "the city was named and its country must follow",
@@ -152,6 +160,8 @@ _CONTEXT: dict[str, str] = {
     "stop_before_repeat": "the full stop after which a list must be repeated",
     # definitions
     "like_comma": "the comma before 'like'",
+    "a_before_compared": "'a' after 'like'",
+    "is_after_comparison": "'is' after 'A dog, like a cat,'",
     "compared": "the noun that another is likened to",
     "a_before_kind": "'a' that the kind of the thing must follow",
     "a_before_job": "'a' that a job must follow",
@@ -159,6 +169,7 @@ _CONTEXT: dict[str, str] = {
     "of_before_quality": "'of' in 'The opposite of': an adjective must follow",
     "negated": "an adjective that is denied",
     "denial_comma": "the comma after a denial: 'it is' must follow",
+    "it_of_denial": "'it' that stands for the subject of a denial",
     "opposite_next": "'is' that the opposite of the adjective named before must follow",
     "opposite_told": "an adjective, told after its opposite",
     # document
@@ -283,12 +294,16 @@ class _Reader:
             carried.add("second_of_pair")
         elif word in w.PLACES:
             carried.add("place_of_pair")
+        elif word == "were":
+            carried.add("were_of_pair")
         else:
             self._going(word, carried)
 
     def _going(self, word: str, carried: set[str]) -> None:
         if word == "to":
             carried.add("to_place")
+        elif word == "in":
+            carried.add("in_before_place")
         elif word == "the":
             carried.add("the_before_place")
 
@@ -315,6 +330,10 @@ class _Reader:
     def _possession(self, word: str, previous: str, carried: set[str]) -> None:
         if previous == "Now":
             carried.add("new_owner")
+        elif word == "has":
+            carried.add("has_again")
+        elif word == "the":
+            carried.add("the_before_gift_again")
 
     def _belongings(self, word: str, previous: str, carried: set[str]) -> None:
         if word == "a":
@@ -341,25 +360,23 @@ class _Reader:
         elif previous == "to":
             carried.add("owner")
         elif word in w.COLOURS:
-            carried.add("known_colour")
+            carried.add("colour_of_known_thing")
 
     def _hiding(self, word: str, previous: str, carried: set[str]) -> None:
         if word == "is":
             carried.add("is_before_where")
         elif word == "in":
-            carried.add("in_before_container")
+            carried.add("in_before_new_container")
         elif word == "the":
-            carried.add("the_before_container")
+            carried.add("the_before_new_container")
+        elif word in w.CONTAINERS:
+            carried.add("container_new")
 
     def _finding(self, word: str, previous: str, carried: set[str]) -> None:
         if word == "the":
-            carried |= (
-                {"the_before_found"}
-                if previous == "found"
-                else {"the_before_container", "the_before_known_container"}
-            )
+            carried.add("the_before_found" if previous == "found" else "the_before_known_container")
         elif word == "in":
-            carried.add("in_before_container")
+            carried.add("in_before_known_container")
         elif word in w.OBJECTS:
             carried.add("found_object")
         elif word in w.CONTAINERS:
@@ -425,8 +442,8 @@ class _Reader:
                 carried.add("country_next")
         elif word == "of":
             carried.add("of_before_any_country")
-        elif word in ("in", "from", "to"):
-            carried.add("in_before_country")
+        elif word in ("in", "to"):
+            carried.add(f"{word}_before_country")
         if word == "in" and previous in ("is", "city", "country"):
             carried.add("continent_next")
 
@@ -476,8 +493,10 @@ class _Reader:
     def _definition(self, word: str, previous: str, carried: set[str]) -> None:
         if word == "," and len(self.sentence) == 2:
             carried.add("like_comma")
-        elif word == "a" and previous == "is":
-            carried.add("a_before_kind")
+        elif word == "a":
+            carried.add("a_before_kind" if previous == "is" else "a_before_compared")
+        elif word == "is" and previous == ",":
+            carried.add("is_after_comparison")
         elif self.sentence[-2:] == ["like", "a"]:
             carried.add("compared")
 
@@ -498,6 +517,8 @@ class _Reader:
             carried.add("denial_comma")
         elif word == "of":
             carried.add("of_before_quality")
+        elif word == "it":
+            carried.add("it_of_denial")
         elif word == "is" and asked:
             carried.add("opposite_next")
         elif word in w.OPPOSITES and previous == "is":

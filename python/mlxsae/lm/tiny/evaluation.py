@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 from mlx import nn
 
 from . import world as w
+from .concepts import CONCEPTS, labelled
 from .language import FORCED, TASKS, Split, documents, prompts, token_rows
 
 
@@ -49,12 +51,57 @@ def _accuracy(model: Any, tokenizer: Any, task: str, n: int, split: Split, seed:
     logits = model(mx.array(padded))[mx.arange(len(asked)), mx.array([len(ids) - 1 for ids in encoded])]
     logits = np.asarray(logits.astype(mx.float32))
     each = np.arange(len(asked))
-    right, wrong = (
-        np.array([w.TOKEN_ID[word] for word in words]) for words in zip(*((p.answer, p.wrong) for p in asked))
-    )
+    right = np.array([w.TOKEN_ID[prompt.answer] for prompt in asked])
+    wrong = np.array([w.TOKEN_ID[prompt.wrong] for prompt in asked])
     if task in FORCED:
         return float(np.mean(logits.argmax(-1) == right))
     return float(np.mean(logits[each, right] > logits[each, wrong]))
+
+
+def probe(model: Any, layer: int, n_tokens: int = 60_000, seed: int = 1) -> dict[str, float]:
+    """How well a linear probe reads each concept off the residual stream after block `layer`: F1 per concept.
+
+    One logistic regression a concept, fitted on one set of documents and judged on another at the threshold that was
+    best on the first. What a probe cannot read, no single feature of a sparse autoencoder can stand for.
+    """
+    (x, y), (x_test, y_test) = (_residual(model, layer, n_tokens, s) for s in (seed, seed + 1))
+    mean, scale = x.mean(0), x.std(0)
+    x, x_test = (
+        mx.array(np.c_[(part - mean) / scale, np.ones(len(part), np.float32)]) for part in (x, x_test)
+    )
+    labels = mx.array(y.astype(np.float32))
+    weight = {"w": mx.zeros((x.shape[1], labels.shape[1]))}
+
+    def loss(weight: dict[str, mx.array]) -> mx.array:
+        fit = nn.losses.binary_cross_entropy(x @ weight["w"], labels, with_logits=True, reduction="none")
+        return fit.mean(0).sum() + 1e-6 * weight["w"].square().sum()
+
+    gradient, optimizer = mx.grad(loss), optim.Adam(optim.cosine_decay(0.3, 300))
+    for _ in range(300):
+        weight = optimizer.apply_gradients(gradient(weight), weight)
+        mx.eval(weight, optimizer.state)
+    scores, scores_test = (np.asarray(part @ weight["w"]) for part in (x, x_test))
+    found = {}
+    for i, concept in enumerate(CONCEPTS):
+        cut = max(np.linspace(-3, 3, 25), key=lambda cut: _f1(scores[:, i] > cut, y[:, i]))
+        found[concept.name] = _f1(scores_test[:, i] > cut, y_test[:, i])
+    return found
+
+
+def _residual(model: Any, layer: int, n_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Activations [n, d_model] after a block and their labels [n, concepts]."""
+    text = labelled(n_tokens, seed)
+    parts = []
+    for start in range(0, len(text.tokens), 64):
+        hidden = model.model.embed_tokens(mx.array(text.tokens[start : start + 64]))
+        for block in model.layers[: layer + 1]:
+            hidden = block(hidden, "causal")
+        parts.append(np.asarray(hidden.astype(mx.float32)))
+    return np.concatenate(parts)[text.valid], text.labels[text.valid]
+
+
+def _f1(says: np.ndarray, carries: np.ndarray) -> float:
+    return float(2 * (says & carries).sum() / max(says.sum() + carries.sum(), 1))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -300,7 +300,7 @@ class _Writer:
         mode, first = self.draw(choose, held=lambda start: w.held_out("counting", *start))
         step, i = STEPS[mode], w.NUMBERS.index(first)
         e.say(f"Count {mode} : {first}")
-        for n in range(rng.randint(2, 4)):
+        for _ in range(rng.randint(2, 4)):
             i += step
             if not 0 <= i < len(w.NUMBERS):
                 break

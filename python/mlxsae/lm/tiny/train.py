@@ -32,7 +32,7 @@ class Recipe:
     """Everything that the weights depend on, beside the versions of the libraries."""
 
     seed: int = 0
-    steps: int = 5000
+    steps: int = 6000
     batch: int = 32
     learning_rate: float = 2e-3
     warm_up: int = 100
@@ -78,9 +78,6 @@ def train(recipe: Recipe, progress: Callable[[int, float], None] | None = None) 
     """Train in float32 with AdamW and a cosine schedule; `progress` is told (step, loss in nats) after each step."""
     mx.random.seed(recipe.seed)
     model = Model(ModelArgs.from_dict(recipe.config()))
-    # small, so that words which are used alike stay alike: what sets them apart has to be learnt
-    embedding = model.model.embed_tokens
-    embedding.weight = 0.02 * mx.random.normal(embedding.weight.shape)
     cosine = optim.cosine_decay(recipe.learning_rate, max(recipe.steps - recipe.warm_up, 1))
     schedule = optim.join_schedules(
         [optim.linear_schedule(0.0, recipe.learning_rate, recipe.warm_up), cosine], [recipe.warm_up]
@@ -94,7 +91,7 @@ def train(recipe: Recipe, progress: Callable[[int, float], None] | None = None) 
         [lambda _, parameter: parameter.ndim > 1],
     )
     step_loss = nn.value_and_grad(model, cross_entropy)
-    for step, tokens in zip(range(recipe.steps), batches(recipe)):
+    for step, tokens in enumerate(itertools.islice(batches(recipe), recipe.steps)):
         loss, gradients = step_loss(model, tokens)
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         optimizer.update(model, gradients)

@@ -164,6 +164,7 @@ def _truth(r: DemoResults) -> list[Markup]:
                 [(c.name, c.f1) for c in ranked], title="F1 of each concept's best feature", mark=GOOD_F1
             ),
             f"F1 of the best single feature for each concept; the dashed line is {GOOD_F1}.",
+            narrow=True,
         ),
         details(
             "The table",

@@ -69,8 +69,8 @@ def section(title: str, *children: object, anchor: str) -> Markup:
     return element("section", heading, *children, id=anchor, aria_labelledby=f"{anchor}-title")
 
 
-def figure(image: Markup, caption: object) -> Markup:
-    return element("figure", image, element("figcaption", caption))
+def figure(image: Markup, caption: object, *, narrow: bool = False) -> Markup:
+    return element("figure", image, element("figcaption", caption), class_="narrow" if narrow else None)
 
 
 def details(summary: object, *children: object, open: bool = False) -> Markup:

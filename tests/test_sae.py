@@ -148,6 +148,7 @@ class Parent(nn.Module):
 
 
 def test_inside_a_module_next_to_quantised_layers() -> None:
+    mx.random.seed(0)  # of the linear layers; a selection near a tie may flip with quantised weights
     parent, x = Parent(), random_x(2, 3, 64)
     before = np.array(parent(x))
     nn.quantize(parent, group_size=32, bits=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -22,10 +23,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxsae import loss as L
+from mlxsae import ops
 from mlxsae.data import ArraySource, ShuffleBuffer
 from mlxsae.io import atomic, load, save
 from mlxsae.metrics import evaluate
-from mlxsae.sae import SAE
+from mlxsae.sae import SAE, Rule, TopK
 from mlxsae.train import (
     Callback,
     LossConfig,
@@ -39,7 +41,7 @@ from mlxsae.train import (
     train_sae_from_activations,
 )
 from mlxsae.train.checkpoint import checkpoints
-from mlxsae.train.engine import AutodiffEngine
+from mlxsae.train.engine import AutodiffEngine, make_engine
 
 D, D_SAE, K = 16, 48, 4
 
@@ -300,6 +302,70 @@ def test_a_fused_step_copies_no_weights_and_holds_no_dense_latents() -> None:
     assert d_sae * d * 4 < n * d_sae * 4
 
 
+STEP_MEMORY = """
+import mlx.core as mx
+from mlxsae.sae import SAE
+from mlxsae.train import Callback, LossConfig, TrainConfig, fit
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+class Peak(Callback):
+    rose = 0
+    def on_step(self, run):
+        mx.eval(run.state.arrays)
+        assert run.engine.name == "fused"
+        if run.state.step > 11:
+            assert run.state.auxk_active == (DEAD_AFTER == 1)
+            self.rose = max(self.rose, status("VmHWM") - self.before)
+        self.before = status("VmRSS")
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # the peak starts anew
+
+n, d, d_sae, k, steps = 256, 256, 81_920, 16, 14
+batches = [mx.random.normal((n, d), key=mx.random.key(i)) for i in range(steps)]
+mx.eval(batches)
+mx.set_cache_limit(0)  # what is freed is gone, so that nothing hides in it
+peak = Peak()
+loss = LossConfig(dead_after=DEAD_AFTER, k_aux=16)
+fit(SAE(d, d_sae, k=k, seed=0), batches, TrainConfig(steps * n, n, sample_size=n, loss=loss), callbacks=[peak])
+print(peak.rose, 64 * 2**20 + 64 * n * k + 12 * n * d, min(4 * d_sae * d, 4 * n * d_sae))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak resident size")
+@pytest.mark.parametrize("dead_after", [1, 10**9])
+def test_resident_memory_of_a_step(dead_after: int) -> None:
+    """Beyond state and batch at most 64 MB + 64 n k + 12 n d bytes, scratch of the kernels and AuxK included."""
+    script = STEP_MEMORY.replace("DEAD_AFTER", str(dead_after))
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    rose, allowed, one_array = map(int, out.split())  # of weights, or of dense latents
+    assert rose <= allowed < one_array
+
+
+@pytest.mark.parametrize("engine", ["autodiff", "fused"])
+def test_only_the_state_holds_the_weights(engine: str) -> None:
+    """Between steps nothing is alive but the state, the caller's SAE and the data."""
+    n, d, d_sae = 32, 64, 20_000
+    batches = [mx.random.normal((n, d), key=mx.random.key(i)) for i in range(4)]
+    # It trains in float32, so its own weights are no buffers of the state.
+    sae = SAE(d, d_sae, k=4, seed=0, dtype=mx.bfloat16)
+    mx.eval(batches, sae.parameters())
+    gc.collect()
+    extra, before = [], mx.get_active_memory()
+
+    class Watch(Callback):
+        def on_step(self, run: Run) -> None:
+            mx.eval(run.state.arrays)
+            state = sum(a.nbytes for _, a in tree_flatten(run.state.arrays))
+            extra.append(mx.get_active_memory() - before - state)
+
+    settings = TrainConfig(4 * n, n, engine=engine, sample_size=n, loss=LossConfig(auxk=None))
+    fit(sae, batches, settings, callbacks=[Watch()])
+    assert max(extra) < d_sae * d * 4 / 4
+
+
 def test_auto_takes_the_fused_engine_where_it_can() -> None:
     def engine_of(loss: L.Loss | None = None, sae: SAE | None = None, **changes: Any) -> str:
         trained = fit(sae or new_sae(), source(), config(total_tokens=64, **changes), loss=loss).sae
@@ -311,6 +377,13 @@ def test_auto_takes_the_fused_engine_where_it_can() -> None:
         == "autodiff"
     )
     assert engine_of(loss=L.Loss({"mse": (1.0, L.mse)}, (1.0, L.AuxK(4, "saelens")))) == "autodiff"
+
+    class OneSelection(TopK):
+        encode_masked = Rule.encode_masked
+
+    plain = L.Loss({"mse": (1.0, L.mse)})
+    assert engine_of(sae=SAE(D, D_SAE, rule=OneSelection(K), seed=0)) == "autodiff"
+    assert engine_of(sae=SAE(D, D_SAE, rule=OneSelection(K), seed=0), loss=plain) == "fused"
     frozen = new_sae()
     frozen.encoder.freeze()
     assert engine_of(sae=frozen) == "autodiff"
@@ -340,6 +413,133 @@ def test_any_loss_any_optimizer() -> None:
     assert result.history[-1]["mse"] < result.history[0]["mse"]
     last = result.history[-1]
     assert last["loss"] == pytest.approx(last["mse"] + 0.01 * last["l1"], rel=1e-5)
+
+
+# ---- dead latents and the second selection ------------------------------------------------------------------
+
+
+def arrays_of(sae: SAE, engine: Any, tokens_since_fired: mx.array) -> dict[str, Any]:
+    params = sae.trainable_parameters()
+    params.pop("rule", None)
+    return {
+        "params": params,
+        "optimizer": engine.optimizer_state(params),
+        "tokens_since_fired": tokens_since_fired,
+        "failed": mx.array([-1, 0], mx.int32),
+    }
+
+
+@pytest.mark.parametrize("preset", sorted(L.AUXK_PRESETS))
+@pytest.mark.parametrize("name", ["autodiff", "fused"])
+def test_dead_is_what_was_silent_before_the_batch(name: str, preset: str) -> None:
+    """Among the dead are latents that fire in this batch, among the living ones whose patience ends with it."""
+    sae, x = new_sae(), mx.array(dictionary_data(64))
+    fires = np.zeros(D_SAE, bool)
+    code = sae.encode(x)
+    fires[np.array(code.indices)[np.array(code.values) > 0]] = True
+    assert 4 < fires.sum() < D_SAE - 4
+    before = mx.array(np.where(np.arange(D_SAE) % 3 == 0, 640, 639).astype(np.int32))
+    dead = before >= 640
+    settings = config(loss=LossConfig(auxk=preset, k_aux=6, dead_after=640))
+    loss = settings.loss.build(D)
+    if name == "fused" and not L.AuxK(6, preset).fused:
+        with pytest.raises(ValueError, match=f"the AuxK preset {preset} has no fused form"):
+            make_engine(name, sae, loss, settings)
+        return
+    engine = make_engine(name, sae, loss, settings)
+    after, metrics = engine.step(arrays_of(sae, engine, before), x, x, lr=1e-3, step=0, auxk=True)
+    expected = L.AuxK(6, preset)(L.Forward(sae, x, x, code, sae.decode(code), dead))
+    assert expected.item() > 0
+    assert metrics["auxk"].item() == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_array_equal(np.array(after["tokens_since_fired"]) == 0, fires)
+    assert metrics["dead_fraction"].item() == pytest.approx((~fires).mean())  # after the batch
+
+
+def test_the_second_selection_shares_the_product_and_is_skipped_while_nothing_is_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        op = getattr(ops, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return op(*arguments, **options)
+
+        return call
+
+    for name in ("topk_encode", "topk_encode_masked"):
+        monkeypatch.setattr(ops, name, counted(name))
+    settings = config(total_tokens=30 * 64, loss=LossConfig(dead_after=64 * 15, k_aux=6))
+    fit(half_dead_sae(), source(), settings)
+    assert calls == ["topk_encode"] * 20 + ["topk_encode_masked"] * 10
+
+
+# ---- certified low precision -------------------------------------------------------------------------------
+
+
+def wide_config(precision: str, **changes: Any) -> TrainConfig:
+    auxk = LossConfig(dead_after=96, k_aux=8)
+    return config(total_tokens=50 * 32, batch_size=32, loss=auxk, precision=precision, **changes)
+
+
+def wide_sae() -> SAE:
+    sae = SAE(128, 700, k=8, seed=0)
+    sae.W_enc = mx.where(mx.arange(700) < 50, 0.01 * sae.W_enc, sae.W_enc)
+    return sae
+
+
+def wide_source() -> ArraySource:
+    rng = np.random.default_rng(0)
+    codes = rng.exponential(size=(2000, 200)) * (rng.random((2000, 200)) < 0.05)
+    x = codes @ rng.normal(size=(200, 128)) + 0.5
+    return ArraySource(x.astype(np.float32), batch_size=32, seed=0)
+
+
+def timeless(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in history]
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_certified_training_has_the_bits_of_float32(max_grad_norm: float | None) -> None:
+    optimizer = OptimizerConfig(learning_rate=3e-3, max_grad_norm=max_grad_norm)
+    exact, certified = (
+        fit(wide_sae(), wide_source(), wide_config(p, optimizer=optimizer)) for p in ("float32", "certified")
+    )
+    assert any(r.get("auxk", 0) > 0 for r in exact.history)
+    assert timeless(exact.history) == timeless(certified.history)
+    assert_same_bits(weights(exact.sae), weights(certified.sae))
+    a, b = (dict(tree_flatten(r.state.to_files()[1])) for r in (exact, certified))
+    assert_same_bits({n: np.array(v) for n, v in a.items()}, {n: np.array(v) for n, v in b.items()})
+    # The shadow went along with the encoder.
+    assert exact.state.shadow is None
+    fresh = ops.encoder_shadow(certified.state.params["encoder"]["weight"])
+    for kept, made in zip(certified.state.shadow, fresh, strict=True):
+        np.testing.assert_array_equal(np.array(kept.astype(mx.float32)), np.array(made.astype(mx.float32)))
+
+
+def test_certified_run_resumes_without_a_stored_shadow(tmp_path: Path) -> None:
+    settings = wide_config("certified")
+    whole = fit(wide_sae(), wide_source(), settings)
+    with pytest.raises(KeyboardInterrupt):
+        fit(wide_sae(), wide_source(), settings, callbacks=[StopAt(33)], checkpoint_dir=tmp_path)
+    stored = mx.load(str(checkpoints(tmp_path)[-1] / "state.safetensors"))
+    assert "state.params.encoder.weight" in stored
+    assert not [name for name in stored if "shadow" in name]
+    resumed = fit(wide_sae(), wide_source(), settings, checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(resumed.sae), weights(whole.sae))
+    assert timeless(resumed.history) == timeless(whole.history)
+
+
+def test_certified_wants_the_fused_engine() -> None:
+    with pytest.raises(
+        ValueError, match=r"precision must be float32 for the autodiff engine but got certified: aut"
+    ):
+        fit(new_sae(), source(), config(precision="certified", engine="autodiff"))
+    signed = LossConfig(auxk="saelens")
+    with pytest.raises(ValueError, match=r"but got certified: the AuxK preset saelens has no fused form"):
+        fit(new_sae(), source(), config(precision="certified", loss=signed))
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------
@@ -387,10 +587,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, make_source: A
     ):
         assert name == other
         np.testing.assert_array_equal(np.array(a), np.array(b), err_msg=name)
-    timeless = [
-        [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in h.history] for h in (whole, resumed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(whole.history) == timeless(resumed.history)
 
 
 def test_resume_before_the_first_checkpoint_and_after_the_end(tmp_path: Path) -> None:
@@ -487,6 +684,41 @@ def test_bad_activations_stop_the_run(tmp_path: Path, at: int, value: float) -> 
             fit(clean, Spoilt(-1, 0.0), config(), callbacks=[StopAt(at)])
         assert_same_bits(weights(sae), weights(clean))
     assert all(np.isfinite(a).all() for a in weights(sae).values())
+
+
+@pytest.mark.parametrize("engine", ["autodiff", "fused"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("field", [0, 1])
+def test_bad_activations_of_a_transcoder_stop_the_run(field: int, value: float, engine: str) -> None:
+    """Also where the bad coordinate of ``x`` pushes every pre-activation down and the loss stays finite."""
+    coder = new_sae(d_out=5)
+    coder.W_enc = mx.where(mx.arange(D)[:, None] == 5, -mx.abs(coder.W_enc), coder.W_enc)
+    batches = []
+    for i in range(6):
+        pair = [dictionary_data(64, seed=i), np.ones((64, 5), np.float32)]
+        if i == 4:
+            pair[field][3, (5, 2)[field]] = value
+        batches.append(tuple(mx.array(a) for a in pair))
+    start = weights(coder)
+    with pytest.raises(NonFiniteError, match=r"\[fit\] activations must be finite but batch 4 ") as error:
+        fit(coder, batches, config(engine=engine, sample_size=64))
+    assert error.value.step == 4
+    assert all(np.isfinite(a).all() for a in weights(coder).values())
+    assert (weights(coder)["encoder.weight"] != start["encoder.weight"]).any()
+
+
+def test_a_sum_that_overflows_is_no_failure() -> None:
+    """Rows of the input so large that their sum is not finite, and a loss that is."""
+    coder = new_sae(d_out=5)
+    coder.W_enc = mx.zeros((D, D_SAE))
+    settings = config(engine="fused", normalize="none", loss=LossConfig(auxk=None))
+    engine = make_engine("fused", coder, settings.loss.build(D), settings)
+    x, y = mx.full((64, D), 3e38), mx.random.normal((64, 5), key=mx.random.key(0))
+    arrays = arrays_of(coder, engine, mx.zeros(D_SAE, mx.int32))
+    new, metrics = engine.step(arrays, x, y, lr=1e-3, step=0, auxk=False)
+    assert new["failed"].tolist() == [-1, 0]
+    assert np.isfinite(metrics["loss"].item())
+    assert mx.abs(new["params"]["decoder"]["bias"]).max().item() > 0
 
 
 def test_loss_that_overflows_stops_the_run() -> None:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxsae import loss as L
 from mlxsae.data import ArraySource, Chunk, IterableSource, ShuffleBuffer, as_source
+from mlxsae.loss.reconstruction import UNIFORM, sum_about_mean
 from mlxsae.sae import SAE
 from mlxsae.train import LossConfig, OptimizerConfig, SAEConfig, TrainConfig, geometric_median, warmup_decay
 from mlxsae.train.constraints import unit_rows, without_parallel
@@ -40,6 +41,22 @@ def test_degenerate_batches_are_finite_and_nan_stays(name: str) -> None:
     assert value.item() == 0
     assert mx.isfinite(gradient).all().item()
     assert math.isnan(term(mx.full((3,), float("nan")), mx.ones((3, 4))).item())
+
+
+@pytest.mark.parametrize("name", sorted(L.RECONSTRUCTION))
+def test_uniform_terms_weigh_tokens_alike(name: str) -> None:
+    term = L.RECONSTRUCTION[name]
+    y = mx.random.normal((9, 4), key=mx.random.key(0)) * mx.arange(1, 10)[:, None]
+    gradient = np.array(mx.grad(lambda s: term(s, y))(mx.arange(1.0, 10.0)))
+    assert (np.ptp(gradient) == 0) == (term in UNIFORM) == L.Loss({name: (2.0, term)}).uniform
+    assert not L.Loss({name: (2.0, term), "own": (1.0, lambda s, y: s.max())}).uniform
+
+
+def test_sums_about_the_mean_survive_a_large_mean() -> None:
+    y = np.random.default_rng(0).normal(size=(300, 70)) + 500
+    got = sum_about_mean(mx.array(y.astype(np.float32))).item()
+    assert got == pytest.approx(((y - y.mean(0)) ** 2).sum(), rel=1e-4)
+    assert math.isnan(sum_about_mean(mx.array([[1.0, math.nan], [1.0, 2.0]])).item())
 
 
 def test_loss_is_the_weighted_sum_of_named_terms() -> None:
@@ -241,6 +258,15 @@ def edited(path: str, value: object = ...) -> dict:
         (edited("train.loss.auxk", "mine"), r"auxk must be None or one of"),
         (edited("train.batch_size", 0), r"batch_size must be positive but got 0"),
         (edited("train.engine", "gpu"), r"engine must be one of"),
+        (
+            edited("train.precision", "bfloat16"),
+            r"precision must be float32 or certified \(training on inexact bfloat16 products is not there yet\) "
+            r"but got 'bfloat16'",
+        ),
+        (
+            edited("train.precision", "tf32"),
+            r"precision must be one of \['float32', 'certified'\] but got 'tf32'",
+        ),
         (edited("architecture", "moe"), r"architecture must be one of"),
         (edited("dtype", "float8"), r"dtype must be one of"),
     ],

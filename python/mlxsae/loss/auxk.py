@@ -17,7 +17,9 @@ sparsify             relu(p_i)     sum (ê-e)^2 / sum (y - mean y)^2   min(n_dea
 saelens              p_i, signed   mean_n sum_d (ê-e)^2               min(n_dead / k, 1)       no     1
 ==================== ============= ================================== ======================== ====== ======
 
-Means and sums run over the batch. ``b_dec``: OpenAI adds it to both sides but detaches one, so it cancels in
+Means and sums run over the batch. Dead are latents that were silent for long before the batch (as in
+SAELens), so that the batch's own product can select among them; one that fires in it is in both codes.
+``b_dec``: OpenAI adds it to both sides but detaches one, so it cancels in
 the value and yet receives a gradient as the decoder's bias. In every preset the gradient reaches decoder and
 encoder at the chosen dead latents and nowhere else (sparsify 1.3.3 itself sends the encoder none). With no
 dead latent the term and its gradient are 0.
@@ -33,7 +35,7 @@ import mlx.core as mx
 from mlxsae import ops
 from mlxsae.code import SparseCode
 from mlxsae.loss.compose import Forward
-from mlxsae.loss.reconstruction import nonzero
+from mlxsae.loss.reconstruction import nonzero, sum_about_mean
 from mlxsae.sae import SAE
 
 
@@ -102,17 +104,18 @@ class AuxK:
 
     def distance(self, y: mx.array, y_hat: mx.array, aux_hat: mx.array, dead: mx.array) -> mx.array:
         """``s * dist(aux_hat, y - y_hat)``; differentiable in ``aux_hat`` only."""
-        preset = AUXK_PRESETS[self.preset]
         residual = mx.stop_gradient(y - y_hat)
         error = mx.square(aux_hat - residual).sum()
-        if preset.relative_to is None:
-            loss = error / y.shape[0]
-        else:
-            base = residual if preset.relative_to == "residual" else y
-            loss = error / nonzero(mx.square(base - base.mean(axis=0)).sum())
+        return error * self.factor(y, residual, dead).astype(error.dtype)
+
+    def factor(self, y: mx.array, residual: mx.array, dead: mx.array) -> mx.array:
+        """The number ``c`` in ``s * dist(ê, e) = c * sum (ê - e)^2``, given ``residual = ±e``."""
+        preset = AUXK_PRESETS[self.preset]
         n_dead = dead.sum()
-        scale = mx.minimum(n_dead / self.k_aux, 1) if preset.scaled else (n_dead > 0).astype(loss.dtype)
-        return loss * scale.astype(loss.dtype)
+        scale = mx.minimum(n_dead / self.k_aux, 1) if preset.scaled else (n_dead > 0).astype(mx.float32)
+        if preset.relative_to is None:
+            return scale / y.shape[0]
+        return scale / nonzero(sum_about_mean(residual if preset.relative_to == "residual" else y))
 
 
 def _dead(forward: Forward) -> mx.array:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 
 from mlxsae.code import SparseCode
-from mlxsae.loss.reconstruction import RowTerm
+from mlxsae.loss.reconstruction import UNIFORM, RowTerm
 from mlxsae.sae import SAE
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Forward(NamedTuple):
     """What one forward pass knows; every term is a function of it.
 
     ``x [n, d_in]``, target ``y [n, d_out]`` (``x`` itself for an SAE), the code, ``y_hat [n, d_out]``, and
-    ``dead [d_sae]`` (bool), None where nobody asked for it.
+    ``dead [d_sae]`` (bool): silent for long *before* this batch; None where nobody asked for it.
     """
 
     sae: SAE
@@ -48,6 +48,11 @@ class Loss:
     reconstruction: Mapping[str, tuple[float, RowTerm]]
     auxk: tuple[float, AuxK] | None = None
     terms: Mapping[str, tuple[float, Term]] = field(default_factory=dict)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the reconstruction terms weigh all tokens of a batch alike."""
+        return all(any(term is known for known in UNIFORM) for _, term in self.reconstruction.values())
 
     def __call__(self, forward: Forward) -> tuple[mx.array, dict[str, mx.array]]:
         """Total (float32 scalar) and the unweighted value of each term. Without ``forward.dead`` AuxK is left

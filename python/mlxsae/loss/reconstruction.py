@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlxsae import ops
+
 RowTerm = Callable[[mx.array, mx.array], mx.array]
 """From squared errors ``s [n]``, summed over coordinates, and target ``y [n, d_out]`` to a scalar."""
 
@@ -23,17 +25,30 @@ def mse(s: mx.array, y: mx.array) -> mx.array:
 def fvu(s: mx.array, y: mx.array) -> mx.array:
     """``sum (y - y_hat)^2 / sum (y - mean_n(y))^2`` over the batch (sparsify): free of scale, 1 where the
     mean is predicted."""
-    return s.sum() / nonzero(mx.square(y - y.mean(axis=0)).sum())
+    return s.sum() / nonzero(sum_about_mean(y))
 
 
 def nmse(s: mx.array, y: mx.array) -> mx.array:
     """Mean over tokens of ``|y - y_hat|^2 / |y|^2`` (OpenAI): small tokens weigh as much as large ones."""
-    return (s / nonzero(mx.square(y).sum(axis=-1))).mean()
+    return (s / nonzero(squared_norms(y))).mean()
 
 
 RECONSTRUCTION: dict[str, RowTerm] = {"mse": mse, "fvu": fvu, "nmse": nmse}
+
+UNIFORM: tuple[RowTerm, ...] = (mse, fvu)
+"""Terms that weigh all tokens of a batch alike: the gradient at every ``s`` is one number."""
 
 
 def nonzero(denominator: mx.array) -> mx.array:
     """1 in place of 0, so that a batch without variance has a finite loss; NaN stays NaN."""
     return mx.where(denominator == 0, mx.ones_like(denominator), denominator)
+
+
+def squared_norms(rows: mx.array) -> mx.array:
+    """``|r_t|^2`` of ``rows [n, d]``: ``[n]``. One pass of all threads, where MLX's square and sum are two of one."""
+    return ops.gather_dot(rows, rows, mx.arange(rows.shape[0], dtype=mx.uint32)[:, None])[:, 0]
+
+
+def sum_about_mean(rows: mx.array) -> mx.array:
+    """``sum (r - mean_n(r))^2`` over the batch: ``n d`` times the variance, as a scalar."""
+    return squared_norms(rows - rows.mean(axis=0)).sum()

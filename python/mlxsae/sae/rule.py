@@ -1,7 +1,8 @@
 """Rules: which latents of a token stay.
 
 A new architecture is one class here. A rule with a fused op overrides :meth:`Rule.encode` and says
-``fused = True``; any other gives :meth:`Rule.select`, its definition on dense pre-activations.
+``fused = True``, and :meth:`Rule.encode_masked` if the op makes a second selection; any other gives
+:meth:`Rule.select`, its definition on dense pre-activations.
 A rule may own parameters (thresholds): it is a module.
 """
 
@@ -27,9 +28,26 @@ class Rule(nn.Module):
     PARAMETERS: ClassVar[tuple[str, ...]] = ()
     """The constructor's arguments, each also an attribute and a key of ``cfg.json``."""
 
-    def encode(self, x: mx.array, weight: mx.array, bias: mx.array) -> SparseCode:
-        """Code of ``x [n, d_in]`` under feature-major ``weight [d_sae, d_in]`` and ``bias [d_sae]``."""
+    def encode(
+        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
+    ) -> SparseCode:
+        """Code of ``x [n, d_in]`` under feature-major ``weight [d_sae, d_in]`` and ``bias [d_sae]``.
+
+        ``shadow = ops.encoder_shadow(weight)`` lets a fused op screen in bfloat16; the code has the same bits.
+        """
         return self.select(mx.addmm(bias, x, weight.T))
+
+    def encode_masked(
+        self,
+        x: mx.array,
+        weight: mx.array,
+        bias: mx.array,
+        mask: mx.array,
+        k_aux: int,
+        shadow: ops.Shadow | None = None,
+    ) -> tuple[SparseCode, SparseCode]:
+        """:meth:`encode`, and from the same product the ``k_aux`` largest among ``mask [d_sae]``, then relu."""
+        raise NotImplementedError(f"[{type(self).__name__}] the rule has no op for a second selection.")
 
     def select(self, pre_acts: mx.array) -> SparseCode:
         """Code of dense ``pre_acts [n, d_sae]``."""
@@ -63,8 +81,21 @@ class TopK(Rule):
             raise ValueError(f"[TopK] k must be positive but got k={k}.")
         self.k = k
 
-    def encode(self, x: mx.array, weight: mx.array, bias: mx.array) -> SparseCode:
-        return ops.topk_encode(x, weight, bias, k=self.k)
+    def encode(
+        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
+    ) -> SparseCode:
+        return ops.topk_encode(x, weight, bias, k=self.k, shadow=shadow)
+
+    def encode_masked(
+        self,
+        x: mx.array,
+        weight: mx.array,
+        bias: mx.array,
+        mask: mx.array,
+        k_aux: int,
+        shadow: ops.Shadow | None = None,
+    ) -> tuple[SparseCode, SparseCode]:
+        return ops.topk_encode_masked(x, weight, bias, mask=mask, k=self.k, k_aux=k_aux, shadow=shadow)
 
     def check(self, d_sae: int) -> None:
         if self.k > d_sae:

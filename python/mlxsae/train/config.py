@@ -76,7 +76,8 @@ class LossConfig(_Config):
 
     ``reconstruction`` is ``fvu``, ``mse`` or ``nmse``. ``auxk`` names a preset of :mod:`mlxsae.loss.auxk` or
     is None; ``auxk_weight`` and ``k_aux`` default to the preset's weight and ``d_in / 2``. A latent is dead
-    after ``dead_after`` tokens without firing, by default a 40th of the run, at most 10M.
+    in a batch if it did not fire in the last ``dead_after`` tokens before it, by default a 40th of the run, at
+    most 10M.
     """
 
     reconstruction: str = "fvu"
@@ -114,6 +115,10 @@ class TrainConfig(_Config):
     ``keep``; both scale and initial ``b_dec`` come from ``sample_size`` rows. ``normalize_decoder`` keeps
     decoder rows at unit norm and removes the gradient along them. ``engine`` is ``auto``, ``autodiff`` or
     ``fused``.
+
+    ``precision`` is that of the encoder's product: ``float32``, or ``certified``, which multiplies in bfloat16,
+    computes again in float32 whatever a proven error bound cannot decide, and so gives the same bits; it keeps
+    a bfloat16 copy of the encoder and wants the fused engine.
     """
 
     total_tokens: int = 2_000_000
@@ -124,6 +129,7 @@ class TrainConfig(_Config):
     sample_size: int = 8192
     normalize_decoder: bool = True
     engine: str = "auto"
+    precision: str = "float32"
     log_every: int = 100
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -146,6 +152,15 @@ class TrainConfig(_Config):
             ("engine", ("auto", "autodiff", "fused")),
         ):
             _require(name, getattr(self, name), getattr(self, name) in values, f"be one of {list(values)}")
+
+        _require(
+            "precision",
+            self.precision,
+            self.precision != "bfloat16",
+            "be float32 or certified (training on inexact bfloat16 products is not there yet)",
+        )
+        known = ("float32", "certified")
+        _require("precision", self.precision, self.precision in known, f"be one of {list(known)}")
 
     @property
     def total_steps(self) -> int:

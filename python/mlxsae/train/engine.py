@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae import ops
 from mlxsae.loss import Forward, Loss
 from mlxsae.metrics import l0
-from mlxsae.sae import SAE
+from mlxsae.sae import SAE, Rule
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.constraints import unit_rows, without_parallel
 from mlxsae.train.state import ACTIVATIONS, LOSS
@@ -33,6 +35,8 @@ class Engine(Protocol):
     ) -> tuple[Arrays, dict[str, mx.array]]:
         """Next arrays, and metrics as unread scalars: ``loss``, each term, ``l0``, ``dead_fraction``.
 
+        With ``auxk`` the loss has its AuxK term, over latents that were dead before this batch
+        (``tokens_since_fired >= dead_after``); ``dead_fraction`` counts those that are dead after it.
         ``x [n, d_in]`` and ``y [n, d_out]`` are in the parameters' (scaled) space. The given arrays are dead
         afterwards: drop every reference to them before evaluating, or the update copies instead of writing in
         place.
@@ -50,6 +54,11 @@ class AutodiffEngine:
     name = "autodiff"
 
     def __init__(self, sae: SAE, loss: Loss, config: TrainConfig, optimizer: optim.Optimizer | None = None):
+        if config.precision != "float32":
+            reason = FusedEngine.refusal(sae, loss) or "autodiff was asked for"
+            raise ValueError(
+                f"[fit] precision must be float32 for the autodiff engine but got {config.precision}: {reason}."
+            )
         o = config.optimizer
         self._sae = sae
         self._loss = loss
@@ -60,7 +69,8 @@ class AutodiffEngine:
 
     def optimizer_state(self, params: Arrays) -> Arrays:
         self._optimizer.init(params)
-        return _copied(self._optimizer.state)
+        state, self._optimizer.state = self._optimizer.state, {}
+        return _copied(state)
 
     def step(
         self, arrays: Arrays, x: mx.array, y: mx.array, *, lr: float, step: int, auxk: bool
@@ -77,14 +87,14 @@ class AutodiffEngine:
             with _parameters(self._sae, frozen, params) as sae:
                 code = sae.encode(x)
                 fired = ops.update_tokens_since_fired(tokens_since_fired, _detached(code))
-                dead = fired >= config.dead_after
+                dead = tokens_since_fired >= config.dead_after
                 forward = Forward(sae, x, y, code, sae.decode(code), dead if auxk else None)
                 total, terms = self._loss(forward)
-            return total, terms | {"l0": l0(code)}, fired, dead
+            return total, terms | {"l0": l0(code)}, fired
 
         def graph(arrays: Arrays, frozen: Arrays, x: mx.array, y: mx.array, lr: mx.array, step: mx.array):
             params = arrays["params"]
-            (total, metrics, fired, dead), gradients = mx.value_and_grad(loss_of)(
+            (total, metrics, fired), gradients = mx.value_and_grad(loss_of)(
                 params, frozen, x, y, arrays["tokens_since_fired"]
             )
             constrained = config.normalize_decoder and "weight" in params.get("decoder", {})
@@ -98,12 +108,14 @@ class AutodiffEngine:
                 )
             self._optimizer.state = _copied(arrays["optimizer"]) | {"learning_rate": lr}
             updated = self._optimizer.apply_gradients(gradients, params)
+            # What stays in the optimiser would be a second copy of the moments, or tracers.
+            optimizer, self._optimizer.state = self._optimizer.state, {}
             if constrained:
                 updated["decoder"]["weight"] = unit_rows(updated["decoder"]["weight"])
             failed, good = guard(arrays["failed"], total, x, y, step)
-            new = {"params": updated, "optimizer": self._optimizer.state, "tokens_since_fired": fired}
+            new = {"params": updated, "optimizer": optimizer, "tokens_since_fired": fired}
             new = tree_map(lambda a, b: mx.where(good, a, b), new, {key: arrays[key] for key in new})
-            metrics |= {"loss": total, "dead_fraction": dead.astype(mx.float32).mean()}
+            metrics |= {"loss": total, "dead_fraction": _dead_fraction(fired, config)}
             return new | {"failed": failed}, metrics
 
         return graph
@@ -112,8 +124,8 @@ class AutodiffEngine:
 class FusedEngine:
     """Adam in one pass over features, without gradient buffers: :func:`mlxsae.ops.feature_update`.
 
-    For losses made of reconstruction terms and AuxK (see :meth:`refusal`). Weights and moments are updated in
-    place.
+    For losses made of reconstruction terms and AuxK (see :meth:`refusal`). Weights, moments and the encoder's
+    shadow are updated in place. The forward pass is awaited, so the host decides what becomes of a bad batch.
     """
 
     name = "fused"
@@ -121,19 +133,25 @@ class FusedEngine:
     def __init__(self, sae: SAE, loss: Loss, config: TrainConfig):
         if reason := self.refusal(sae, loss):
             raise ValueError(f"[fit] engine must be autodiff for this run but got fused: {reason}.")
-        self._sae = sae
+        # No weights among these: they are the state's.
+        self._rule = sae.rule
+        self._d_sae = sae.d_sae
+        self._b_dec_to_input = sae.apply_b_dec_to_input
         self._loss = loss
         self._config = config
 
     @staticmethod
     def refusal(sae: SAE, loss: Loss) -> str:
         """Why the pass cannot make this run's steps; empty where it can."""
-        if not sae.rule.fused or tree_flatten(sae.rule.parameters()):
-            return f"the rule {type(sae.rule).__name__} has no fused op"
+        rule = type(sae.rule)
+        if not rule.fused or tree_flatten(sae.rule.parameters()):
+            return f"the rule {rule.__name__} has no fused op"
         if loss.terms:
             return f"the loss has the terms {sorted(loss.terms)}"
         if loss.auxk is not None and not loss.auxk[1].fused:
             return f"the AuxK preset {loss.auxk[1].preset} has no fused form"
+        if loss.auxk is not None and rule.encode_masked is Rule.encode_masked:
+            return f"the rule {rule.__name__} has no second selection for AuxK"
         if len(tree_flatten(sae.trainable_parameters())) != len(tree_flatten(sae.parameters())):
             return "some parameters are frozen"
         return ""
@@ -148,59 +166,102 @@ class FusedEngine:
         self, arrays: Arrays, x: mx.array, y: mx.array, *, lr: float, step: int, auxk: bool
     ) -> tuple[Arrays, dict[str, mx.array]]:
         config, params = self._config, _rows(arrays["params"])
-        with _parameters(self._sae, arrays["params"]) as sae:
-            inner = sae.encoder_input(x)
-            code = sae.rule.encode(inner, params.w_enc, params.b_enc)
-            residual, squares = ops.decode_residual(code, params.w_dec, y, params.b_dec)
-            (total, metrics), weights = mx.value_and_grad(self._loss.of_squares)(squares, y)
-            fired = ops.update_tokens_since_fired(arrays["tokens_since_fired"], code)
-            dead = fired >= config.dead_after
-            terms = [ops.Term(residual * weights[:, None], code, mx.array(2.0))]
-            if auxk and self._loss.auxk is not None:
-                weight, term = self._loss.auxk
-                aux_code = term.code(sae, x, dead)
-                aux_hat = ops.sparse_decode(aux_code, params.w_dec)
-                value, gradient = mx.value_and_grad(lambda a: term.distance(y, y + residual, a, dead))(
-                    aux_hat
-                )
-                metrics["auxk"] = value
-                total = total + weight * value
-                terms.append(ops.Term(gradient, aux_code, mx.array(weight)))
-        failed, good = guard(arrays["failed"], total, x, y, mx.array(step, mx.int32))
+        shadow = arrays.get("shadow")
+        if shadow is None and config.precision == "certified":
+            shadow = ops.encoder_shadow(params.w_enc)
+        f = self._forward(params, shadow, arrays["tokens_since_fired"], x, y, auxk)
         # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
         # pass must be over before the update is begun, or the step copies them.
-        mx.eval(terms, metrics, fired, dead, failed, good)
+        mx.eval(f)
+        failed, metrics = arrays["failed"], f.metrics
+        first = int(np.array(failed)[0])
+        what = 0 if mx.isfinite(f.witness).item() else _fault(metrics["loss"], x, y)
+        clip = config.optimizer.max_grad_norm
+        if first >= 0 or what:
+            if clip is not None:
+                metrics["grad_norm"] = mx.array(math.nan)
+            return arrays | {"failed": failed if first >= 0 else mx.array([step, what], mx.int32)}, metrics
         adam = arrays["optimizer"]
         m, v = (ops.Params(*(adam[part][name][moment] for part, name in _PLACES)) for moment in "mv")
-        clip = config.optimizer.max_grad_norm
-        updated, m, v, norm, _ = ops.feature_update(
-            inner,
-            terms,
+        updated = ops.feature_update(
+            f.inner,
+            f.terms,
             params,
             m,
             v,
-            loss=mx.where(good, total, mx.array(float("nan"))),
+            loss=metrics["loss"],
             lr=lr,
             step=step + 1,
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             project_decoder=config.normalize_decoder,
             normalize_decoder=config.normalize_decoder,
-            b_dec_to_input=self._sae.apply_b_dec_to_input,
+            b_dec_to_input=self._b_dec_to_input,
             clip_norm=clip or 0.0,
+            shadow=shadow,
         )
-        metrics |= {"loss": total, "l0": l0(code), "dead_fraction": dead.astype(mx.float32).mean()}
         if clip is not None:
-            metrics["grad_norm"] = norm
-        moments = _tree([{"m": a, "v": b} for a, b in zip(m, v, strict=True)])
-        counted = {"step": adam["step"] + good.astype(mx.uint64), "learning_rate": mx.array(lr, mx.float32)}
+            metrics["grad_norm"] = updated.grad_norm
+        moments = _tree([{"m": a, "v": b} for a, b in zip(updated.m, updated.v, strict=True)])
         new = {
-            "params": _tree(updated),
-            "optimizer": moments | counted,
-            "tokens_since_fired": mx.where(good, fired, arrays["tokens_since_fired"]),
+            "params": _tree(updated.params),
+            "optimizer": moments | {"step": adam["step"] + 1, "learning_rate": mx.array(lr, mx.float32)},
+            "tokens_since_fired": f.tokens_since_fired,
             "failed": failed,
         }
-        return new, metrics
+        return new if shadow is None else new | {"shadow": updated.shadow}, metrics
+
+    def _forward(
+        self,
+        params: ops.Params,
+        shadow: ops.Shadow | None,
+        tokens_since_fired: mx.array,
+        x: mx.array,
+        y: mx.array,
+        auxk: bool,
+    ) -> _Forward:
+        """All of a step but the update.
+
+        MLX's elementwise ops run on one CPU thread, so passes over ``[n, d]`` count: beside our kernels there are
+        ``inner`` and what the loss asks of ``y``.
+        """
+        inner = x - params.b_dec if self._b_dec_to_input else x
+        encoder = inner, params.w_enc, params.b_enc
+        dead = tokens_since_fired >= self._config.dead_after
+        auxiliary = self._loss.auxk if auxk else None
+        if auxiliary is None:
+            code = aux_code = self._rule.encode(*encoder, shadow)
+        else:
+            k_aux = min(auxiliary[1].k_aux, self._d_sae)
+            code, aux_code = self._rule.encode_masked(*encoder, dead, k_aux, shadow)
+        residual, squares = ops.decode_residual(code, params.w_dec, y, params.b_dec)
+        (total, metrics), weights = mx.value_and_grad(self._loss.of_squares)(squares, y)
+        if self._loss.uniform:
+            terms = [ops.Term(residual, code, 2 * weights[0])]
+        else:
+            terms = [ops.Term(residual * weights[:, None], code, mx.array(2.0))]
+        if auxiliary is not None:
+            weight, term = auxiliary
+            aux_residual, aux_squares = ops.decode_residual(aux_code, params.w_dec, -residual)
+            factor = term.factor(y, residual, dead)
+            metrics["auxk"] = factor * aux_squares.sum()
+            total = total + weight * metrics["auxk"]
+            terms.append(ops.Term(aux_residual, aux_code, 2 * weight * factor))
+        fired = ops.update_tokens_since_fired(tokens_since_fired, code)
+        metrics |= {"loss": total, "l0": l0(code), "dead_fraction": _dead_fraction(fired, self._config)}
+        # What is not finite in y shows in its square; in x it may be lost where every pre-activation falls.
+        witness = total + squares.sum() + (0 if y is x else x.sum())
+        return _Forward(inner, terms, metrics, fired, witness)
+
+
+class _Forward(NamedTuple):
+    """What :class:`FusedEngine` knows of a step before the update."""
+
+    inner: mx.array  # what the encoder saw, [n, d_in]
+    terms: list[ops.Term]
+    metrics: dict[str, mx.array]
+    tokens_since_fired: mx.array
+    witness: mx.array  # finite only if loss and activations are
 
 
 def make_engine(name: str, sae: SAE, loss: Loss, config: TrainConfig) -> Engine:
@@ -235,6 +296,17 @@ def guard(
     now = mx.stack([step, what]).astype(mx.int32)
     good = (failed[0] < 0) & finite & mx.isfinite(total)
     return mx.where((failed[0] >= 0) | good, failed, now), good
+
+
+def _fault(total: mx.array, x: mx.array, y: mx.array) -> int:
+    """What of a suspect step is not finite; 0 if all is, and only a sum of it overflowed."""
+    if not (mx.isfinite(x).all() & mx.isfinite(y).all()).item():
+        return ACTIVATIONS
+    return 0 if mx.isfinite(total).item() else LOSS
+
+
+def _dead_fraction(tokens_since_fired: mx.array, config: TrainConfig) -> mx.array:
+    return (tokens_since_fired >= config.dead_after).astype(mx.float32).mean()
 
 
 class _parameters:

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.data import ActivationSource, as_source
 from mlxsae.loss import Loss
@@ -239,6 +239,8 @@ def _assemble(
         failed=mx.array([-1, 0], mx.int32),
         scale=scale,
     )
+    # Only the state holds what is trained: a reference left behind would keep the first weights for the whole run.
+    working.update(tree_map(lambda p: mx.broadcast_to(mx.array(0, p.dtype), p.shape), params))
     schedule = schedule or warmup_decay(config.total_steps, warmup=o.warmup, decay=o.decay, shape=o.shape)
     return Run(sae, config, source, engine, schedule, state)
 
@@ -282,18 +284,24 @@ def _advance(run: Run) -> dict[str, mx.array] | None:
     _check_batch(run.sae, batch)
     x, y = _pair(batch)
     state = run.state
-    s_in, s_out = state.scale
-    scaled = x.astype(mx.float32) * s_in
-    target = scaled if y is x else y.astype(mx.float32) * s_out
+    scaled = _scaled(x, state.scale[0])
+    target = scaled if y is x else _scaled(y, state.scale[1])
+    n = x.shape[0]
+    del batch, x, y  # the scaled rows take their place
     base = run.config.optimizer.learning_rate or default_learning_rate(run.sae.d_sae)
     lr = base * run.schedule(state.step)
     arrays, metrics = run.engine.step(
         state.arrays, scaled, target, lr=lr, step=state.step, auxk=state.auxk_active
     )
-    run.state = replace(state, **arrays, step=state.step + 1, tokens=state.tokens + x.shape[0])
+    run.state = replace(state, **arrays, step=state.step + 1, tokens=state.tokens + n)
     del state  # the last reference to the old arrays: now the update may reuse their memory
     mx.async_eval(arrays, metrics)
     return metrics | {"lr": mx.array(lr)}
+
+
+def _scaled(a: mx.array, scale: float) -> mx.array:
+    a = a.astype(mx.float32)
+    return a if scale == 1.0 else a * scale
 
 
 def _look(run: Run) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlxsae.ops import Shadow
 from mlxsae.sae import SAE
 
 ACTIVATIONS, LOSS = 1, 2
@@ -29,6 +30,8 @@ class TrainState:
     step, tokens : steps done, tokens seen.
     auxk_active : whether the step computes AuxK. Read from the device every few steps, a part of the state so
         that a resumed run decides as the uninterrupted one.
+    shadow : the encoder's, in a certified run, once a step has made it. It follows from the parameters, so no
+        file holds it.
     """
 
     params: dict[str, Any]
@@ -39,10 +42,15 @@ class TrainState:
     tokens: int = 0
     scale: tuple[float, float] = (1.0, 1.0)
     auxk_active: bool = False
+    shadow: Shadow | None = None
 
     @property
     def arrays(self) -> dict[str, Any]:
         """The part that lives on the device, as one tree."""
+        return self._stored | ({} if self.shadow is None else {"shadow": self.shadow})
+
+    @property
+    def _stored(self) -> dict[str, Any]:
         return {
             "params": self.params,
             "optimizer": self.optimizer,
@@ -58,11 +66,11 @@ class TrainState:
             "scale": list(self.scale),
             "auxk_active": self.auxk_active,
         }
-        return host, flat(self.arrays)
+        return host, flat(self._stored)
 
     def from_files(self, host: dict[str, Any], arrays: dict[str, mx.array]) -> TrainState:
         """The state that :meth:`to_files` gave, for the same SAE and optimiser as this state."""
-        mine = flat(self.arrays)
+        mine = flat(self._stored)
         for name in sorted(mine.keys() | arrays.keys()):
             a, b = mine.get(name), arrays.get(name)
             if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
@@ -74,6 +82,7 @@ class TrainState:
         return replace(
             self,
             **tree,
+            shadow=None,
             step=host["step"],
             tokens=host["tokens"],
             scale=tuple(host["scale"]),

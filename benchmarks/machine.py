@@ -63,6 +63,17 @@ def describe(threads: int) -> dict:
     }
 
 
+def run_delay() -> float:
+    """Seconds that this process' threads have waited for a core, in all: somebody else had it. 0 where not told."""
+    waited = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            waited += int(task.read_text().split()[1])
+        except (OSError, IndexError, ValueError):
+            continue
+    return waited / 1e9
+
+
 def rss() -> int:
     """Resident bytes of this process, 0 where the system does not tell."""
     return _status("VmRSS")

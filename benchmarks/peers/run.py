@@ -33,6 +33,10 @@ PAUSE = 0.06
 """Seconds between turns: the idle threads of OpenBLAS and OpenMP spin for tens of milliseconds before they sleep."""
 
 
+DISTURBED = 0.03
+"""Part of a call for which its threads may wait for a core before it counts as disturbed by others."""
+
+
 class Player:
     """A worker process, spoken to in JSON lines."""
 
@@ -131,7 +135,7 @@ TURNS: tuple[tuple[str, str], ...] = (
 )
 
 
-def block(shape: str, peer: str, *, threads: int, rounds: int, quiet: float | None) -> dict:
+def block(shape: str, peer: str, *, threads: int, rounds: int, quiet: float | None, patience: int) -> dict:
     """One peer beside ours and all floors: every sample, in seconds, in the order of rounds."""
     with ExitStack() as stack:
         turns = (*TURNS, (peer, "step"))
@@ -141,6 +145,7 @@ def block(shape: str, peer: str, *, threads: int, rounds: int, quiet: float | No
         first = {name: players[name]("run", what="step", index=0)["loss"] for name in (*OURS, peer)}
         agreement = {name: compare_losses(name, first, SHAPES[shape]) for name in ("trainer", peer)}
         samples: dict[str, list] = {f"{who}: {what}": [] for who, what in turns}
+        waited: dict[str, list[float]] = {f"{who}: {what}": [] for who, what in turns}
         for who, what in turns:
             turn(players[who], what, 1)  # warm-up
         memory = {name: players[name]("memory") for name in (*OURS, peer) if made[name]["can_reset_peak"]}
@@ -148,8 +153,9 @@ def block(shape: str, peer: str, *, threads: int, rounds: int, quiet: float | No
         load = [round(v, 2) for v in os.getloadavg()]
         for index in range(2, 2 + rounds):
             for who, what in turns:
-                time.sleep(PAUSE)
-                samples[f"{who}: {what}"].append(turn(players[who], what, index))
+                value, part = turn(players[who], what, index, patience)
+                samples[f"{who}: {what}"].append(value)
+                waited[f"{who}: {what}"].append(part)
         return {
             "peer": peer,
             "rounds": rounds,
@@ -159,16 +165,34 @@ def block(shape: str, peer: str, *, threads: int, rounds: int, quiet: float | No
             "load_average": load,
             "date": machine.describe(threads)["date"],
             "samples": samples,
+            "waited": waited,
             "memory": memory,
         }
 
 
-def turn(who: Player, what: str, index: int) -> Any:
-    if what == "phases":
-        return {k: round(v, 6) for k, v in who("phases", index=index)["phases"].items()}
-    if what == "bandwidth":
-        return round(who("bandwidth")["bytes_per_second"] / 1e9, 2)
-    return round(who("run", what=what, index=index)["seconds"], 6)
+def turn(who: Player, what: str, index: int, patience: int = 0) -> tuple[Any, float]:
+    """One timed call, and what part of it its threads waited for a core.
+
+    A call that others disturbed (``DISTURBED``) is made again, up to ``patience`` times; the least disturbed one counts.
+    """
+    best: tuple[Any, float] = (None, float("inf"))
+    for attempt in range(1 + patience):
+        time.sleep(PAUSE)
+        if what == "phases":
+            answer = who("phases", index=index)
+        elif what == "bandwidth":
+            answer = who("bandwidth")
+        else:
+            answer = who("run", what=what, index=index + 1000 * attempt)
+        if answer["waited"] < best[1]:
+            best = rounded(answer["value"]), round(answer["waited"], 4)
+        if best[1] <= DISTURBED:
+            break
+    return best
+
+
+def rounded(value: float | dict[str, float]) -> float | dict[str, float]:
+    return {k: round(v, 6) for k, v in value.items()} if isinstance(value, dict) else round(value, 6)
 
 
 def compare_losses(peer: str, losses: dict[str, float], shape: Shape) -> dict:
@@ -186,7 +210,7 @@ def compare_losses(peer: str, losses: dict[str, float], shape: Shape) -> dict:
     return {"ours": losses["ours"], "peer": theirs, "relative_error": error, "compared": True}
 
 
-def scaling_block(threads: int, rounds: int, quiet: float | None) -> dict:
+def scaling_block(threads: int, rounds: int, quiet: float | None, patience: int) -> dict:
     """Four times the tokens, everything else as S1: the two steps in turns."""
     with player("trainer", "S1", threads) as small, player("trainer", "S1x4", threads) as large:
         for p in (small, large):
@@ -195,11 +219,13 @@ def scaling_block(threads: int, rounds: int, quiet: float | None) -> dict:
                 p("run", what="step", index=index)
         busy = wait_until_quiet(quiet)
         samples: dict[str, list[float]] = {"S1": [], "S1x4": []}
+        waited: dict[str, list[float]] = {"S1": [], "S1x4": []}
         for index in range(2, 2 + rounds):
             for name, p in (("S1", small), ("S1x4", large)):
-                time.sleep(PAUSE)
-                samples[name].append(turn(p, "step", index))
-        return {"rounds": rounds, "others_busy_cores": round(busy, 3), "samples": samples}
+                value, part = turn(p, "step", index, patience)
+                samples[name].append(value)
+                waited[name].append(part)
+        return {"rounds": rounds, "others_busy_cores": round(busy, 3), "samples": samples, "waited": waited}
 
 
 def gate(peer: str, threads: int) -> dict:
@@ -228,6 +254,9 @@ def main() -> None:
     parser.add_argument(
         "--quiet", type=float, default=None, help="begin a block only below so many busy cores"
     )
+    parser.add_argument(
+        "--patience", type=int, default=3, help="times to repeat a call that others disturbed"
+    )
     parser.add_argument("--no-gate", action="store_true", help="keep stored exactness and determinism")
     parser.add_argument("--scaling", action="store_true", help="also S1 with 4096 tokens against 1024")
     parser.add_argument(
@@ -244,7 +273,9 @@ def main() -> None:
     here = shapes.setdefault(arguments.shape, {"shape": SHAPES[arguments.shape]._asdict(), "blocks": {}})
     gates = results.setdefault("gate", {"shape": GATE_SHAPE, "peers": {}})["peers"]
     if arguments.scaling:
-        results["scaling"] = scaling_block(arguments.threads, arguments.rounds, arguments.quiet)
+        results["scaling"] = scaling_block(
+            arguments.threads, arguments.rounds, arguments.quiet, arguments.patience
+        )
         write(arguments.out, results)
     peers = [name for name in arguments.peers.split(",") if name]
     if not arguments.no_gate:
@@ -253,7 +284,12 @@ def main() -> None:
             write(arguments.out, results)
     for name in peers:
         done = block(
-            arguments.shape, name, threads=arguments.threads, rounds=arguments.rounds, quiet=arguments.quiet
+            arguments.shape,
+            name,
+            threads=arguments.threads,
+            rounds=arguments.rounds,
+            quiet=arguments.quiet,
+            patience=arguments.patience,
         )
         here["blocks"][name] = done
         write(arguments.out, results)

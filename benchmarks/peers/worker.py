@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,18 @@ class Worker:
     def run(self, what: str, index: int) -> dict:
         """Time one call on fresh activations."""
         x = self.contestant.batch(batch(self.shape, index))
-        start = time.perf_counter()
-        result = self.contestant.timed[what](x)
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "loss": result if isinstance(result, float) else None}
+        result, seconds, waited = _timed(lambda: self.contestant.timed[what](x))
+        return {"value": seconds, "waited": waited, "loss": result if isinstance(result, float) else None}
 
     def phases(self, index: int) -> dict:
-        return {"phases": self.contestant.phases(self.contestant.batch(batch(self.shape, index)))}
+        x = self.contestant.batch(batch(self.shape, index))
+        phases, _, waited = _timed(lambda: self.contestant.phases(x))
+        return {"value": phases, "waited": waited}
 
     def bandwidth(self) -> dict:
-        return {"bytes_per_second": self.contestant.bandwidth(), "native": self.contestant.native}
+        """GB/s."""
+        bandwidth, _, waited = _timed(self.contestant.bandwidth)
+        return {"value": bandwidth / 1e9, "waited": waited}
 
     def memory(self) -> dict:
         """Peak resident bytes of the steps so far: in all, and beyond libraries, parameters, two moments and the batch."""
@@ -86,6 +89,14 @@ class Worker:
         highest = np.where(taken, -np.inf, z - slack).max(axis=1)
         wrong = (taken.sum(axis=1) != self.shape.k) | (highest > lowest)
         return {"rows": int(wrong.size), "wrong_rows": int(wrong.sum())}
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Result, seconds, and what part of them this process' threads waited for a core."""
+    delay, start = machine.run_delay(), time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    return result, seconds, (machine.run_delay() - delay) / seconds
 
 
 def _load_libraries(packages: tuple[str, ...]) -> None:

@@ -108,7 +108,7 @@ class OurStep:
         # The state leaves self before it goes in: a second reference would make the update copy it.
         params, m, v = self.params, self.m, self.v
         del self.params, self.m, self.v
-        self.params, self.m, self.v, _ = ops.feature_update(
+        self.params, self.m, self.v, *_ = ops.feature_update(
             centred,
             terms,
             params,

@@ -181,7 +181,7 @@ BAD = {
     "k of zero": ({"k": 0}, 2, "at least 1"),
     "k over d_sae": ({"k": 513}, 1, "k must be in (0, d_sae]"),
     "unknown rule": ({"rule": "magic"}, 2, "must be one of topk"),
-    "precision not there": ({"precision": "bfloat16"}, 2, "must be float32"),
+    "precision not there": ({"precision": "bfloat16"}, 2, "must be float32 or certified"),
     "resume of nothing": ({"resume": True}, 1, "--resume needs a checkpoint"),
     "all held out": ({"heldout_fraction": 1.5}, 2, "below 1"),
     "no number": ({"learning_rate": "fast"}, 2, "must be a number"),

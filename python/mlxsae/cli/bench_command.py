@@ -40,11 +40,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     chosen = {
-        name: getattr(options, name) for name in ("n", "d_in", "d_sae", "k", "rule", "aux", "steps", "seed")
+        name: getattr(options, name)
+        for name in ("n", "d_in", "d_sae", "k", "rule", "precision", "aux", "steps", "seed")
     }
     measured = time_step(**chosen)
     facts = measured | {
-        "options": chosen | {"precision": options.precision},
+        "options": chosen,
         "versions": versions(),
         "device": device(),
     }

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from mlxsae.lm.hook_point import HookPoint
 from mlxsae.sae import RULES
 
-PRECISIONS = ("float32",)
-_PLANNED = ("certified", "bfloat16")
+PRECISIONS = ("float32", "certified")
+_PLANNED = ("bfloat16",)
 
 
 def whole(least: int = 1) -> Callable[[str], int]:

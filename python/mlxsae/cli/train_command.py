@@ -223,11 +223,11 @@ def _config(options: argparse.Namespace) -> SAEConfig:
         expansion_factor=options.expansion_factor,
         architecture=options.rule,
         k=options.k,
-        dtype=options.precision,
         train=TrainConfig(
             total_tokens=options.max_tokens,
             batch_size=options.batch_size,
             seed=options.seed,
+            precision=options.precision,
             checkpoint_every=options.checkpoint_every,
             log_every=max(1, min(100, -(-options.max_tokens // (20 * options.batch_size)))),
             optimizer=OptimizerConfig(learning_rate=options.learning_rate),

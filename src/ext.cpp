@@ -15,6 +15,7 @@ using namespace nb::literals;
 
 #define ARRAY "mlx.core.array"
 #define SHADOW "shadow: tuple[" ARRAY ", " ARRAY "] | None = None"
+#define OFFSETS "offsets: " ARRAY " | None = None"
 #define STREAM "stream: mlx.core.Stream | mlx.core.Device | None = None"
 
 NB_MODULE(_ext, m) {
@@ -48,25 +49,47 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(),
       nb::sig("def topk_encode_masked(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, mask: " ARRAY
               ", *, k: int, k_aux: int, " SHADOW ", " STREAM ") -> list[" ARRAY "]"));
+  m.def(
+      "batch_topk_encode",
+      [](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
+         const std::optional<mx::array>& hint, mx::StreamOrDevice stream) {
+        auto [code, threshold] = mlxsae::batch_topk_encode(x, w_enc, b_enc, k, hint, stream);
+        return std::vector<mx::array>{code.values, code.indices, code.offsets, threshold};
+      },
+      "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a, "hint"_a = nb::none(), "stream"_a = nb::none(),
+      nb::sig("def batch_topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, hint: " ARRAY
+              " | None = None, " STREAM ") -> list[" ARRAY "]"));
+  m.def(
+      "threshold_encode",
+      [](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, const mx::array& threshold,
+         int capacity, mx::StreamOrDevice stream) {
+        auto [code, count] = mlxsae::threshold_encode(x, w_enc, b_enc, threshold, capacity, stream);
+        return std::vector<mx::array>{code.values, code.indices, code.offsets, count};
+      },
+      "x"_a, "w_enc"_a, "b_enc"_a.none(), "threshold"_a, nb::kw_only(), "capacity"_a, "stream"_a = nb::none(),
+      nb::sig("def threshold_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, threshold: " ARRAY
+              ", *, capacity: int, " STREAM ") -> list[" ARRAY "]"));
   m.def("sparse_decode", &mlxsae::sparse_decode, "values"_a, "indices"_a, "w_dec"_a, "b_dec"_a.none(), nb::kw_only(),
-        "stream"_a = nb::none(),
+        "offsets"_a = nb::none(), "stream"_a = nb::none(),
         nb::sig("def sparse_decode(values: " ARRAY ", indices: " ARRAY ", w_dec: " ARRAY ", b_dec: " ARRAY
-                " | None, *, " STREAM ") -> " ARRAY));
-  m.def("gather_dot", &mlxsae::gather_dot, "rows"_a, "weight"_a, "indices"_a, nb::kw_only(), "stream"_a = nb::none(),
-        nb::sig("def gather_dot(rows: " ARRAY ", weight: " ARRAY ", indices: " ARRAY ", *, " STREAM ") -> " ARRAY));
-  m.def("sparse_outer", &mlxsae::sparse_outer, "values"_a, "indices"_a, "rows"_a, nb::kw_only(), "d_sae"_a,
+                " | None, *, " OFFSETS ", " STREAM ") -> " ARRAY));
+  m.def("gather_dot", &mlxsae::gather_dot, "rows"_a, "weight"_a, "indices"_a, nb::kw_only(), "offsets"_a = nb::none(),
         "stream"_a = nb::none(),
-        nb::sig("def sparse_outer(values: " ARRAY ", indices: " ARRAY ", rows: " ARRAY ", *, d_sae: int, " STREAM
+        nb::sig("def gather_dot(rows: " ARRAY ", weight: " ARRAY ", indices: " ARRAY ", *, " OFFSETS ", " STREAM
                 ") -> " ARRAY));
+  m.def("sparse_outer", &mlxsae::sparse_outer, "values"_a, "indices"_a, "rows"_a, nb::kw_only(), "d_sae"_a,
+        "offsets"_a = nb::none(), "stream"_a = nb::none(),
+        nb::sig("def sparse_outer(values: " ARRAY ", indices: " ARRAY ", rows: " ARRAY ", *, d_sae: int, " OFFSETS
+                ", " STREAM ") -> " ARRAY));
   m.def("tokens_since_fired", &mlxsae::tokens_since_fired, "tokens_since_fired"_a, "values"_a, "indices"_a,
-        nb::kw_only(), "n_tokens"_a, "stream"_a = nb::none(),
+        nb::kw_only(), "n_tokens"_a, "offsets"_a = nb::none(), "stream"_a = nb::none(),
         nb::sig("def tokens_since_fired(tokens_since_fired: " ARRAY ", values: " ARRAY ", indices: " ARRAY
-                ", *, n_tokens: int, " STREAM ") -> " ARRAY));
+                ", *, n_tokens: int, " OFFSETS ", " STREAM ") -> " ARRAY));
 
   m.def("decode_residual", &mlxsae::decode_residual, "values"_a, "indices"_a, "w_dec"_a, "target"_a, "b_dec"_a.none(),
-        nb::kw_only(), "stream"_a = nb::none(),
+        nb::kw_only(), "offsets"_a = nb::none(), "stream"_a = nb::none(),
         nb::sig("def decode_residual(values: " ARRAY ", indices: " ARRAY ", w_dec: " ARRAY ", target: " ARRAY
-                ", b_dec: " ARRAY " | None, *, " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
+                ", b_dec: " ARRAY " | None, *, " OFFSETS ", " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
   m.def(
       "feature_update",
       [shadow_of](const mx::array& x, const mx::array& loss, const std::vector<std::vector<mx::array>>& terms,
@@ -75,7 +98,10 @@ NB_MODULE(_ext, m) {
                   bool project_decoder, bool normalize_decoder, bool b_dec_to_input, float clip_norm,
                   const Pair& shadow, mx::StreamOrDevice stream) {
         std::vector<mlxsae::UpdateTerm> list;
-        for (auto& t : terms) list.push_back({t.at(0), t.at(1), t.at(2), t.at(3)});
+        for (auto& t : terms) {
+          list.push_back({t.at(0), t.at(1), t.at(2), t.at(3)});
+          if (t.size() > 4) list.back().offsets = t[4];
+        }
         return mlxsae::feature_update(
             x, loss, list, params, m, v,
             {lr, beta1, beta2, eps, step, project_decoder, normalize_decoder, b_dec_to_input, clip_norm},
@@ -84,8 +110,8 @@ NB_MODULE(_ext, m) {
       "x"_a, "loss"_a, "terms"_a, "params"_a, "m"_a, "v"_a, nb::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
       "step"_a, "project_decoder"_a, "normalize_decoder"_a, "b_dec_to_input"_a, "clip_norm"_a, "shadow"_a = nb::none(),
       "stream"_a = nb::none(),
-      nb::sig("def feature_update(x: " ARRAY ", loss: " ARRAY ", terms: list[tuple[" ARRAY ", " ARRAY ", " ARRAY
-              ", " ARRAY "]], params: list[" ARRAY "], m: list[" ARRAY "], v: list[" ARRAY
+      nb::sig("def feature_update(x: " ARRAY ", loss: " ARRAY ", terms: list[tuple[" ARRAY
+              ", ...]], params: list[" ARRAY "], m: list[" ARRAY "], v: list[" ARRAY
               "], *, lr: float, beta1: float, beta2: float, eps: float, step: int, project_decoder: bool, "
               "normalize_decoder: bool, b_dec_to_input: bool, clip_norm: float, " SHADOW ", " STREAM ") -> list[" ARRAY
               "]"));

@@ -20,6 +20,39 @@ def topk_encode(x, w_enc, b_enc, k):
     return np.maximum(np.take_along_axis(z, indices, 1), 0), indices, z
 
 
+def compressed(kept, z):
+    """(values, indices, offsets) of the entries of z that are kept, by row and feature."""
+    rows, indices = np.nonzero(kept)
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(1))]).astype(np.int64)
+    return z[rows, indices], indices, offsets
+
+
+def batch_topk_encode(x, w_enc, b_enc, k):
+    """(values, indices, offsets, threshold, z): the k * n largest after relu, ties to the lowest place, only positive ones."""
+    z = pre_acts(x, w_enc, b_enc)
+    f = np.maximum(z, 0)
+    kept = np.zeros(z.size, bool)
+    kept[np.argsort(-f, axis=None, kind="stable")[: k * z.shape[0]]] = True
+    kept = kept.reshape(z.shape) & (f > 0)
+    return *compressed(kept, z), z[kept].min() if kept.any() else 0.0, z
+
+
+def threshold_encode(x, w_enc, b_enc, threshold):
+    z = pre_acts(x, w_enc, b_enc)
+    return compressed((z > threshold) & (z > 0), z)
+
+
+def csr_to_slots(values, indices, offsets):
+    """The same code with as many slots for each row as the longest needs."""
+    lengths = np.diff(offsets)
+    k = int(lengths.max(initial=1))
+    v, i = np.zeros((len(lengths), k)), np.zeros((len(lengths), k), np.int64)
+    for t, m in enumerate(lengths):
+        v[t, :m] = values[offsets[t] : offsets[t + 1]]
+        i[t, :m] = indices[offsets[t] : offsets[t + 1]]
+    return v, i
+
+
 def float32_error_bound(x, w_enc, b_enc):
     """Largest error of a float32 dot product of this length, for each row and feature: gamma_{d+1} * |x| . |w|."""
     d = x.shape[1]

@@ -239,6 +239,8 @@ def test_backends_tell_what_runs():
     table = ops.backends()
     assert set(table) == {
         "topk_encode",
+        "batch_topk_encode",
+        "threshold_encode",
         "sparse_decode",
         "gather_dot",
         "sparse_outer",

@@ -25,9 +25,17 @@ void parallel_ranges(int64_t n, int64_t least, const std::function<void(int64_t,
   parallel_for(parts, [&](int64_t i, int) { task(n * i / parts, n * (i + 1) / parts); });
 }
 
-void check_indices(const char* op, const uint32_t* indices, int64_t n, int64_t d_sae) {
+void check_code(const char* op, const Code& code, int64_t d_sae) {
+  if (code.offsets) {
+    bool ordered = code.offsets[0] == 0 && code.size() <= code.room;
+    for (int64_t t = 0; t < code.n; ++t) ordered &= code.offsets[t] <= code.offsets[t + 1];
+    if (!ordered)
+      throw std::out_of_range(std::string("[") + op + "] offsets must ascend from 0 to at most nnz=" +
+                              std::to_string(code.room) + " but do not.");
+  }
   uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, indices[i]);
+  int64_t n = code.size();
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, code.indices[i]);
   if (n > 0 && largest >= d_sae)
     throw std::out_of_range(std::string("[") + op + "] indices must be below d_sae=" + std::to_string(d_sae) +
                             " but got " + std::to_string(largest) + ".");
@@ -51,7 +59,7 @@ float value_at(const Code& c, int64_t i) {
 }  // namespace
 
 Grouped::Grouped(const Code& c, int64_t d_sae) : starts_(d_sae + 2, 0) {
-  int64_t nnz = c.offsets ? c.offsets[c.n] : c.n * c.k;
+  int64_t nnz = c.size();
   rows_ = std::make_unique_for_overwrite<uint32_t[]>(nnz + 1);
   values_ = std::make_unique_for_overwrite<float[]>(nnz + 1);
   rows_[nnz] = 0;  // a row to prefetch after the last

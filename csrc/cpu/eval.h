@@ -13,13 +13,14 @@ inline Type type_of(const mx::array& a) {
   return a.dtype() == mx::float32 ? Type::f32 : a.dtype() == mx::float16 ? Type::f16 : Type::bf16;
 }
 inline Rows rows_of(const mx::array& a) { return {a.data<char>(), type_of(a), a.shape(0), a.shape(1)}; }
-inline Code code_of(const mx::array* values, const mx::array& indices) {
+inline Code code_of(const mx::array* values, const mx::array& indices, const mx::array* offsets) {
   return {values ? values->data<char>() : nullptr,
           values ? type_of(*values) : Type::f32,
           indices.data<uint32_t>(),
-          nullptr,
-          indices.shape(0),
-          indices.shape(1)};
+          offsets ? offsets->data<int64_t>() : nullptr,
+          offsets ? offsets->shape(0) - 1 : indices.shape(0),
+          offsets ? 0 : indices.shape(1),
+          static_cast<int64_t>(indices.size())};
 }
 
 /** Memory for an output; large ones ask for large pages, which the walks over weights gain from. */
@@ -40,8 +41,9 @@ void dispatch(mx::Stream s, const Arrays& inputs, Arrays& outputs, Task task) {
 /** parallel_for over [0, n) in ranges: several for each thread, of at least `least` items. */
 void parallel_ranges(int64_t n, int64_t least, const std::function<void(int64_t begin, int64_t end)>& task);
 
-/** Throws std::out_of_range unless every index is below d_sae. */
-void check_indices(const char* op, const uint32_t* indices, int64_t n, int64_t d_sae);
+/** Throws std::out_of_range unless the rows lie within the code, one after the other, and every index is below d_sae.
+ */
+void check_code(const char* op, const Code& code, int64_t d_sae);
 
 /** The entries of a code, counted and sorted by feature (a counting sort: stable, so rows ascend in each feature). */
 class Grouped {

@@ -13,7 +13,7 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (auto& out : outputs)
     if (&out.inputs() != &inputs) out.inputs().clear();
 
-  size_t first = 2 + 4 * n_terms_;
+  size_t n_terms = csr_.size(), first = place_of_offsets(csr_, n_terms);
   std::vector<std::tuple<char*, const char*, size_t>> copies;
   for (size_t i = 0; i < outputs.size(); ++i) {
     if (i == 12) {
@@ -35,9 +35,11 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     const float* scale;
   };
   std::vector<TermData> terms;
-  for (int q = 0; q < n_terms_; ++q)
-    terms.push_back({inputs[2 + 4 * q].data<float>(), cpu::code_of(&inputs[3 + 4 * q], inputs[4 + 4 * q]),
+  for (size_t q = 0; q < n_terms; ++q) {
+    const auto* offsets = csr_[q] ? &inputs[place_of_offsets(csr_, q)] : nullptr;
+    terms.push_back({inputs[2 + 4 * q].data<float>(), cpu::code_of(&inputs[3 + 4 * q], inputs[4 + 4 * q], offsets),
                      inputs[5 + 4 * q].data<float>()});
+  }
   auto param = [&](int i) {
     return cpu::Param{outputs[i].data<float>(), outputs[4 + i].data<float>(), outputs[8 + i].data<float>()};
   };
@@ -57,7 +59,7 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
         std::vector<cpu::Grouped> grouped;
         std::vector<cpu::Term> walk;
         for (auto& t : terms) {
-          cpu::check_indices("feature_update", t.code.indices, t.code.n * t.code.k, d_sae);
+          cpu::check_code("feature_update", t.code, d_sae);
           grouped.emplace_back(t.code, d_sae);
           walk.push_back({grouped.back().view(), t.residual, *t.scale});
         }

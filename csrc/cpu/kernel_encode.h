@@ -151,6 +151,7 @@ struct Lists {
     counts[t] = static_cast<int32_t>(k);
     bound[t] = from_key(b);
   }
+  MLXSAE_INLINE vf bound_of(int64_t t, int32_t) const { return load(bound + t); }
   MLXSAE_INLINE void add(int64_t t, float v, int32_t feature) {
     int64_t c = counts[t]++;
     keys[t * stride + c] = to_key(v);
@@ -159,14 +160,15 @@ struct Lists {
   }
 };
 
-template <int NV>
-__attribute__((noinline)) void emit(Lists& lists, int64_t t0, int32_t feature, const vf* a) {
+/** Hands to `to` what exceeds its bounds, of one feature's pre-activations of NV vectors of tokens. */
+template <int NV, class To>
+__attribute__((noinline)) void emit(To& to, int64_t t0, int32_t feature, const vf* a) {
   for (int v = 0; v < NV; ++v) {
-    uint32_t mask = not_le(a[v], load(lists.bound + t0 + v * kLanes));
+    uint32_t mask = not_le(a[v], to.bound_of(t0 + v * kLanes, feature));
     while (mask) {
       int lane = __builtin_ctz(mask);
       mask &= mask - 1;
-      lists.add(t0 + v * kLanes + lane, a[v][lane], feature);
+      to.add(t0 + v * kLanes + lane, a[v][lane], feature);
     }
   }
 }
@@ -175,6 +177,30 @@ __attribute__((noinline)) void emit(Lists& lists, int64_t t0, int32_t feature, c
 struct Selection {
   Lists main, aux;
   const bool* mask;  // [d_sae] or null
+
+  MLXSAE_INLINE vf bound_of(int64_t t, int32_t feature) const { return main.bound_of(t, feature); }
+  MLXSAE_INLINE bool masked(int32_t feature) const { return mask && mask[feature]; }
+  template <int NV>
+  MLXSAE_INLINE void take(bool any, bool masked, int64_t t0, int32_t feature, const vf* row) {
+    if (any) emit<NV>(main, t0, feature, row);
+    if (masked) emit<NV>(aux, t0, feature, row);
+  }
+};
+
+/** Every pre-activation above a bound, handed out one by one (Above). */
+struct Hits {
+  const Above& e;
+  int64_t n;  // tokens; lanes past them are padding
+
+  MLXSAE_INLINE vf bound_of(int64_t, int32_t feature) const { return splat(e.bounds ? e.bounds[feature] : e.bound); }
+  MLXSAE_INLINE bool masked(int32_t) const { return false; }
+  MLXSAE_INLINE void add(int64_t t, float v, int32_t feature) {
+    if (t < n) e.take(e.self, e.t0 + t, feature, v);
+  }
+  template <int NV>
+  MLXSAE_INLINE void take(bool, bool, int64_t t0, int32_t feature, const vf* row) {
+    emit<NV>(*this, t0, feature, row);
+  }
 };
 
 /**
@@ -184,9 +210,9 @@ struct Selection {
  * them, so that the chain of additions is that of one pass. Not inlined: it needs all registers. `ahead`: rows that
  * will be needed next, or null.
  */
-template <int MR, int NV, bool kFirst, bool kLast>
+template <int MR, int NV, bool kFirst, bool kLast, class S>
 __attribute__((noinline)) void tile(const float* w, int64_t ldw, const float* panel, int64_t depth, const float* bias,
-                                    const float* ahead, float* carry, Selection& out, int64_t t0, int32_t feature) {
+                                    const float* ahead, float* carry, S& out, int64_t t0, int32_t feature) {
   vf acc[MR][NV];
   MLXSAE_UNROLL for (int i = 0; i < MR; ++i) {
     MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = kFirst ? vf{} : load(carry + (i * NV + v) * kLanes);
@@ -221,13 +247,12 @@ __attribute__((noinline)) void tile(const float* w, int64_t ldw, const float* pa
       vf b = splat(bias[feature + i]);
       MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] += b;
     }
-    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) any |= any_not_le(acc[i][v], load(out.main.bound + t0 + v * kLanes));
-    bool masked = out.mask && out.mask[feature + i];
+    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) any |= any_not_le(acc[i][v], out.bound_of(t0 + v * kLanes, feature + i));
+    bool masked = out.masked(feature + i);
     if (__builtin_expect(any | masked, 0)) {
       vf row[NV];  // a copy: the accumulators themselves have no address, or they would leave the registers
       MLXSAE_UNROLL for (int v = 0; v < NV; ++v) row[v] = acc[i][v];
-      if (any) emit<NV>(out.main, t0, feature + i, row);
-      if (masked) emit<NV>(out.aux, t0, feature + i, row);
+      out.template take<NV>(any, masked, t0, feature + i, row);
     }
   }
 }
@@ -263,8 +288,8 @@ struct Block {
 };
 
 /** MR features against every panel. */
-template <int MR, int NV, class TW>
-MLXSAE_INLINE void scan_rows(const TW* w, const Block& b, const float* bias, int64_t f, int64_t f1, Selection& out) {
+template <int MR, int NV, class TW, class S>
+MLXSAE_INLINE void scan_rows(const TW* w, const Block& b, const float* bias, int64_t f, int64_t f1, S& out) {
   constexpr int W = NV * kLanes;
   constexpr bool direct = sizeof(TW) == 4;
   const float* rows;
@@ -282,9 +307,9 @@ MLXSAE_INLINE void scan_rows(const TW* w, const Block& b, const float* bias, int
 }
 
 /** One depth of the features [f, f1) against one panel of a wide input. */
-template <int MR, int NV, bool kFirst, bool kLast, class TW>
+template <int MR, int NV, bool kFirst, bool kLast, class TW, class S>
 inline void scan_depth(const TW* w, const Block& b, const float* bias, int64_t f, int64_t f1, int64_t p, int64_t c0,
-                       int64_t depth, Selection& out) {
+                       int64_t depth, S& out) {
   constexpr int W = NV * kLanes;
   const float* panel = b.packed + (p * b.d + c0) * W;
   float* carry = b.carry;
@@ -307,8 +332,8 @@ inline void scan_depth(const TW* w, const Block& b, const float* bias, int64_t f
 }
 
 /** All features [f0, f1) against the packed tokens. */
-template <int MR, int NV, class TW>
-inline void scan(const TW* w, const Block& b, const float* bias, int64_t f0, int64_t f1, Selection& out) {
+template <int MR, int NV, class TW, class S>
+inline void scan(const TW* w, const Block& b, const float* bias, int64_t f0, int64_t f1, S& out) {
   if (b.d <= kDepth) {
     int64_t f = f0;
     for (; f + MR <= f1; f += MR) scan_rows<MR, NV>(w, b, bias, f, f1, out);
@@ -324,6 +349,17 @@ inline void scan(const TW* w, const Block& b, const float* bias, int64_t f0, int
       scan_depth<MR, NV, false, true>(w, b, bias, f, end, p, c, b.d - c, out);
     }
   }
+}
+
+/** `n` tokens, given by number, packed into `memory`. */
+template <int MR, int NV, class TW>
+inline Block pack_block(const Rows& x, const int64_t* tokens, int64_t n, Scratch& memory) {
+  constexpr int W = NV * kLanes;
+  int64_t d = x.d, panels = (n + W - 1) / W, padded = panels * W;
+  int64_t converted = sizeof(TW) == 4 ? 0 : MR * d, carry = d > kDepth ? kCarried * W : 0;
+  float* packed = memory.get<float>(padded * d + converted + carry);
+  with_type(x.type, [&]<class TX>(TX) { pack<W>(static_cast<const TX*>(x.data), d, tokens, n, packed); });
+  return {packed, panels, d, packed + padded * d, packed + padded * d + converted};
 }
 
 /** Memory of one collection, kept for the next task of the same thread. */
@@ -354,12 +390,9 @@ inline void finish(Lists& lists, int64_t n) {
 /** The lists of `n` tokens over all of [f0, f1). With `guess`, some may end with fewer than k: they must be redone. */
 template <int MR, int NV, class TW>
 inline void collect(const Encode& e, const int64_t* tokens, int64_t n, bool guess, Room& room, Selection& out) {
-  constexpr int W = NV * kLanes;
-  int64_t d = e.x.d, panels = (n + W - 1) / W, padded = panels * W, f_total = e.f1 - e.f0;
-  int64_t converted = sizeof(TW) == 4 ? 0 : MR * d, carry = d > kDepth ? kCarried * W : 0;
-  float* packed = room.packed.get<float>(padded * d + converted + carry);
-  with_type(e.x.type, [&]<class TX>(TX) { pack<W>(static_cast<const TX*>(e.x.data), d, tokens, n, packed); });
-  Block block{packed, panels, d, packed + padded * d, packed + padded * d + converted};
+  int64_t f_total = e.f1 - e.f0;
+  Block block = pack_block<MR, NV, TW>(e.x, tokens, n, room.packed);
+  int64_t padded = block.panels * NV * kLanes;
 
   prepare(out.main, e.k, f_total, n, padded, room.ints[0], room.bounds[0]);
   out.mask = e.mask;
@@ -476,6 +509,26 @@ inline void encode(const Encode& e) {
       encode_block<12, 1, TW>(e);
     else
       encode_block<kTileFeatures, kTileVectors, TW>(e);
+  });
+}
+
+template <int MR, int NV, class TW>
+inline void above_block(const Above& e) {
+  static thread_local Scratch packed, token_mem;
+  int64_t n = e.t1 - e.t0;
+  int64_t* tokens = token_mem.get<int64_t>(n);
+  for (int64_t t = 0; t < n; ++t) tokens[t] = e.t0 + t;
+  Block block = pack_block<MR, NV, TW>(e.x, tokens, n, packed);
+  Hits out{e, n};
+  scan<MR, NV>(static_cast<const TW*>(e.w.data), block, e.bias, e.f0, e.f1, out);
+}
+
+inline void above(const Above& e) {
+  with_type(e.w.type, [&]<class TW>(TW) {
+    if (e.t1 - e.t0 <= kLanes)
+      above_block<12, 1, TW>(e);
+    else
+      above_block<kTileFeatures, kTileVectors, TW>(e);
   });
 }
 

@@ -22,6 +22,7 @@ const Kernels& table() {
       .token_block = 2 * kTileVectors * kLanes,
       .encode = encode,
       .merge = merge,
+      .above = above,
       .decode = decode,
       .gather_dot = gather_dot,
       .outer = outer,

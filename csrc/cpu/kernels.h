@@ -20,8 +20,11 @@ struct Code {
   const void* values;  // null: every value is 1
   Type type;
   const uint32_t* indices;
-  const int64_t* offsets;  // null: k per row
+  const int64_t* offsets;  // [n + 1]; null: k per row
   int64_t n, k;
+  int64_t room;  // length of values and indices; entries past the last row are unused
+
+  int64_t size() const { return offsets ? offsets[n] : n * k; }
 };
 
 /** Where codes go: values and indices [n, k]; or, of a part of the features, candidates to be merged. */
@@ -45,6 +48,20 @@ struct Encode {
   int64_t k_aux;
   int64_t t0, t1, f0, f1;
   Codes out, aux;
+};
+
+/**
+ * Every pre-activation of the tokens [t0, t1) and the features [f0, f1) that is not <= its bound goes to
+ * take(self, token, feature, value); those of one token come in ascending order of the feature.
+ */
+struct Above {
+  Rows x, w;
+  const float* bias;    // [d_sae] or null
+  const float* bounds;  // [d_sae], or null: `bound` for all
+  float bound;
+  int64_t t0, t1, f0, f1;
+  void* self;
+  void (*take)(void* self, int64_t token, int64_t feature, float value);
 };
 
 /** Merges the candidates of `parts` feature ranges, [parts, n, room] in ascending order, into the codes of [t0, t1). */
@@ -124,6 +141,7 @@ struct Kernels {
 
   void (*encode)(const Encode&);
   void (*merge)(const Merge&);
+  void (*above)(const Above&);
   /** out[t] = bias + sum_i values[t, i] * w[indices[t, i]] for t in [t0, t1), in the order of the slots. */
   void (*decode)(const Code&, const Rows& w, const void* bias, Type bias_type, void* out, Type out_type, int64_t t0,
                  int64_t t1);

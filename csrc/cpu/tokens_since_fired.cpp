@@ -14,9 +14,9 @@ void TokensSinceFired::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     cpu::allocate(out);
   cpu::dispatch(stream(), inputs, outputs,
                 [from = inputs[0].data<int32_t>(), to = out.data<int32_t>(), d_sae = int64_t{out.shape(0)},
-                 code = cpu::code_of(&inputs[1], inputs[2]), n_tokens = n_tokens_] {
-                  int64_t entries = code.n * code.k;
-                  cpu::check_indices("tokens_since_fired", code.indices, entries, d_sae);
+                 code = cpu::code_of(&inputs[1], inputs[2], csr_ ? &inputs.back() : nullptr), n_tokens = n_tokens_] {
+                  cpu::check_code("tokens_since_fired", code, d_sae);
+                  int64_t entries = code.size();
                   for (int64_t j = 0; j < d_sae; ++j)
                     to[j] = from[j] > INT32_MAX - n_tokens ? INT32_MAX : from[j] + n_tokens;
                   auto mark = [&](auto fired) {

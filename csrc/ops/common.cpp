@@ -8,16 +8,28 @@
 
 namespace mlxsae {
 
-mx::array check_code(const char* op, const mx::array* values, const mx::array& indices, mx::Stream s) {
+Checked check_code(const char* op, const mx::array* values, const mx::array& indices,
+                   const std::optional<mx::array>& offsets, mx::Stream s) {
   if (!mx::issubdtype(indices.dtype(), mx::integer))
     fail(op, "indices must be integers but got ", indices.dtype(), ".");
-  if (indices.ndim() != 2) fail(op, "indices must have shape [n, k] but got ", indices.shape(), ".");
+  if (!offsets && indices.ndim() != 2) fail(op, "indices must have shape [n, k] but got ", indices.shape(), ".");
+  if (offsets) {
+    if (indices.ndim() != 1)
+      fail(op, "indices must have shape [nnz] where there are offsets but got ", indices.shape(), ".");
+    if (!mx::issubdtype(offsets->dtype(), mx::integer) || offsets->ndim() != 1 || offsets->size() == 0)
+      fail(op, "offsets must be integers of shape [n + 1] but got ", offsets->dtype(), " ", offsets->shape(), ".");
+  }
   if (values) {
     check_float(op, "values", *values);
     if (values->shape() != indices.shape())
       fail(op, "values and indices must have one shape but got ", values->shape(), " and ", indices.shape(), ".");
   }
-  return mx::astype(indices, mx::uint32, s);
+  Checked code{mx::astype(indices, mx::uint32, s), std::nullopt, indices.shape(0)};
+  if (offsets) {
+    code.offsets = mx::stop_gradient(mx::astype(*offsets, mx::int64, s), s);
+    code.n = offsets->shape(0) - 1;
+  }
+  return code;
 }
 
 void FusedPrimitive::eval_gpu(const Arrays&, Arrays&) {
@@ -44,6 +56,25 @@ Arrays FusedPrimitive::vjp(const Arrays& primals, const Arrays& cotangents, cons
 
 std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   auto outputs = mx::vmap(graph_, axes)(inputs);
+  return {outputs, std::vector<int>(outputs.size(), 0)};
+}
+
+std::pair<Arrays, std::vector<int>> vmap_each(const FusedPrimitive::Graph& f, const Arrays& inputs,
+                                              const std::vector<int>& axes, mx::Stream s) {
+  int batch = 0;
+  for (size_t i = 0; i < axes.size(); ++i)
+    if (axes[i] >= 0) batch = inputs[i].shape(axes[i]);
+  std::vector<Arrays> results;  // [output][element]
+  for (int b = 0; b < batch; ++b) {
+    Arrays one;
+    for (size_t i = 0; i < axes.size(); ++i)
+      one.push_back(axes[i] >= 0 ? mx::take(inputs[i], b, axes[i], s) : inputs[i]);
+    auto out = f(one);
+    results.resize(out.size());
+    for (size_t q = 0; q < out.size(); ++q) results[q].push_back(out[q]);
+  }
+  Arrays outputs;
+  for (auto& r : results) outputs.push_back(mx::stack(r, 0, s));
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 

@@ -37,8 +37,16 @@ inline void check_vector(const char* op, const char* name, const mx::array& a, i
   if (a.ndim() != 1 || a.shape(0) != size)
     fail(op, name, " must have shape [", size_name, "] = [", size, "] but got ", a.shape(), ".");
 }
-/** values [n, k] and indices [n, k] of a code; returns the indices as uint32. */
-mx::array check_code(const char* op, const mx::array* values, const mx::array& indices, mx::Stream s);
+/** A code that has been looked at: indices as uint32, offsets as int64 where there are any, and the number of its rows.
+ */
+struct Checked {
+  mx::array indices;
+  std::optional<mx::array> offsets;
+  int n;
+};
+/** values and indices [n, k]; or, with offsets [n + 1], [nnz]. */
+Checked check_code(const char* op, const mx::array* values, const mx::array& indices,
+                   const std::optional<mx::array>& offsets, mx::Stream s);
 
 /** What an eval sees: row-contiguous arrays. A transposed view of a feature-major array is recognised, not copied. */
 inline mx::array normal(const mx::array& a, mx::Stream s) { return mx::contiguous(a, false, s); }
@@ -62,6 +70,27 @@ class FusedPrimitive : public mx::Primitive {
  protected:
   Graph graph_;
 };
+
+/** A primitive on a code. Where the code is in compressed rows, its offsets are the last input. */
+class CodePrimitive : public FusedPrimitive {
+ public:
+  CodePrimitive(mx::Stream s, Graph graph, bool csr) : FusedPrimitive(s, std::move(graph)), csr_(csr) {}
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return static_cast<const CodePrimitive&>(other).csr_ == csr_;
+  }
+
+ protected:
+  std::optional<mx::array> offsets_of(const Arrays& in) const { return csr_ ? std::optional(in.back()) : std::nullopt; }
+  /** Input i, if there is one before the offsets. */
+  std::optional<mx::array> optional(const Arrays& in, size_t i) const {
+    return i + csr_ < in.size() ? std::optional(in[i]) : std::nullopt;
+  }
+  bool csr_;
+};
+
+/** vmap, one element of the batch after the other: for ops whose batch is no bigger problem of the same kind. */
+std::pair<Arrays, std::vector<int>> vmap_each(const FusedPrimitive::Graph& f, const Arrays& inputs,
+                                              const std::vector<int>& axes, mx::Stream s);
 
 /** Does `op` have a kernel of its own on this device? Defined by the backends that are built in. */
 bool has_kernel(const char* op, mx::Device device);

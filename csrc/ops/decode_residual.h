@@ -4,14 +4,14 @@
 
 namespace mlxsae {
 
-/** Inputs values, indices, w_dec, target[, b_dec], all float32; outputs residual, square. Derivatives by the graph. */
-class DecodeResidual : public FusedPrimitive {
+/** Inputs values, indices, w_dec, target[, b_dec][, offsets], floats all float32; outputs residual, square. Derivatives
+ * by the graph. */
+class DecodeResidual : public CodePrimitive {
  public:
-  using FusedPrimitive::FusedPrimitive;
+  using CodePrimitive::CodePrimitive;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   const char* name() const override { return "DecodeResidual"; }
-  bool is_equivalent(const mx::Primitive&) const override { return true; }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[3].shape(), {in[3].shape(0)}}; }
 };
 

@@ -6,24 +6,27 @@ namespace mlxsae {
 namespace {
 
 /** The definition in plain MLX ops, with dense gradients. */
-Arrays graph(const Arrays& in, int n_terms, const UpdateOptions& o, mx::Stream s) {
+Arrays graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions& o, mx::Stream s) {
   const auto &x = in[0], &loss = in[1];
-  Arrays p(in.begin() + 2 + 4 * n_terms, in.end());
+  size_t n_terms = csr.size();
+  Arrays p(in.begin() + FeatureUpdate::place_of_offsets(csr, n_terms), in.end());
   const auto &w_enc = p[0], &w_dec = p[2];
   int d_sae = w_enc.shape(0);
   auto d_enc = mx::zeros_like(w_enc, s), d_dec = mx::zeros_like(w_dec, s),
        d_bias = mx::zeros({d_sae, 1}, mx::float32, s);
   auto ones = mx::ones({x.shape(0), 1}, mx::float32, s);
   auto d_b_dec = mx::multiply(mx::sum(in[2], 0, false, s), in[5], s);
-  for (int q = 0; q < n_terms; ++q) {
+  for (size_t q = 0; q < n_terms; ++q) {
+    std::optional<mx::array> offsets;
+    if (csr[q]) offsets = in[FeatureUpdate::place_of_offsets(csr, q)];
     const auto &residual = in[2 + 4 * q], &values = in[3 + 4 * q], &indices = in[4 + 4 * q], &scale = in[5 + 4 * q];
     auto used = mx::logical_not(mx::less_equal(values, mx::array(0.0f), s), s);
     auto v = mx::where(used, values, mx::array(0.0f), s);
     auto g = mx::multiply(residual, scale, s);
-    auto dz = mx::where(used, gather_dot(g, w_dec, indices, s), mx::array(0.0f), s);
-    d_dec = mx::add(d_dec, sparse_outer(v, indices, g, d_sae, s), s);
-    d_enc = mx::add(d_enc, sparse_outer(dz, indices, x, d_sae, s), s);
-    d_bias = mx::add(d_bias, sparse_outer(dz, indices, ones, d_sae, s), s);
+    auto dz = mx::where(used, gather_dot(g, w_dec, indices, offsets, s), mx::array(0.0f), s);
+    d_dec = mx::add(d_dec, sparse_outer(v, indices, g, d_sae, offsets, s), s);
+    d_enc = mx::add(d_enc, sparse_outer(dz, indices, x, d_sae, offsets, s), s);
+    d_bias = mx::add(d_bias, sparse_outer(dz, indices, ones, d_sae, offsets, s), s);
   }
   if (o.b_dec_to_input) d_b_dec = mx::subtract(d_b_dec, mx::sum(mx::multiply(d_bias, w_enc, s), 0, false, s), s);
   if (o.project_decoder) {
@@ -81,15 +84,20 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
   if (options.step < 1) fail(op, "step must be at least 1 but got ", options.step, ".");
   Arrays inputs{x, mx::astype(loss, mx::float32, s)};
   int n = x.ndim() == 2 ? x.shape(0) : -1, d_out = params[2].ndim() == 2 ? params[2].shape(1) : -1;
+  std::vector<bool> csr;
+  Arrays offsets;
   for (auto& t : terms) {
-    auto ids = check_code(op, &t.values, t.indices, s);
-    if (t.residual.shape() != mx::Shape{n, d_out} || t.values.shape(0) != n)
-      fail(op, "residual [n, d_out] and values [n, k] must fit x ", x.shape(), " and w_dec ", params[2].shape(),
-           " but got ", t.residual.shape(), " and ", t.values.shape(), ".");
-    inputs.insert(inputs.end(),
-                  {t.residual, mx::astype(t.values, mx::float32, s), ids, mx::astype(t.scale, mx::float32, s)});
+    auto code = check_code(op, &t.values, t.indices, t.offsets, s);
+    if (t.residual.shape() != mx::Shape{n, d_out} || code.n != n)
+      fail(op, "residual [n, d_out] and the code must fit x ", x.shape(), " and w_dec ", params[2].shape(), " but got ",
+           t.residual.shape(), " and n=", code.n, ".");
+    inputs.insert(inputs.end(), {t.residual, mx::astype(t.values, mx::float32, s), code.indices,
+                                 mx::astype(t.scale, mx::float32, s)});
     if (t.scale.size() != 1) fail(op, "scale must be one number but got shape ", t.scale.shape(), ".");
+    csr.push_back(code.offsets.has_value());
+    if (code.offsets) offsets.push_back(*code.offsets);
   }
+  inputs.insert(inputs.end(), offsets.begin(), offsets.end());
   int d_sae = params[0].shape(0);
   if (params[0].shape() != mx::Shape{d_sae, x.shape(-1)} || params[1].shape() != mx::Shape{d_sae} ||
       params[2].shape() != mx::Shape{d_sae, d_out} || params[3].shape() != mx::Shape{d_out} ||
@@ -103,7 +111,8 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
       inputs.push_back((*group)[i]);
     }
   for (size_t i = 0; i < inputs.size(); ++i) {
-    bool index = i >= 2 && i < 2 + 4 * terms.size() && (i - 2) % 4 == 2;
+    size_t ends = 2 + 4 * terms.size();
+    bool index = (i >= 2 && i < ends && (i - 2) % 4 == 2) || (i >= ends && i < ends + offsets.size());
     if (!index && inputs[i].dtype() != mx::float32)
       fail(op, "x, residuals, parameters and moments must be float32 but got ", inputs[i].dtype(), ".");
   }
@@ -114,11 +123,10 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
            shadow->columns.dtype(), " ", shadow->columns.shape(), ".");
     inputs.insert(inputs.end(), {shadow->w16, shadow->columns});
   }
-  int n_terms = static_cast<int>(terms.size());
-  auto define = [n_terms, options, s](const Arrays& in) { return graph(in, n_terms, options, s); };
+  auto define = [csr, options, s](const Arrays& in) { return graph(in, csr, options, s); };
   if (!has_kernel(op, s.device)) return define(inputs);
   for (auto& a : inputs) a = normal(a, s);
-  auto primitive = std::make_shared<FeatureUpdate>(s, define, n_terms, options);
+  auto primitive = std::make_shared<FeatureUpdate>(s, define, csr, options);
   auto shapes = primitive->output_shapes(inputs);
   std::vector<mx::Dtype> types(13, mx::float32);
   if (shadow) types.insert(types.end(), {mx::bfloat16, mx::float32});
@@ -127,7 +135,7 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
 
 std::vector<mx::Shape> FeatureUpdate::output_shapes(const Arrays& in) {
   std::vector<mx::Shape> shapes;
-  size_t first = 2 + 4 * n_terms_;
+  size_t first = place_of_offsets(csr_, csr_.size());
   for (size_t i = first; i < in.size(); ++i) shapes.push_back(in[i].shape());
   shapes.insert(shapes.begin() + 12, mx::Shape{});  // grad_norm
   return shapes;

@@ -4,17 +4,16 @@
 
 namespace mlxsae {
 
-/** Inputs rows, weight, indices. */
-class GatherDot : public FusedPrimitive {
+/** Inputs rows, weight, indices[, offsets]. */
+class GatherDot : public CodePrimitive {
  public:
-  using FusedPrimitive::FusedPrimitive;
+  using CodePrimitive::CodePrimitive;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;
   Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override;
   const char* name() const override { return "GatherDot"; }
-  bool is_equivalent(const mx::Primitive&) const override { return true; }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[2].shape()}; }
 };
 

@@ -14,6 +14,22 @@ inline std::vector<std::pair<int, int>> slot_chunks(int k, int64_t n, int64_t d)
   return chunks;
 }
 
+/** The row of each of nnz entries in compressed rows; n where an entry is in no row. */
+inline mx::array entry_rows(const mx::array& offsets, int nnz, mx::Stream s) {
+  if (offsets.shape(0) == 1) return mx::zeros({nnz}, mx::int32, s);
+  auto ends = mx::minimum(mx::slice(offsets, {1}, {offsets.shape(0)}, s), mx::array(nnz, mx::int64), s);
+  auto steps = mx::scatter_add(mx::zeros({nnz + 1}, mx::int32, s), mx::astype(ends, mx::int32, s),
+                               mx::ones({ends.shape(0), 1}, mx::int32, s), 0, s);
+  return mx::stop_gradient(mx::slice(mx::cumsum(steps, 0, false, true, s), {0}, {nnz}, s), s);
+}
+
+/** Ranges of entries for which [entries, d] stays below 2^26 elements. */
+inline std::vector<std::pair<int, int>> entry_chunks(int nnz, int64_t d) { return slot_chunks(nnz, 1, d); }
+
+inline mx::array entries(const mx::array& a, int begin, int end, mx::Stream s) {
+  return mx::slice(a, {begin}, {end}, s);
+}
+
 inline mx::array columns(const mx::array& a, int begin, int end, mx::Stream s) {
   return mx::slice(a, {0, begin}, {a.shape(0), end}, s);
 }

@@ -4,18 +4,19 @@
 
 namespace mlxsae {
 
-/** Inputs values, indices, w_dec[, b_dec]. */
-class SparseDecode : public FusedPrimitive {
+/** Inputs values, indices, w_dec[, b_dec][, offsets]. */
+class SparseDecode : public CodePrimitive {
  public:
-  using FusedPrimitive::FusedPrimitive;
+  using CodePrimitive::CodePrimitive;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;
   Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override;
   const char* name() const override { return "SparseDecode"; }
-  bool is_equivalent(const mx::Primitive&) const override { return true; }
-  std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {{in[0].shape(0), in[2].shape(1)}}; }
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override {
+    return {{csr_ ? in.back().shape(0) - 1 : in[0].shape(0), in[2].shape(1)}};
+  }
 };
 
 }  // namespace mlxsae

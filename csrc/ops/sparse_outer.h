@@ -4,10 +4,11 @@
 
 namespace mlxsae {
 
-/** Inputs values, indices, rows. */
-class SparseOuter : public FusedPrimitive {
+/** Inputs values, indices, rows[, offsets]. */
+class SparseOuter : public CodePrimitive {
  public:
-  SparseOuter(mx::Stream s, Graph graph, int d_sae) : FusedPrimitive(s, std::move(graph)), d_sae_(d_sae) {}
+  SparseOuter(mx::Stream s, Graph graph, bool csr, int d_sae)
+      : CodePrimitive(s, std::move(graph), csr), d_sae_(d_sae) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;
@@ -15,7 +16,7 @@ class SparseOuter : public FusedPrimitive {
   std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override;
   const char* name() const override { return "SparseOuter"; }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return static_cast<const SparseOuter&>(other).d_sae_ == d_sae_;
+    return CodePrimitive::is_equivalent(other) && static_cast<const SparseOuter&>(other).d_sae_ == d_sae_;
   }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {{d_sae_, in[2].shape(1)}}; }
 

@@ -1,27 +1,9 @@
 #include "ops/topk_encode.h"
 
+#include "ops/selection.h"
+
 namespace mlxsae {
 namespace {
-
-/** Integers in the order of selection: larger values first (NaN first of all), of equal values the lower place. */
-mx::array descending_key(const mx::array& values, mx::Stream s) {
-  auto v = mx::add(mx::stop_gradient(values, s), mx::array(0.0f), s);  // -0 becomes +0
-  auto bits = mx::view(v, mx::int32, s);
-  auto flip = mx::bitwise_and(mx::right_shift(bits, mx::array(31), s), mx::array(0x7fffffff), s);
-  auto key = mx::where(mx::isnan(v, s), mx::array(0x7fffffff), mx::bitwise_xor(bits, flip, s), s);
-  auto high = mx::left_shift(mx::astype(mx::bitwise_invert(key, s), mx::int64, s), mx::array(32, mx::int64), s);
-  auto low = mx::broadcast_to(mx::arange(0, v.shape(1), mx::int64, s), v.shape(), s);
-  return mx::bitwise_or(high, low, s);
-}
-
-/** The k best of values [n, m] at places [n, m], back in ascending order of place. */
-void keep_best(mx::array& values, mx::array& places, int k, mx::Stream s) {
-  if (values.shape(1) <= k) return;
-  auto order = mx::slice(mx::argsort(descending_key(values, s), 1, s), {0, 0}, {values.shape(0), k}, s);
-  order = mx::sort(order, 1, s);
-  values = mx::take_along_axis(values, order, 1, s);
-  places = mx::take_along_axis(places, order, 1, s);
-}
 
 /**
  * The definition in plain MLX ops. Features are taken in chunks, so that no [n, d_sae] array exists here either.
@@ -57,18 +39,9 @@ Arrays graph(const Arrays& in, int k, int k_aux, mx::Stream s) {
   return out;
 }
 
-mx::array gate(const mx::array& values, const mx::array& ct, mx::Stream s) {
-  return mx::where(mx::less_equal(values, mx::array(0, values.dtype()), s), mx::zeros_like(ct, s), ct, s);
-}
-
 Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
               const std::optional<mx::array>& mask, int k_aux, const std::optional<Shadow>& shadow, mx::Stream s) {
-  check_matrix(op, "x", x);
-  check_matrix(op, "w_enc", w_enc);
-  int d_sae = w_enc.shape(0);
-  if (x.shape(1) != w_enc.shape(1))
-    fail(op, "x [n, d_in] and w_enc [d_sae, d_in] must share d_in but got ", x.shape(), " and ", w_enc.shape(), ".");
-  if (b_enc) check_vector(op, "b_enc", *b_enc, d_sae, "d_sae");
+  int d_sae = check_encoder(op, x, w_enc, b_enc);
   if (k <= 0 || k > d_sae) fail(op, "k must be in (0, d_sae] but got k=", k, " with d_sae=", d_sae, ".");
   if (mask) {
     if (mask->dtype() != mx::bool_ || mask->ndim() != 1 || mask->shape(0) != d_sae)
@@ -86,7 +59,7 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
            shadow->columns.shape(), ".");
   }
   auto define = [k, k_aux, s](const Arrays& in) { return graph(in, k, k_aux, s); };
-  Arrays inputs{x, w_enc, b_enc ? mx::astype(*b_enc, mx::float32, s) : mx::zeros({d_sae}, mx::float32, s)};
+  Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s)};
   if (mask) inputs.push_back(*mask);
   Arrays out;
   if (has_kernel("topk_encode", s.device)) {
@@ -142,11 +115,11 @@ Arrays TopKEncode::vjp(const Arrays& primals, const Arrays& cotangents, const st
     for (size_t q = 0; q < outputs.size(); q += 2) {
       auto d_pre = gate(outputs[q], cotangents[q], s);
       const auto& indices = outputs[q + 1];
-      if (a == 0) terms.push_back(sparse_decode(d_pre, indices, w, std::nullopt, s));
-      if (a == 1) terms.push_back(sparse_outer(d_pre, indices, x, w.shape(0), s));
+      if (a == 0) terms.push_back(sparse_decode(d_pre, indices, w, std::nullopt, std::nullopt, s));
+      if (a == 1) terms.push_back(sparse_outer(d_pre, indices, x, w.shape(0), std::nullopt, s));
       if (a == 2)
-        terms.push_back(
-            mx::squeeze(sparse_outer(mx::astype(d_pre, mx::float32, s), indices, ones, w.shape(0), s), 1, s));
+        terms.push_back(mx::squeeze(
+            sparse_outer(mx::astype(d_pre, mx::float32, s), indices, ones, w.shape(0), std::nullopt, s), 1, s));
     }
     grads.push_back(a > 2 ? mx::zeros_like(primals[a], s) : mx::astype(add_all(terms, s), primals[a].dtype(), s));
   }
@@ -162,8 +135,8 @@ Arrays TopKEncode::jvp(const Arrays& primals, const Arrays& tangents, const std:
     Arrays terms{mx::zeros_like(values, s)};
     for (size_t i = 0; i < argnums.size(); ++i) {
       const auto& t = tangents[i];
-      if (argnums[i] == 0) terms.push_back(gather_dot(t, primals[1], indices, s));
-      if (argnums[i] == 1) terms.push_back(gather_dot(primals[0], t, indices, s));
+      if (argnums[i] == 0) terms.push_back(gather_dot(t, primals[1], indices, std::nullopt, s));
+      if (argnums[i] == 1) terms.push_back(gather_dot(primals[0], t, indices, std::nullopt, s));
       if (argnums[i] == 2) terms.push_back(mx::take(t, indices, s));
     }
     result.push_back(mx::astype(gate(values, add_all(terms, s), s), values.dtype(), s));

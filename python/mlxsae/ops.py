@@ -16,15 +16,17 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import _ext
-from .code import SparseCode
+from .code import SparseCode, SparseCodeCSR
 
 Stream = mx.Stream | mx.Device | None
+Code = SparseCode | SparseCodeCSR
 
 __all__ = [
     "Params",
     "Shadow",
     "Term",
     "backends",
+    "batch_topk_encode",
     "decode_residual",
     "encoder_shadow",
     "feature_update",
@@ -34,6 +36,8 @@ __all__ = [
     "set_num_threads",
     "sparse_decode",
     "sparse_outer",
+    "threshold_encode",
+    "threshold_encode_capped",
     "topk_encode",
     "topk_encode_masked",
     "update_tokens_since_fired",
@@ -123,15 +127,120 @@ def topk_encode_masked(
     return SparseCode(values, indices), SparseCode(aux_values, aux_indices)
 
 
+def batch_topk_encode(
+    x: mx.array,
+    w_enc: mx.array,
+    b_enc: mx.array | None = None,
+    *,
+    k: int,
+    hint: mx.array | None = None,
+    stream: Stream = None,
+) -> tuple[SparseCodeCSR, mx.array]:
+    r"""The ``k * n`` largest pre-activations of the whole batch, after relu (BatchTopK).
+
+    .. math:: z = x W_{enc}^\top + b_{enc}, \qquad f = \mathrm{top}_{k n}(\mathrm{relu}(z))
+
+    Exact on float32 pre-activations; ties go to the lowest row, then to the lowest feature. Only values > 0 (or NaN,
+    which counts as the largest) are kept. The pre-activations are never stored: memory is O(n k).
+
+    Args:
+        x: ``[n, d_in]``.
+        w_enc: ``[d_sae, d_in]``.
+        b_enc: ``[d_sae]`` or None.
+        k: mean number of entries per row, in ``(0, d_sae]``.
+        hint: one number, a guess of the threshold, such as that of the last batch. A good one saves a sixteenth of the
+            product; no result depends on it.
+
+    Returns:
+        ``(code, threshold)``: ``nnz = k * n``, values in the promoted type of ``x`` and ``w_enc``. Where fewer
+        pre-activations are positive, the entries from ``offsets[n]`` on are in no row (value 0, index 0). ``threshold``
+        is the smallest value kept, one float32 number, 0 where none is; it has no derivative. The gradient of the values
+        is that of the entries kept.
+
+    Raises:
+        ValueError: for other ranks, sizes, types or ``k``.
+
+    Source: Bussmann et al., *BatchTopK sparse autoencoders*, 2024, section 3.
+    """
+    *code, threshold = _ext.batch_topk_encode(x, w_enc, b_enc, k=k, hint=hint, stream=stream)
+    return SparseCodeCSR(*code), threshold
+
+
+def threshold_encode_capped(
+    x: mx.array,
+    w_enc: mx.array,
+    b_enc: mx.array | None = None,
+    *,
+    threshold: mx.array,
+    capacity: int,
+    stream: Stream = None,
+) -> tuple[SparseCodeCSR, mx.array]:
+    """:func:`threshold_encode` with room for ``capacity`` entries: no synchronisation, so it works in ``mx.compile``.
+
+    Returns:
+        ``(code, overflow)``: ``nnz = capacity``; entries from ``offsets[n]`` on are in no row (value 0, index 0).
+        ``overflow`` is one bool: True where there were more entries, of which the first by row and feature were kept.
+    """
+    *code, count = _ext.threshold_encode(x, w_enc, b_enc, threshold, capacity=capacity, stream=stream)
+    return SparseCodeCSR(*code), mx.greater(count, capacity, stream=stream)
+
+
+def threshold_encode(
+    x: mx.array,
+    w_enc: mx.array,
+    b_enc: mx.array | None = None,
+    *,
+    threshold: mx.array,
+    stream: Stream = None,
+) -> SparseCodeCSR:
+    r"""Every pre-activation above its threshold, after relu: JumpReLU, and BatchTopK at inference.
+
+    .. math:: z = x W_{enc}^\top + b_{enc}, \qquad f_j = \mathrm{relu}(z_j) \, [z_j > \theta_j]
+
+    Strictly above, on float32 pre-activations; a negative threshold acts like 0. NaN is above every threshold.
+
+    How many entries there are depends on the data, so this **waits for the result** (one ``mx.eval``) before it can give
+    it its shape; should it exceed 256 entries a row on average, the product runs again with more room. Within
+    ``mx.compile`` and ``mx.vmap`` use :func:`threshold_encode_capped`.
+
+    Args:
+        x: ``[n, d_in]``.
+        w_enc: ``[d_sae, d_in]``.
+        b_enc: ``[d_sae]`` or None.
+        threshold: ``[d_sae]`` or one number. It gets no gradient here: how to train a threshold is a matter of the rule.
+
+    Returns:
+        ``SparseCodeCSR`` with ``nnz`` the number of entries. The gradient is that of the entries.
+
+    Raises:
+        ValueError: for other ranks, sizes or types.
+
+    Source: Rajamanoharan et al., *Jumping ahead*, 2024, section 3.
+    """
+    room = min(256 * x.shape[0], 2**31 - 2) if x.ndim == 2 else 0
+    while True:
+        *code, count = _ext.threshold_encode(x, w_enc, b_enc, threshold, capacity=room, stream=stream)
+        mx.eval(code, count)  # the documented synchronisation
+        nnz = int(count.item())
+        if nnz <= room:
+            values, indices, offsets = code
+            return SparseCodeCSR(values[:nnz], indices[:nnz], offsets)
+        room = nnz
+
+
+def _offsets(code: Code) -> mx.array | None:
+    return code.offsets if isinstance(code, SparseCodeCSR) else None
+
+
 def sparse_decode(
-    code: SparseCode, w_dec: mx.array, b_dec: mx.array | None = None, *, stream: Stream = None
+    code: Code, w_dec: mx.array, b_dec: mx.array | None = None, *, stream: Stream = None
 ) -> mx.array:
     r"""The weighted sum of decoder rows that a code names.
 
     .. math:: \hat x_t = \sum_i v_{ti} \, W_{dec}[j_{ti}] + b_{dec}
 
     Args:
-        code: values and indices ``[n, k]``.
+        code: values and indices ``[n, k]``, or compressed rows.
         w_dec: ``[d_sae, d_out]``.
         b_dec: ``[d_out]`` or None.
 
@@ -139,13 +248,15 @@ def sparse_decode(
         ``[n, d_out]`` in the promoted type of values and ``w_dec``. Unused slots are skipped, whatever their row holds.
 
     Raises:
-        ValueError: for other ranks, sizes or types. An index that is not below ``d_sae`` raises ``IndexError`` when the
-            result is evaluated on the CPU.
+        ValueError: for other ranks, sizes or types. An index that is not below ``d_sae``, or offsets that do not ascend
+            from 0 to at most ``nnz``, raise ``IndexError`` when the result is evaluated on the CPU.
     """
-    return _ext.sparse_decode(code.values, code.indices, w_dec, b_dec, stream=stream)
+    return _ext.sparse_decode(code.values, code.indices, w_dec, b_dec, offsets=_offsets(code), stream=stream)
 
 
-def gather_dot(rows: mx.array, weight: mx.array, indices: mx.array, *, stream: Stream = None) -> mx.array:
+def gather_dot(
+    rows: mx.array, weight: mx.array, indices: mx.array | SparseCodeCSR, *, stream: Stream = None
+) -> mx.array:
     r"""Dot products of each row with the weight rows that its indices name: ``rows @ weight.T`` at these places only.
 
     .. math:: o_{ti} = \langle r_t, W[j_{ti}] \rangle
@@ -153,49 +264,57 @@ def gather_dot(rows: mx.array, weight: mx.array, indices: mx.array, *, stream: S
     Args:
         rows: ``[n, d]``.
         weight: ``[d_sae, d]``.
-        indices: ``[n, k]``, integers.
+        indices: ``[n, k]``, integers; or a code in compressed rows, whose places are meant.
 
     Returns:
-        ``[n, k]`` in the promoted type of ``rows`` and ``weight``.
+        ``[n, k]``, or ``[nnz]``, in the promoted type of ``rows`` and ``weight``; 0 for entries that are in no row.
     """
+    if isinstance(indices, SparseCodeCSR):
+        return _ext.gather_dot(rows, weight, indices.indices, offsets=indices.offsets, stream=stream)
     return _ext.gather_dot(rows, weight, indices, stream=stream)
 
 
-def sparse_outer(code: SparseCode, rows: mx.array, *, d_sae: int, stream: Stream = None) -> mx.array:
+def sparse_outer(code: Code, rows: mx.array, *, d_sae: int, stream: Stream = None) -> mx.array:
     r"""The transposed decode: what each feature gathers from the rows of the tokens that it fires on.
 
     .. math:: o_j = \sum_{(t, i):\, j_{ti} = j} v_{ti} \, r_t
 
     Args:
-        code: values and indices ``[n, k]``.
+        code: values and indices ``[n, k]``, or compressed rows.
         rows: ``[n, d]``.
         d_sae: number of features.
 
     Returns:
         ``[d_sae, d]``. Deterministic on the CPU: tokens are added in ascending order.
     """
-    return _ext.sparse_outer(code.values, code.indices, rows, d_sae=d_sae, stream=stream)
+    return _ext.sparse_outer(
+        code.values, code.indices, rows, d_sae=d_sae, offsets=_offsets(code), stream=stream
+    )
 
 
 def update_tokens_since_fired(
-    tokens_since_fired: mx.array, code: SparseCode, *, n_tokens: int | None = None, stream: Stream = None
+    tokens_since_fired: mx.array, code: Code, *, n_tokens: int | None = None, stream: Stream = None
 ) -> mx.array:
     """Dead-feature bookkeeping: 0 where a feature fired (value > 0) in this batch, else the old count plus ``n_tokens``.
 
     Args:
         tokens_since_fired: ``[d_sae]`` int32.
-        code: values and indices ``[n, k]``.
+        code: values and indices ``[n, k]``, or compressed rows.
         n_tokens: tokens of the batch; the rows of the code where None.
 
     Returns:
         ``[d_sae]`` int32, saturating at 2**31 - 1.
     """
-    n = code.values.shape[0] if n_tokens is None else n_tokens
-    return _ext.tokens_since_fired(tokens_since_fired, code.values, code.indices, n_tokens=n, stream=stream)
+    offsets = _offsets(code)
+    if n_tokens is None:
+        n_tokens = code.values.shape[0] if offsets is None else offsets.shape[0] - 1
+    return _ext.tokens_since_fired(
+        tokens_since_fired, code.values, code.indices, n_tokens=n_tokens, offsets=offsets, stream=stream
+    )
 
 
 def decode_residual(
-    code: SparseCode,
+    code: Code,
     w_dec: mx.array,
     target: mx.array,
     b_dec: mx.array | None = None,
@@ -207,7 +326,7 @@ def decode_residual(
     .. math:: r_t = \sum_i v_{ti} W_{dec}[j_{ti}] + b_{dec} - y_t, \qquad s_t = |r_t|^2
 
     Args:
-        code: values and indices ``[n, k]``.
+        code: values and indices ``[n, k]``, or compressed rows.
         w_dec: ``[d_sae, d_out]``.
         target: ``[n, d_out]``.
         b_dec: ``[d_out]`` or None.
@@ -215,7 +334,9 @@ def decode_residual(
     Returns:
         ``residual [n, d_out]`` and ``square [n]``, float32.
     """
-    return _ext.decode_residual(code.values, code.indices, w_dec, target, b_dec, stream=stream)
+    return _ext.decode_residual(
+        code.values, code.indices, w_dec, target, b_dec, offsets=_offsets(code), stream=stream
+    )
 
 
 class Params(NamedTuple):
@@ -231,7 +352,7 @@ class Term(NamedTuple):
     """One reconstruction of a loss; the gradient at its output is ``scale * residual``."""
 
     residual: mx.array  # [n, d_out]
-    code: SparseCode
+    code: Code
     scale: mx.array  # one number
 
 
@@ -292,7 +413,11 @@ def feature_update(
     out = _ext.feature_update(
         x,
         loss,
-        [(t.residual, t.code.values, t.code.indices, t.scale) for t in terms],
+        [
+            (t.residual, t.code.values, t.code.indices, t.scale)
+            + ((t.code.offsets,) if isinstance(t.code, SparseCodeCSR) else ())
+            for t in terms
+        ],
         list(params),
         list(m),
         list(v),

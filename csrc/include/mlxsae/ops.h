@@ -1,7 +1,13 @@
 #pragma once
 // mlxsae's operations on MLX arrays. Every weight is feature-major: an encoder is [d_sae, d_in], a decoder
 // [d_sae, d_out], a feature a row. Floating types are float32, float16 and bfloat16 in any mixture; accumulation is in
-// float32. A sparse code is a pair (values [n, k], indices [n, k] uint32); a slot with value 0 is unused.
+// float32.
+//
+// A sparse code is a pair (values [n, k], indices [n, k] uint32); a slot with value 0 is unused. Where the number of
+// entries varies from row to row it is (values [nnz], indices [nnz]) with offsets [n + 1] int64: row t holds the
+// entries offsets[t] to offsets[t + 1], offsets[0] = 0, and entries from offsets[n] on are in no row and never looked
+// at. Every op on codes takes such offsets; ones that do not ascend from 0 to at most nnz raise std::out_of_range when
+// the result is evaluated (on the CPU).
 //
 // All ops but `tokens_since_fired` and `feature_update` have derivatives (vjp, jvp) of every order, and vmap. On a
 // device without a kernel of its own an op is a graph of plain MLX ops; `kernel_for` tells.
@@ -65,6 +71,38 @@ MLXSAE_API std::vector<mlx::core::array> topk_encode_masked(const mlx::core::arr
                                                             const std::optional<Shadow>& shadow = std::nullopt,
                                                             mlx::core::StreamOrDevice s = {});
 
+/** A sparse code in compressed rows (see above). */
+struct CsrCode {
+  mlx::core::array values;   // [nnz]
+  mlx::core::array indices;  // [nnz] uint32, ascending in each row
+  mlx::core::array offsets;  // [n + 1] int64
+};
+
+/**
+ * The k * n largest of all pre-activations of the batch, after relu (BatchTopK). Ties go to the lowest row, then to the
+ * lowest feature; only values > 0 (or NaN) are kept. The code has nnz = k * n; where fewer pre-activations are
+ * positive, the entries from offsets[n] on are in no row, with value 0 and index 0. Returns the code and the smallest
+ * value kept (one float32 number; 0 where nothing is kept; no derivative).
+ *
+ * `hint`, one number, is a guess of that threshold, such as the last batch's: a good one saves time, no result depends
+ * on it. Selection, values and derivatives otherwise as in topk_encode. Memory is O(n k).
+ */
+MLXSAE_API std::pair<CsrCode, mlx::core::array> batch_topk_encode(
+    const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc, int k,
+    const std::optional<mlx::core::array>& hint = std::nullopt, mlx::core::StreamOrDevice s = {});
+
+/**
+ * All pre-activations above a threshold, after relu (JumpReLU): z where z > max(threshold[j], 0). threshold is [d_sae]
+ * or one number. The code has nnz = capacity >= 0: of more entries the first in order of (row, feature) are kept, and
+ * offsets end at capacity. Returns the code and how many entries there are in truth (one int64 number). Entries from
+ * offsets[n] on are in no row, with value 0 and index 0. The threshold gets no gradient.
+ */
+MLXSAE_API std::pair<CsrCode, mlx::core::array> threshold_encode(const mlx::core::array& x,
+                                                                 const mlx::core::array& w_enc,
+                                                                 const std::optional<mlx::core::array>& b_enc,
+                                                                 const mlx::core::array& threshold, int capacity,
+                                                                 mlx::core::StreamOrDevice s = {});
+
 /**
  * x_hat[t] = sum_i values[t, i] w_dec[indices[t, i]] + b_dec, [n, d_out].
  *
@@ -74,18 +112,26 @@ MLXSAE_API std::vector<mlx::core::array> topk_encode_masked(const mlx::core::arr
 MLXSAE_API mlx::core::array sparse_decode(const mlx::core::array& values, const mlx::core::array& indices,
                                           const mlx::core::array& w_dec,
                                           const std::optional<mlx::core::array>& b_dec = std::nullopt,
+                                          const std::optional<mlx::core::array>& offsets = std::nullopt,
                                           mlx::core::StreamOrDevice s = {});
 
-/** out[t, i] = <rows[t], weight[indices[t, i]]>, [n, k]: rows weight^T at the code's places only. */
+/**
+ * out[t, i] = <rows[t], weight[indices[t, i]]>, [n, k] (or [nnz]): rows weight^T at the code's places only. 0 for
+ * entries that are in no row.
+ */
 MLXSAE_API mlx::core::array gather_dot(const mlx::core::array& rows, const mlx::core::array& weight,
-                                       const mlx::core::array& indices, mlx::core::StreamOrDevice s = {});
+                                       const mlx::core::array& indices,
+                                       const std::optional<mlx::core::array>& offsets = std::nullopt,
+                                       mlx::core::StreamOrDevice s = {});
 
 /**
  * out[j] = sum over the entries (t, i) with indices[t, i] = j of values[t, i] rows[t], [d_sae, d]: the transposed
  * decode, and the gradient of a decoder. Deterministic: entries are added in ascending order of t, without atomics.
  */
 MLXSAE_API mlx::core::array sparse_outer(const mlx::core::array& values, const mlx::core::array& indices,
-                                         const mlx::core::array& rows, int d_sae, mlx::core::StreamOrDevice s = {});
+                                         const mlx::core::array& rows, int d_sae,
+                                         const std::optional<mlx::core::array>& offsets = std::nullopt,
+                                         mlx::core::StreamOrDevice s = {});
 
 /**
  * Tokens since each feature fired last: 0 where some value > 0 (or NaN) in this batch, else the old count + n_tokens,
@@ -93,7 +139,9 @@ MLXSAE_API mlx::core::array sparse_outer(const mlx::core::array& values, const m
  */
 MLXSAE_API mlx::core::array tokens_since_fired(const mlx::core::array& tokens_since_fired,
                                                const mlx::core::array& values, const mlx::core::array& indices,
-                                               int n_tokens, mlx::core::StreamOrDevice s = {});
+                                               int n_tokens,
+                                               const std::optional<mlx::core::array>& offsets = std::nullopt,
+                                               mlx::core::StreamOrDevice s = {});
 
 /**
  * Decode, residual and squared error in one pass: residual = decode(code) - target [n, d_out] and
@@ -102,14 +150,15 @@ MLXSAE_API mlx::core::array tokens_since_fired(const mlx::core::array& tokens_si
 MLXSAE_API std::pair<mlx::core::array, mlx::core::array> decode_residual(
     const mlx::core::array& values, const mlx::core::array& indices, const mlx::core::array& w_dec,
     const mlx::core::array& target, const std::optional<mlx::core::array>& b_dec = std::nullopt,
-    mlx::core::StreamOrDevice s = {});
+    const std::optional<mlx::core::array>& offsets = std::nullopt, mlx::core::StreamOrDevice s = {});
 
 /** One reconstruction of a loss: the gradient at its output is scale * residual. */
 struct UpdateTerm {
   mlx::core::array residual;  // [n, d_out]
-  mlx::core::array values;    // [n, k]
-  mlx::core::array indices;   // [n, k]
+  mlx::core::array values;    // [n, k], or [nnz]
+  mlx::core::array indices;   // the same
   mlx::core::array scale;     // one number
+  std::optional<mlx::core::array> offsets = std::nullopt;
 };
 
 struct UpdateOptions {

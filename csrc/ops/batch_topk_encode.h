@@ -1,0 +1,29 @@
+#pragma once
+
+#include "ops/csr_encode.h"
+
+namespace mlxsae {
+
+/** Inputs x, w_enc, b_enc (float32), hint (float32, one number); outputs values, indices, offsets, threshold. */
+class BatchTopKEncode : public CsrEncode {
+ public:
+  BatchTopKEncode(mx::Stream s, Graph graph, int k) : CsrEncode(s, std::move(graph)), k_(k) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  const char* name() const override { return "BatchTopKEncode"; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return static_cast<const BatchTopKEncode&>(other).k_ == k_;
+  }
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override {
+    int n = in[0].shape(0);
+    return {{k_ * n}, {k_ * n}, {n + 1}, {}};
+  }
+
+ protected:
+  Arrays again(const Arrays& inputs) override;
+
+ private:
+  int k_;
+};
+
+}  // namespace mlxsae

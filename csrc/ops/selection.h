@@ -1,0 +1,49 @@
+#pragma once
+// What the encoders share: their checks, and selection in plain MLX ops.
+
+#include "ops/common.h"
+
+namespace mlxsae {
+
+/** Throws unless x [n, d_in], w_enc [d_sae, d_in] and b_enc [d_sae] fit; returns d_sae. */
+inline int check_encoder(const char* op, const mx::array& x, const mx::array& w_enc,
+                         const std::optional<mx::array>& b_enc) {
+  check_matrix(op, "x", x);
+  check_matrix(op, "w_enc", w_enc);
+  int d_sae = w_enc.shape(0);
+  if (x.shape(1) != w_enc.shape(1))
+    fail(op, "x [n, d_in] and w_enc [d_sae, d_in] must share d_in but got ", x.shape(), " and ", w_enc.shape(), ".");
+  if (b_enc) check_vector(op, "b_enc", *b_enc, d_sae, "d_sae");
+  return d_sae;
+}
+
+inline mx::array bias_or_zeros(const std::optional<mx::array>& b_enc, int d_sae, mx::Stream s) {
+  return b_enc ? mx::astype(*b_enc, mx::float32, s) : mx::zeros({d_sae}, mx::float32, s);
+}
+
+/** Integers in the order of selection: larger values first (NaN first of all), of equal values the lower place. */
+inline mx::array descending_key(const mx::array& values, mx::Stream s) {
+  auto v = mx::add(mx::stop_gradient(values, s), mx::array(0.0f), s);  // -0 becomes +0
+  auto bits = mx::view(v, mx::int32, s);
+  auto flip = mx::bitwise_and(mx::right_shift(bits, mx::array(31), s), mx::array(0x7fffffff), s);
+  auto key = mx::where(mx::isnan(v, s), mx::array(0x7fffffff), mx::bitwise_xor(bits, flip, s), s);
+  auto high = mx::left_shift(mx::astype(mx::bitwise_invert(key, s), mx::int64, s), mx::array(32, mx::int64), s);
+  auto low = mx::broadcast_to(mx::arange(0, v.shape(1), mx::int64, s), v.shape(), s);
+  return mx::bitwise_or(high, low, s);
+}
+
+/** The k best of values [n, m] at places [n, m], back in ascending order of place. */
+inline void keep_best(mx::array& values, mx::array& places, int k, mx::Stream s) {
+  if (values.shape(1) <= k) return;
+  auto order = mx::slice(mx::argsort(descending_key(values, s), 1, s), {0, 0}, {values.shape(0), k}, s);
+  order = mx::sort(order, 1, s);
+  values = mx::take_along_axis(values, order, 1, s);
+  places = mx::take_along_axis(places, order, 1, s);
+}
+
+/** A cotangent where the value is positive (or NaN), else 0. */
+inline mx::array gate(const mx::array& values, const mx::array& ct, mx::Stream s) {
+  return mx::where(mx::less_equal(values, mx::array(0, values.dtype()), s), mx::zeros_like(ct, s), ct, s);
+}
+
+}  // namespace mlxsae

@@ -7,20 +7,23 @@ truth in the columns of `CONCEPTS`. ``python -m mlxsae.lm.tiny.train`` makes the
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from .concepts import CONCEPTS, Concept, Labelled, label, labelled
+from .concepts import CONCEPTS, CORE, Concept, Labelled, label, labelled
 from .language import CONTEXT, FORCED, TASKS, Prompt, documents, prompts, texts
 
 __all__ = [
     "CONCEPTS",
     "CONTEXT",
+    "CORE",
     "FORCED",
     "TASKS",
     "Concept",
     "Labelled",
     "Prompt",
+    "core_concepts",
     "documents",
     "evaluate",
     "folder",
@@ -34,6 +37,16 @@ __all__ = [
 def folder() -> Path:
     """The mlx-lm model folder of the bundled model."""
     return Path(__file__).parent / "model"
+
+
+def core_concepts() -> list[str]:
+    """Names of the concepts that are nearly one direction in the middle of the bundled model, in the order of `CONCEPTS`.
+
+    Measured when the model was trained, on the model itself and without any sparse autoencoder: see `CORE` and the
+    model card. The others can be known from the text too, but their tokens differ more than they agree.
+    """
+    held = json.loads((folder() / "card.json").read_text("utf-8"))["concepts"]
+    return [concept.name for concept in CONCEPTS if held[concept.name]["common"] >= CORE]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -361,9 +362,13 @@ def test_a_short_training_learns_and_repeats_itself():
     assert first[-1] < first[0] - 1
 
 
-def test_the_command_writes_a_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_writes_a_model_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     from mlx_lm.utils import load
 
+    quick = functools.partial(evaluation.how_held, n_tokens=2000, steps=5)
+    monkeypatch.setattr(training, "how_held", quick)
     training.main(
         f"--out {tmp_path / 'm'} --steps 2 --batch 2 --d-model 32 --layers 2 --heads 2 --d-mlp 32".split()
     )
@@ -375,4 +380,5 @@ def test_the_command_writes_a_model_folder(tmp_path: Path, capsys: pytest.Captur
     card = json.loads((tmp_path / "m" / "card.json").read_text("utf-8"))
     assert card["recipe"]["steps"] == 2
     assert set(card["held_out"]) == {*language.TASKS, "loss"}
+    assert set(card["concepts"]) == {concept.name for concept in concepts.CONCEPTS}
     assert (tmp_path / "m" / "MODEL_CARD.md").read_text("utf-8").startswith("# The tiny language model")

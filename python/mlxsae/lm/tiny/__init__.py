@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .concepts import CONCEPTS, CORE, Concept, Labelled, label, labelled
 from .language import CONTEXT, FORCED, TASKS, Prompt, documents, prompts, texts
+
+if TYPE_CHECKING:
+    from .evaluation import evaluate
 
 __all__ = [
     "CONCEPTS",

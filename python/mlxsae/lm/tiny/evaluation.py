@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx import nn
+from mlx.nn import losses
 
 from . import world as w
 from .concepts import CONCEPTS, labelled
@@ -24,8 +25,8 @@ def cross_entropy(model: nn.Module, tokens: mx.array) -> mx.array:
     """Mean next-token cross-entropy in nats over all targets that are not padding; tokens [b, t]."""
     targets = tokens[:, 1:]
     counted = targets != w.TOKEN_ID[w.PAD]
-    losses = nn.losses.cross_entropy(model(tokens[:, :-1]).astype(mx.float32), targets)
-    return (losses * counted).sum() / counted.sum()
+    each = losses.cross_entropy(model(tokens[:, :-1]).astype(mx.float32), targets)
+    return (each * counted).sum() / counted.sum()
 
 
 def evaluate(
@@ -87,7 +88,7 @@ def how_held(
     labels = mx.array(y.astype(np.float32))
 
     def loss(weight: mx.array) -> mx.array:
-        fit = nn.losses.binary_cross_entropy(inputs @ weight, labels, with_logits=True, reduction="none")
+        fit = losses.binary_cross_entropy(inputs @ weight, labels, with_logits=True, reduction="none")
         return fit.mean(0).sum() + 1e-6 * weight.square().sum()
 
     weights = {"w": mx.zeros((inputs.shape[1], labels.shape[1]))}

@@ -12,12 +12,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx import nn
+from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import load
@@ -92,7 +93,7 @@ def train(recipe: Recipe, progress: Callable[[int, float], None] | None = None) 
         ],
         [lambda _, parameter: parameter.ndim > 1],
     )
-    step_loss = nn.value_and_grad(model, cross_entropy)
+    step_loss = value_and_grad(model, cross_entropy)
     for step, tokens in enumerate(itertools.islice(batches(recipe), recipe.steps)):
         loss, gradients = step_loss(model, tokens)
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
@@ -124,12 +125,12 @@ def card(recipe: Recipe, folder: Path, seconds: float) -> dict[str, Any]:
     return {
         "command": "python -m mlxsae.lm.tiny.train --out DIR" + "".join(changed),
         "recipe": options,
-        "parameters": sum(p.size for _, p in tree_flatten(model.parameters())),
+        "parameters": sum(weight.size for weight in dict(tree_flatten(model.parameters())).values()),
         "vocabulary": len(w.VOCABULARY),
         "context": CONTEXT,
         "training_tokens_with_padding": recipe.steps * recipe.batch * CONTEXT,
         "training_seconds": round(seconds),
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "held_out": {name: round(score, 4) for name, score in evaluate(model, tokenizer).items()},
         "hook_point": f"blocks.{middle}.hook_resid_post",
         "concepts": {

@@ -312,8 +312,8 @@ def test_shipped_weights_reach_the_card(bundled):
     for task, score in scores.items():
         # another machine's rounding may tip a near tie, no more
         assert score == pytest.approx(card[task], abs=0.015), task
-    for task in ("capital", "indirect_object", "agreement"):
-        assert scores[task] > 0.9, task
+    assert min(scores[task] for task in ("indirect_object", "agreement", "country", "copying")) > 0.95
+    assert scores["capital"] > 0.9
 
 
 def test_core_concepts_are_measured_on_the_model(bundled):

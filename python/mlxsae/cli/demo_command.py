@@ -100,6 +100,8 @@ def run(options: argparse.Namespace) -> int:
     summary = dict(results.metrics) | {
         "concepts": len(results.concepts),
         "concepts_detected": share_detected(results.concepts),
+        "core_concepts": len(_core(results.concepts)),
+        "core_concepts_detected": share_detected(_core(results.concepts)),
     }
     record.finish("done", results=summary, times=dict(results.facts))
     _show(results)
@@ -252,6 +254,11 @@ def _concept(detection: Detection) -> ConceptRow:
     return ConceptRow(concept.name, concept.description, *detection[1:7])
 
 
+def _core(concepts: Sequence[ConceptRow]) -> list[ConceptRow]:
+    names = set(tiny.core_concepts())
+    return [c for c in concepts if c.name in names]
+
+
 def _steered(
     lm: LanguageModel,
     sae: SAE,
@@ -325,6 +332,11 @@ def _show(results: DemoResults) -> None:
         )
     )
     print(f"F1 over {GOOD_F1}: {good} of {len(rows)} concepts ({share_detected(results.concepts):.0%})")
+    core = _core(results.concepts)
+    print(
+        f"Of the {len(core)} that are nearly one direction in the model itself (see its card): "
+        f"{sum(c.f1 > GOOD_F1 for c in core)} ({share_detected(core):.0%})"
+    )
 
     print(f"\n{terminal.bold('Steering', colour)}")
     s = results.steered

@@ -221,7 +221,7 @@ def threshold_encode(
     while True:
         *code, count = _ext.threshold_encode(x, w_enc, b_enc, threshold, capacity=room, stream=stream)
         mx.eval(code, count)  # the documented synchronisation
-        nnz = int(count.item())
+        nnz = int(count)  # type: ignore[arg-type]
         if nnz <= room:
             values, indices, offsets = code
             return SparseCodeCSR(values[:nnz], indices[:nnz], offsets)

@@ -6,7 +6,7 @@ VENV ?= .venv
 MLX ?= $(if $(filter Linux,$(shell uname -s)),cpu)
 comma := ,
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake metal -type f)
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake -type f)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .PHONY: demo test lint bench test-peers bench-peers clean

@@ -2,8 +2,8 @@
 
 Every weight argument is feature-major: an encoder ``[d_sae, d_in]``, a decoder ``[d_sae, d_out]``, a feature a row (an
 SAE's public ``W_enc.T`` is such a view, and is recognised without a copy). Floating types are float32, float16 and
-bfloat16 in any mixture; accumulation is in float32. All but :func:`update_tokens_since_fired` are differentiable to any
-order, and all work under ``mx.compile`` and ``mx.vmap``. Where a device has no kernel of ours, plain MLX ops run
+bfloat16 in any mixture; accumulation is in float32. All but :func:`update_tokens_since_fired`,
+:func:`encoder_shadow` and :func:`feature_update` are differentiable to any order, and all but :func:`threshold_encode` work under ``mx.compile`` and ``mx.vmap``. Where a device has no kernel of ours, plain MLX ops run
 instead; :func:`backends` tells.
 """
 

@@ -137,7 +137,7 @@ class TrainerStep:
             optimizer=OptimizerConfig(learning_rate=LR, betas=BETAS, eps=EPS, max_grad_norm=clip_norm),
             loss=LossConfig(reconstruction="mse", auxk=None),
         )
-        self.engine = make_engine("auto", sae, config.loss.build(sae.d_in), config)
+        self.engine = make_engine("auto", sae, config.loss.build(sae), config)
         params = sae.trainable_parameters()
         self.arrays: dict[str, Any] = {
             "params": params,

@@ -180,7 +180,7 @@ BAD = {
     "missing dataset": ({"dataset": "nowhere.json"}, 1, "nowhere.json"),
     "k of zero": ({"k": 0}, 2, "at least 1"),
     "k over d_sae": ({"k": 513}, 1, "k must be in (0, d_sae]"),
-    "unknown rule": ({"rule": "magic"}, 2, "must be one of topk"),
+    "unknown rule": ({"rule": "magic"}, 2, "must be one of batchtopk"),
     "precision not there": ({"precision": "bfloat16"}, 2, "must be float32 or certified"),
     "resume of nothing": ({"resume": True}, 1, "--resume needs a checkpoint"),
     "all held out": ({"heldout_fraction": 1.5}, 2, "below 1"),

@@ -227,7 +227,7 @@ def edit(directory: Path, **changes: object) -> None:
             {"activation_fn": "relu"},
             r"\[load\] cfg\.json must have only known keys but has \['activation_fn'\]",
         ),
-        ({"architecture": "vq"}, r"\[load\] architecture must be one of \['topk'\] but got 'vq'"),
+        ({"architecture": "vq"}, r"\[load\] architecture must be one of .*topk.* but got 'vq'"),
         ({"architecture": ["topk"]}, r"\[load\] architecture must be one of"),
         ({"d_in": 9}, r"\[load\] W_enc must have shape \(9, 24\) by cfg\.json but got \(8, 24\)"),
         ({"d_in": "8"}, r"\[load\] d_in must be a positive integer but got '8'"),
@@ -332,7 +332,7 @@ def test_a_rule_that_files_do_not_know(tmp_path: Path) -> None:
     class Mine(Rule):
         pass
 
-    with pytest.raises(ValueError, match=r"\[save\] rule must be one of \['topk'\] but got Mine"):
+    with pytest.raises(ValueError, match=r"\[save\] rule must be one of .*topk.* but got Mine"):
         save(SAE(4, 8, rule=Mine()), tmp_path)
     assert not list(tmp_path.iterdir())
 

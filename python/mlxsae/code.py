@@ -1,11 +1,12 @@
-"""Sparse codes: the values that travel between encoder, decoder, losses and analysis.
+"""Codes: the values that travel between encoder, decoder, losses and analysis.
 
-Both are tuples of arrays only, so they pass through ``mx.compile``, ``mx.grad``, ``mx.vmap`` and ``tree_map`` and keep
+All are tuples of arrays only, so they pass through ``mx.compile``, ``mx.grad``, ``mx.vmap`` and ``tree_map`` and keep
 their type. The width ``d_sae`` lives on the decoder.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -43,11 +44,74 @@ class SparseCodeCSR(NamedTuple):
         return mx.stop_gradient(mx.cumsum(steps)[:nnz])
 
 
-def to_dense(code: SparseCode | SparseCodeCSR, d_sae: int) -> mx.array:
+class DenseCode(NamedTuple):
+    """All latents of each token, ``values [..., d_sae]``.
+
+    For the training of rules whose gradient needs what does not fire (a learned threshold, a gate), and for rules that
+    are given as functions of pre-activations. A latent fires where its value is greater than 0.
+    """
+
+    values: mx.array
+
+
+Sparse = SparseCode | SparseCodeCSR
+Code = Sparse | DenseCode
+
+
+def n_tokens(code: Code) -> int:
+    """How many tokens a code is of, over all leading axes."""
+    if isinstance(code, SparseCodeCSR):
+        return code.offsets.size - 1
+    return math.prod(code.values.shape[:-1])
+
+
+def below(code: Code, width: int | mx.array) -> Code:
+    """The code without its latents from ``width`` on; shapes stay."""
+    if isinstance(code, DenseCode):
+        places: mx.array = mx.arange(code.values.shape[-1])
+    else:
+        places = code.indices
+    return code._replace(values=mx.where(places < width, code.values, mx.zeros_like(code.values)))
+
+
+def to_slots(code: Code) -> SparseCode:
+    """The code with as many slots a token as its fullest token needs, ``[n, width]`` for compressed rows; a ``SparseCode``
+    as it is. Waits for the code. Negative latents of a ``DenseCode`` are left out.
+    """
+    if isinstance(code, SparseCode):
+        return code
+    if isinstance(code, DenseCode):
+        values = mx.maximum(code.values, 0)
+        width = max(1, int((values > 0).sum(axis=-1).max()))  # type: ignore[arg-type]
+        places = mx.sort(mx.argpartition(-values, width - 1, axis=-1)[..., :width], axis=-1)
+        return SparseCode(mx.take_along_axis(values, places, axis=-1), places.astype(mx.uint32))
+    begins = code.offsets[:-1, None]
+    counts = code.offsets[1:, None] - begins
+    slots = mx.arange(max(1, int(counts.max()) if counts.size else 1))  # type: ignore[arg-type]
+    if code.values.size == 0:
+        empty = (counts.shape[0], slots.size)
+        return SparseCode(mx.zeros(empty, code.values.dtype), mx.zeros(empty, mx.uint32))
+    places = mx.minimum(begins + slots, code.values.size - 1)
+    return SparseCode(
+        mx.where(slots < counts, code.values[places], mx.zeros((), code.values.dtype)),
+        mx.where(slots < counts, code.indices[places], mx.array(0, mx.uint32)),
+    )
+
+
+def detached(code: Code) -> Code:
+    """The code as a constant."""
+    return type(code)(*map(mx.stop_gradient, code))
+
+
+def to_dense(code: Code, d_sae: int) -> mx.array:
     """The code as an array ``[..., d_sae]``; differentiable in the values.
 
-    This is the only place where such an array comes into being; nothing in the library needs it to run.
+    No rule with a fused op needs such an array to run.
     """
+    if isinstance(code, DenseCode):
+        if code.values.shape[-1] != d_sae:
+            raise ValueError(f"[to_dense] values must have shape [..., {d_sae}] but got {code.values.shape}.")
+        return code.values
     if isinstance(code, SparseCodeCSR):
         values, indices, offsets = code
         if values.ndim != 1 or values.shape != indices.shape or offsets.ndim != 1:

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import _ext
-from .code import SparseCode, SparseCodeCSR
+from .code import Code, DenseCode, Sparse, SparseCode, SparseCodeCSR
+from .code import n_tokens as tokens_of
 
 Stream = mx.Stream | mx.Device | None
-Code = SparseCode | SparseCodeCSR
 
 __all__ = [
     "Params",
@@ -228,12 +228,12 @@ def threshold_encode(
         room = nnz
 
 
-def _offsets(code: Code) -> mx.array | None:
+def _offsets(code: Sparse) -> mx.array | None:
     return code.offsets if isinstance(code, SparseCodeCSR) else None
 
 
 def sparse_decode(
-    code: Code, w_dec: mx.array, b_dec: mx.array | None = None, *, stream: Stream = None
+    code: Sparse, w_dec: mx.array, b_dec: mx.array | None = None, *, stream: Stream = None
 ) -> mx.array:
     r"""The weighted sum of decoder rows that a code names.
 
@@ -274,7 +274,7 @@ def gather_dot(
     return _ext.gather_dot(rows, weight, indices, stream=stream)
 
 
-def sparse_outer(code: Code, rows: mx.array, *, d_sae: int, stream: Stream = None) -> mx.array:
+def sparse_outer(code: Sparse, rows: mx.array, *, d_sae: int, stream: Stream = None) -> mx.array:
     r"""The transposed decode: what each feature gathers from the rows of the tokens that it fires on.
 
     .. math:: o_j = \sum_{(t, i):\, j_{ti} = j} v_{ti} \, r_t
@@ -299,22 +299,25 @@ def update_tokens_since_fired(
 
     Args:
         tokens_since_fired: ``[d_sae]`` int32.
-        code: values and indices ``[n, k]``, or compressed rows.
+        code: values and indices ``[n, k]``, compressed rows, or dense latents ``[n, d_sae]``.
         n_tokens: tokens of the batch; the rows of the code where None.
 
     Returns:
         ``[d_sae]`` int32, saturating at 2**31 - 1.
     """
-    offsets = _offsets(code)
     if n_tokens is None:
-        n_tokens = code.values.shape[0] if offsets is None else offsets.shape[0] - 1
+        n_tokens = tokens_of(code)
+    if isinstance(code, DenseCode):
+        silent = mx.minimum(tokens_since_fired, 2**31 - 1 - n_tokens) + n_tokens
+        return mx.where((code.values <= 0).all(axis=0, stream=stream), silent, 0, stream=stream)
+    offsets = _offsets(code)
     return _ext.tokens_since_fired(
         tokens_since_fired, code.values, code.indices, n_tokens=n_tokens, offsets=offsets, stream=stream
     )
 
 
 def decode_residual(
-    code: Code,
+    code: Sparse,
     w_dec: mx.array,
     target: mx.array,
     b_dec: mx.array | None = None,
@@ -352,7 +355,7 @@ class Term(NamedTuple):
     """One reconstruction of a loss; the gradient at its output is ``scale * residual``."""
 
     residual: mx.array  # [n, d_out]
-    code: Code
+    code: Sparse
     scale: mx.array  # one number
 
 

@@ -33,7 +33,7 @@ class Case(NamedTuple):
     def loss_and_grads(self, loss: LossConfig, *, dead: bool = False) -> tuple[dict, dict[str, np.ndarray]]:
         """Our loss terms and the gradient of every parameter, in the public shapes."""
         sae, x = self.sae(), mx.array(self.x)
-        total = loss.build(D_IN)
+        total = loss.build(sae)
 
         def of(x: mx.array) -> tuple:
             code = sae.encode(x)

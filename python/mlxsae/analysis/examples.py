@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlxsae.code import to_slots
 from mlxsae.lm import HookPoint, LanguageModel, TokenBatch, capture
 from mlxsae.sae import SAE
 
@@ -135,14 +136,21 @@ def survey(lm: LanguageModel, sae: SAE, hook_point: HookPoint, batches: Iterable
     row = 0
     for tokens, valid in batches:
         x = capture(lm, tokens, hook_point)[hook_point]
-        code = sae.encode(x)
+        code = to_slots(sae.encode(x))
         mx.eval(code)
         where = np.array(valid)
-        values.append(np.array(code.values.astype(mx.float32))[where])
-        indices.append(np.array(code.indices)[where])
+        values.append(np.array(code.values.astype(mx.float32)).reshape(*where.shape, -1)[where])
+        indices.append(np.array(code.indices).reshape(*where.shape, -1)[where])
         kept.append(np.array(tokens)[where])
         rows.append(row + np.nonzero(where)[0])
         row += len(where)
     if not sum(map(len, kept)):
         raise ValueError("[survey] there must be at least one valid token but there is none.")
-    return Survey(sae.d_sae, *(np.concatenate(part) for part in (values, indices, kept, rows)))
+    width = max(
+        part.shape[1] for part in values
+    )  # where the number of latents varies, so does that of the slots
+    all_values, all_indices = (
+        np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])
+        for parts in (values, indices)
+    )
+    return Survey(sae.d_sae, all_values, all_indices, np.concatenate(kept), np.concatenate(rows))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
+from mlxsae.code import to_slots
 from mlxsae.sae import SAE
 
 MODES = ("scale", "add", "set")
@@ -68,6 +69,7 @@ def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> C
 
 def latents_of(sae: SAE, x: mx.array, features: mx.array) -> mx.array:
     """Latents of a few ``features [m]`` for ``x [..., d_in]``: float32 ``[..., m]``, 0 where the rule leaves one out."""
-    values, indices = sae.encode(x)
+    values, indices = to_slots(sae.encode(x))
     chosen = indices[..., None] == features
-    return mx.where(chosen, values[..., None].astype(mx.float32), 0).sum(axis=-2)
+    latents = mx.where(chosen, values[..., None].astype(mx.float32), 0).sum(axis=-2)
+    return latents.reshape(*x.shape[:-1], features.size)

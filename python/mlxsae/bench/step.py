@@ -67,7 +67,7 @@ def time_step(
     keys = mx.random.split(mx.random.key(seed), total)
     batches = [mx.random.normal((n, d_in), key=key) for key in keys]
     mx.eval(batches)
-    sae = SAE(d_in, d_sae, rule=RULES[rule](**{"k": k}), seed=seed)
+    sae = SAE(d_in, d_sae, rule=RULES[rule](**({"k": k} if "k" in RULES[rule].PARAMETERS else {})), seed=seed)
     clock = _Clock()
     result = fit(
         sae,

@@ -2,8 +2,12 @@
 save.
 
 ``cfg.json``                architecture, sizes and free-form metadata, the keys of SAELens 6
-``sae_weights.safetensors`` ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``
-``metadata.json``           what SAELens has no place for: our format version, training, metrics
+``sae_weights.safetensors`` ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``, and ``threshold
+                            [d_sae]`` of a JumpReLU
+``metadata.json``           what SAELens has no place for: our format version, the rule's arguments, training, metrics
+
+``cfg.json`` names the function that the SAE is in use: a BatchTopK SAE is a JumpReLU with one threshold, as SAELens saves
+its own. ``metadata.json`` remembers the rule that it was trained by, which :func:`load` gives back.
 
 Memory is feature-major; ``W_enc`` is transposed here, once, on the way in and out.
 """
@@ -13,12 +17,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxsae.io import arrays, atomic
-from mlxsae.sae import RULES, SAE
+from mlxsae.sae import RULES, SAE, BatchTopK, JumpReLU, Rule, TopK
 
 WEIGHTS, CONFIG, METADATA = "sae_weights.safetensors", "cfg.json", "metadata.json"
 FORMAT_VERSION = 1
@@ -27,6 +31,7 @@ SAELENS_VERSION = "6.54.12"
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _TRANSCODER = "_transcoder"
+_TRANSCODER_NAMES = {"standard": "transcoder"}
 _REQUIRED = {
     "architecture",
     "d_in",
@@ -65,16 +70,11 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
     ValueError : a rule that files do not know, metadata that JSON cannot hold.
     OSError : the folder cannot be written.
     """
-    if sae.rule.architecture not in RULES:
-        raise ValueError(
-            f"[save] rule must be one of {sorted(RULES)} but got {type(sae.rule).__name__}; "
-            "save its parameters with sae.save_weights."
-        )
+    function, arguments, extra = _function(sae.rule, sae.d_sae)
     known = sae.metadata | (metadata or {})
     config: dict[str, Any] = {
-        # SAELens has no transcoder with this rule: a name of our own makes it refuse the file, not misread
-        # it.
-        "architecture": sae.rule.architecture + ("" if sae.d_out == sae.d_in else _TRANSCODER),
+        # Where SAELens has no transcoder of this function, a name of our own makes it refuse the file, not misread it.
+        "architecture": function if sae.d_out == sae.d_in else _transcoder(function),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.dtype).removeprefix("mlx.core."),
@@ -82,20 +82,21 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        **sae.rule.config(),
+        **arguments,
         "metadata": {"sae_lens_version": SAELENS_VERSION}
         | {key: known[key] for key in _SAELENS_METADATA if key in known},
     }
     if sae.d_out != sae.d_in:
         config["d_out"] = sae.d_out
-    if sae.rule.architecture == "topk":
+    if function == "topk":
         config["rescale_acts_by_decoder_norm"] = False
     weights = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
-    ours = {"format": "mlxsae", "format_version": FORMAT_VERSION, "metadata": known}
+    rule = {"architecture": sae.rule.architecture} | sae.rule.config()
+    ours = {"format": "mlxsae", "format_version": FORMAT_VERSION, "rule": rule, "metadata": known}
     atomic.write_files(
         directory,
         {
-            WEIGHTS: arrays.writer(weights, {"format": "pt"}),
+            WEIGHTS: arrays.writer(weights | extra, {"format": "pt"}),
             METADATA: atomic.json_writer(ours),
             CONFIG: atomic.json_writer(config),
         },
@@ -117,14 +118,15 @@ def load(directory: str | os.PathLike) -> SAE:
             raise FileNotFoundError(f"[load] {path} must exist but does not.")
     config = _read_json(directory / CONFIG)
     name = config.get("architecture")
-    base = name.removesuffix(_TRANSCODER) if isinstance(name, str) else ""
-    if base not in RULES:
-        raise ValueError(f"[load] architecture must be one of {sorted(RULES)} but got {name!r} in {CONFIG}.")
-    rule_type = RULES[base]
-    _check_config(config, {"d_out"} if base != name else set(), set(rule_type.PARAMETERS))
+    names = {form: function for function in _FUNCTIONS for form in (function, _transcoder(function))}
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"[load] architecture must be one of {sorted(names)} but got {name!r} in {CONFIG}.")
+    function = names[name]
+    _check_config(config, {"d_out"} if function != name else set(), _FUNCTIONS[function].arguments)
     d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
     weights = arrays.read(directory / WEIGHTS)
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,)}
+    shapes |= {key: (d_sae,) for key in _FUNCTIONS[function].extra}
     if weights.keys() != shapes.keys():
         raise ValueError(
             f"[load] {WEIGHTS} must hold {sorted(shapes)} but lacks {sorted(shapes.keys() - weights.keys())} "
@@ -139,19 +141,70 @@ def load(directory: str | os.PathLike) -> SAE:
         # Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms
         # folded in.
         norm = mx.linalg.norm(weights["W_dec"].astype(mx.float32), axis=-1)
+        # (A threshold is already one of pre_acts * |W_dec|.)
         for key, factor in (("W_enc", norm), ("b_enc", norm), ("W_dec", 1 / norm[:, None])):
             weights[key] = (weights[key].astype(mx.float32) * factor).astype(weights[key].dtype)
     dtype = _DTYPES[config["dtype"]]
+    ours = _metadata(_read_json(directory / METADATA)) if (directory / METADATA).exists() else {}
     sae = SAE.from_weights(
         *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", "b_enc", "b_dec")),
-        rule=rule_type(**{key: config[key] for key in rule_type.PARAMETERS}),
+        rule=_rule(function, config, weights, ours.get("rule", {})),
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
     )
     sae.metadata = {k: v for k, v in config["metadata"].items() if not k.startswith("sae_lens_")}
-    if (directory / METADATA).exists():
-        sae.metadata = sae.metadata | _metadata(_read_json(directory / METADATA))
+    sae.metadata = sae.metadata | ours.get("metadata", {})
     mx.eval(sae.parameters())
     return sae
+
+
+class _Function(NamedTuple):
+    """What files hold of a function from pre-activations to latents, in SAELens' words."""
+
+    arguments: set[str]  # its keys in cfg.json
+    extra: tuple[str, ...]  # its arrays [d_sae]
+
+
+_FUNCTIONS = {
+    "topk": _Function({"k"}, ()),
+    "jumprelu": _Function(set(), ("threshold",)),
+}
+
+
+def _transcoder(function: str) -> str:
+    return _TRANSCODER_NAMES.get(function, function + _TRANSCODER)
+
+
+def _function(rule: Rule, d_sae: int) -> tuple[str, dict[str, Any], dict[str, mx.array]]:
+    """What the rule is in use: the function's name, its keys in ``cfg.json``, its arrays."""
+    if isinstance(rule, TopK):
+        return "topk", {"k": rule.k}, {}
+    if isinstance(rule, JumpReLU):
+        return "jumprelu", {}, {"threshold": rule.threshold}
+    if isinstance(rule, BatchTopK):
+        if rule.threshold is None:
+            raise ValueError(
+                "[save] a BatchTopK rule must have a threshold but has none: train the SAE, or mlxsae.sae.calibrate it."
+            )
+        return "jumprelu", {}, {"threshold": mx.full(d_sae, rule.threshold, mx.float32)}
+    raise ValueError(
+        f"[save] rule must be one of {sorted(RULES)} but got {type(rule).__name__}; "
+        "save its parameters with sae.save_weights."
+    )
+
+
+def _rule(function: str, config: dict[str, Any], weights: dict[str, mx.array], ours: dict[str, Any]) -> Rule:
+    """The rule of a function; the one it was trained by where our own metadata remember that."""
+    threshold = weights.get("threshold")
+    options = {key: value for key, value in ours.items() if key != "architecture"}
+    rule_type = RULES.get(ours.get("architecture", function), RULES[function])
+    if unknown := sorted(options.keys() - set(rule_type.PARAMETERS)):
+        raise ValueError(f"[load] the rule in {METADATA} must have only known keys but has {unknown}.")
+    if function == "topk":
+        return TopK(config["k"])
+    if rule_type is BatchTopK:
+        return BatchTopK(**options)
+    assert threshold is not None
+    return JumpReLU.of(threshold, **options)
 
 
 def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> None:
@@ -188,7 +241,7 @@ def _metadata(ours: dict[str, Any]) -> dict[str, Any]:
             f"[load] format_version must be at most {FORMAT_VERSION} but got {ours['format_version']}; "
             "update mlxsae."
         )
-    return ours["metadata"]
+    return ours
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from mlxsae.loss.auxk import AUXK_PRESETS, AuxK
 from mlxsae.loss.compose import Forward, Loss, Term
 from mlxsae.loss.reconstruction import RECONSTRUCTION, RowTerm, fvu, mse, nmse
+from mlxsae.loss.sparsity import DEFAULT_TERMS, TERMS, L0Target
 
 __all__ = [
     "AUXK_PRESETS",
+    "DEFAULT_TERMS",
     "RECONSTRUCTION",
+    "TERMS",
     "AuxK",
     "Forward",
+    "L0Target",
     "Loss",
     "RowTerm",
     "Term",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
-from mlxsae.code import SparseCode
+from mlxsae.code import Code
 from mlxsae.loss.reconstruction import UNIFORM, RowTerm
 from mlxsae.sae import SAE
 
@@ -20,15 +20,21 @@ class Forward(NamedTuple):
     """What one forward pass knows; every term is a function of it.
 
     ``x [n, d_in]``, target ``y [n, d_out]`` (``x`` itself for an SAE), the code, ``y_hat [n, d_out]``, and
-    ``dead [d_sae]`` (bool): silent for long *before* this batch; None where nobody asked for it.
+    ``dead [d_sae]`` (bool): silent for long *before* this batch; None where nobody asked for it. ``pre_acts [n, d_sae]``
+    where the rule made them.
     """
 
     sae: SAE
     x: mx.array
     y: mx.array
-    code: SparseCode
+    code: Code
     y_hat: mx.array
     dead: mx.array | None = None
+    pre_acts: mx.array | None = None
+
+    def dense_pre_acts(self) -> mx.array:
+        """``[n, d_sae]``: the rule's, or by a product of its own where the rule never held them."""
+        return self.sae.pre_acts(self.x) if self.pre_acts is None else self.pre_acts
 
 
 Term = Callable[[Forward], mx.array]

@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxsae.code import SparseCode, SparseCodeCSR
+from mlxsae.code import Code, DenseCode, n_tokens
 
 
-def l0(code: SparseCode | SparseCodeCSR) -> mx.array:
+def l0(code: Code) -> mx.array:
     """Mean number of latents that fire per token (float32 scalar)."""
-    fired = (code.values > 0).sum().astype(mx.float32)
-    n = (
-        code.offsets.size - 1
-        if isinstance(code, SparseCodeCSR)
-        else code.values.size // code.values.shape[-1]
-    )
-    return fired / n
+    return (code.values > 0).sum().astype(mx.float32) / n_tokens(code)
 
 
 def fvu(x: mx.array, x_hat: mx.array) -> mx.array:
@@ -47,8 +41,10 @@ def nmse(x: mx.array, x_hat: mx.array) -> mx.array:
     return (mx.square(x - x_hat).sum(axis=-1) / mx.square(x).sum(axis=-1)).mean()
 
 
-def fire_counts(code: SparseCode | SparseCodeCSR, d_sae: int) -> mx.array:
+def fire_counts(code: Code, d_sae: int) -> mx.array:
     """Number of tokens on which each latent fires: int32 ``[d_sae]``."""
+    if isinstance(code, DenseCode):
+        return (code.values.reshape(-1, d_sae) > 0).astype(mx.int32).sum(axis=0)
     fired = (code.values > 0).astype(mx.int32).reshape(-1)
     return mx.zeros(d_sae, mx.int32).at[code.indices.reshape(-1)].add(fired)
 

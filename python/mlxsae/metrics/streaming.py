@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxsae.code import SparseCode, SparseCodeCSR
+from mlxsae.code import Code, n_tokens
 from mlxsae.metrics.functions import ce_loss_recovered, fire_counts
 
 
@@ -80,8 +80,8 @@ class FireCounter:
         self.n = 0
         self.counts = np.zeros(d_sae, np.int64)
 
-    def update(self, code: SparseCode | SparseCodeCSR) -> None:
-        self._merge(_tokens(code), fire_counts(code, self.counts.size))
+    def update(self, code: Code) -> None:
+        self._merge(n_tokens(code), fire_counts(code, self.counts.size))
 
     def _merge(self, n: int, counts: mx.array) -> None:
         self.counts += np.array(counts, dtype=np.int64)
@@ -169,13 +169,13 @@ class Evaluation:
         self.reconstruction = Reconstruction()
         self.fired = FireCounter(d_sae)
 
-    def update(self, y: mx.array, y_hat: mx.array, code: SparseCode | SparseCodeCSR) -> None:
+    def update(self, y: mx.array, y_hat: mx.array, code: Code) -> None:
         """Target and reconstruction ``[..., d_out]`` and the code between them."""
         sums = self.reconstruction._reduce(y, y_hat)
         counts = fire_counts(code, self.fired.counts.size)
         mx.eval(sums[1:], counts)
         self.reconstruction._merge(sums)
-        self.fired._merge(_tokens(code), counts)
+        self.fired._merge(n_tokens(code), counts)
 
     def result(self) -> dict[str, float]:
         return self.reconstruction.result() | self.fired.result() | {"n_tokens": self.fired.n}
@@ -191,9 +191,3 @@ def evaluate(sae: Any, batches: Iterable[mx.array | tuple[mx.array, mx.array]]) 
         code = sae.encode(x)
         evaluation.update(y, sae.decode(code).reshape(y.shape), code)
     return evaluation.result()
-
-
-def _tokens(code: SparseCode | SparseCodeCSR) -> int:
-    if isinstance(code, SparseCodeCSR):
-        return code.offsets.size - 1
-    return code.values.size // code.values.shape[-1]

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from mlxsae.sae.decoder import Decoder
 from mlxsae.sae.encoder import Encoder
-from mlxsae.sae.model import SAE
+from mlxsae.sae.model import SAE, calibrate
 from mlxsae.sae.presets import sae, transcoder
-from mlxsae.sae.rule import RULES, Rule, TopK
+from mlxsae.sae.rule import RULES, BatchTopK, Encoded, JumpReLU, Rule, TopK
 
-__all__ = ["RULES", "SAE", "Decoder", "Encoder", "Rule", "TopK", "sae", "transcoder"]
+__all__ = [
+    "RULES",
+    "SAE",
+    "BatchTopK",
+    "Decoder",
+    "Encoded",
+    "Encoder",
+    "JumpReLU",
+    "Rule",
+    "TopK",
+    "calibrate",
+    "sae",
+    "transcoder",
+]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxsae import ops
-from mlxsae.code import SparseCode
+from mlxsae.code import Code, DenseCode, SparseCode
 
 
 class Decoder(nn.Module):
@@ -19,8 +19,14 @@ class Decoder(nn.Module):
         self.weight = weight
         self.bias = bias
 
-    def __call__(self, code: SparseCode) -> mx.array:
-        """``sum_i values[..., i] * weight[indices[..., i]] + bias``: ``[..., k] -> [..., d_out]``."""
+    def __call__(self, code: Code) -> mx.array:
+        """``sum_i values[..., i] * weight[indices[..., i]] + bias``: ``[..., k] -> [..., d_out]``, and ``[n, d_out]`` for
+        ``n`` compressed rows.
+        """
+        if isinstance(code, DenseCode):
+            return mx.addmm(self.bias, code.values, self.weight)
+        if not isinstance(code, SparseCode):
+            return ops.sparse_decode(code, self.weight, self.bias)
         values, indices = code
         lead, k = values.shape[:-1], values.shape[-1]
         flat = SparseCode(values.reshape(math.prod(lead), k), indices.reshape(math.prod(lead), k))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxsae.code import SparseCode, to_dense
+from mlxsae.code import Code, DenseCode, SparseCode, to_dense
 from mlxsae.sae.decoder import Decoder
 from mlxsae.sae.encoder import Encoder
-from mlxsae.sae.rule import Rule, TopK
+from mlxsae.sae.rule import BatchTopK, Encoded, Rule, State, TopK
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -129,7 +130,7 @@ class SAE(nn.Module):
         self.rule = rule
         self.decoder = decoder
         self.metadata = {}
-        rule.check(self.d_sae)
+        rule.prepare(self.d_sae)
         if apply_b_dec_to_input and self.d_in != self.d_out:
             raise ValueError(
                 "[SAE] apply_b_dec_to_input must be False where the input is not the target "
@@ -137,20 +138,45 @@ class SAE(nn.Module):
             )
         self.apply_b_dec_to_input = bool(apply_b_dec_to_input)
 
-    def encode(self, x: mx.array) -> SparseCode:
-        """``[..., d_in] -> SparseCode`` with ``values`` and ``indices`` of shape ``[..., k]``."""
+    def encode(self, x: mx.array) -> Code:
+        """Code of ``x [..., d_in]``.
+
+        ``SparseCode`` with ``values`` and ``indices [..., k]`` where the rule keeps ``k`` a token; ``SparseCodeCSR``, a
+        compressed row for each token in the order of ``x.reshape(-1, d_in)``, where the number varies (this waits for the
+        result); ``DenseCode [..., d_sae]`` for rules that are functions of dense pre-activations.
+        """
         x = self.encoder_input(x)
         lead = x.shape[:-1]
         code = self.rule.encode(x.reshape(math.prod(lead), self.d_in), self.encoder.weight, self.encoder.bias)
-        return SparseCode(*(part.reshape(*lead, part.shape[-1]) for part in code))
+        if not isinstance(code, SparseCode | DenseCode):
+            return code
+        return type(code)(*(part.reshape(*lead, part.shape[-1]) for part in code))
 
-    def decode(self, code: SparseCode) -> mx.array:
-        """``SparseCode [..., k] -> x_hat [..., d_out]``."""
+    def learn(self, x: mx.array, state: State, *, rule: Rule | None = None) -> Encoded:
+        """The code of ``x [n, d_in]`` as training takes it, with the next state of the rule; ``rule`` stands in for the
+        SAE's own (annealing).
+        """
+        rule = self.rule if rule is None else rule
+        return rule.learn(self.encoder_input(x), self.encoder.weight, self.encoder.bias, state)
+
+    def decode(self, code: Code) -> mx.array:
+        """``x_hat [..., d_out]`` of a code; ``[n, d_out]`` of ``n`` compressed rows."""
         return self.decoder(code)
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x [..., d_in] -> x_hat [..., d_out]``."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x)).reshape(*x.shape[:-1], self.d_out)
+
+    def units(self) -> dict[str, tuple[int, int]]:
+        """How parameters are measured: for each the powers in which the scales of input and target enter. Those that are
+        not named are free of scale.
+        """
+        return {
+            "encoder.bias": (1, 0),
+            "decoder.weight": (-1, 1),
+            "decoder.bias": (0, 1),
+            **{f"rule.{name}": (power, 0) for name, power in self.rule.UNITS.items()},
+        }
 
     def pre_acts(self, x: mx.array) -> mx.array:
         """Dense pre-activations ``[..., d_sae]``, before the rule. This is the array that :meth:`encode`
@@ -158,7 +184,7 @@ class SAE(nn.Module):
         """
         return self.encoder.pre_acts(self.encoder_input(x))
 
-    def to_dense(self, code: SparseCode) -> mx.array:
+    def to_dense(self, code: Code) -> mx.array:
         """The code as dense latents ``[..., d_sae]``."""
         return to_dense(code, self.d_sae)
 
@@ -255,6 +281,22 @@ class SAE(nn.Module):
 
     def _extra_repr(self) -> str:
         return f"apply_b_dec_to_input={self.apply_b_dec_to_input}"
+
+
+def calibrate(sae: SAE, batches: Iterable[mx.array]) -> SAE:
+    """Set the threshold of a BatchTopK SAE to the mean of the smallest values that it keeps of each of ``batches``
+    ``[..., d_in]``. Returns the SAE.
+    """
+    if not isinstance(sae.rule, BatchTopK):
+        raise TypeError(f"[calibrate] the rule must be BatchTopK but is {type(sae.rule).__name__}.")
+    thresholds = []
+    for x in batches:
+        state = sae.learn(x.reshape(-1, sae.d_in), sae.rule.initial_state()).state
+        thresholds.append(state["last"].item())
+    if not thresholds:
+        raise ValueError("[calibrate] there must be at least one batch but got none.")
+    sae.rule.threshold = sum(thresholds) / len(thresholds)
+    return sae
 
 
 def _one_rule(k: int | None, rule: Rule | None) -> Rule:

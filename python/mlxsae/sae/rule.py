@@ -1,64 +1,117 @@
 """Rules: which latents of a token stay.
 
-A new architecture is one class here. A rule with a fused op overrides :meth:`Rule.encode` and says
-``fused = True``, and :meth:`Rule.encode_masked` if the op makes a second selection; any other gives
-:meth:`Rule.select`, its definition on dense pre-activations.
-A rule may own parameters (thresholds): it is a module.
+A new architecture is one class here. A rule with a fused op overrides :meth:`Rule.encode`; any other gives
+:meth:`Rule.select`, its definition on dense pre-activations. A rule that does something else in training than in use, or
+learns something from what it sees, overrides :meth:`Rule.learn`. A rule may own parameters (thresholds): it is a module.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxsae import ops
-from mlxsae.code import SparseCode
+from mlxsae.code import Code, DenseCode, Sparse, SparseCode, SparseCodeCSR
+from mlxsae.sae.straight_through import jump_relu
+
+State = dict[str, mx.array]
+"""What a rule carries from one training step to the next, beside its parameters."""
+
+
+class Encoded(NamedTuple):
+    """What a rule makes of a training batch. ``pre_acts [n, d_sae]`` where the rule made them, else None."""
+
+    code: Code
+    state: State
+    pre_acts: mx.array | None = None
 
 
 class Rule(nn.Module):
-    """What turns ``x @ W_enc + b_enc`` into a sparse code."""
+    """What turns ``x @ W_enc + b_enc`` into a code."""
 
     architecture: ClassVar[str] = ""
-    """The name in ``cfg.json``; empty for rules that files do not know."""
+    """The name in configurations and on the command line; empty for rules that files do not know."""
     fused: ClassVar[bool] = False
-    """True where :meth:`encode` never holds the pre-activations ``[n, d_sae]``."""
-
+    """True where the code of :meth:`learn` is sparse, its values are the relu'd pre-activations at its places, and nothing
+    else in the rule depends on a parameter: all that the one-pass update needs to know."""
+    certified: ClassVar[bool] = False
+    """True where the fused op takes the encoder's shadow."""
     PARAMETERS: ClassVar[tuple[str, ...]] = ()
-    """The constructor's arguments, each also an attribute and a key of ``cfg.json``."""
+    """The constructor's arguments, each also an attribute that JSON can hold."""
+    UNITS: ClassVar[dict[str, int]] = {}
+    """Parameters that are measured like pre-activations, with the power in which the scale of the input enters."""
 
-    def encode(
-        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
-    ) -> SparseCode:
-        """Code of ``x [n, d_in]`` under feature-major ``weight [d_sae, d_in]`` and ``bias [d_sae]``.
+    def encode(self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None) -> Code:
+        """Code of ``x [n, d_in]`` under feature-major ``weight [d_sae, d_in]`` and ``bias [d_sae]``, as the finished SAE
+        gives it: that of a token depends on no other token.
 
-        ``shadow = ops.encoder_shadow(weight)`` lets a fused op screen in bfloat16; the code has the same bits.
+        ``shadow = ops.encoder_shadow(weight)`` lets a ``certified`` rule screen in bfloat16; the code has the same bits.
         """
         return self.select(mx.addmm(bias, x, weight.T))
 
-    def encode_masked(
+    def learn(
+        self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
+    ) -> Encoded:
+        """The code in training, and the next state. By default that of :meth:`encode`, or :meth:`select`'s with the
+        pre-activations it was made from.
+        """
+        if type(self).encode is not Rule.encode:
+            return Encoded(self.encode(x, weight, bias, shadow), state)
+        pre_acts = mx.addmm(bias, x, weight.T)
+        return Encoded(self.select(pre_acts), state, pre_acts)
+
+    def learn_masked(
         self,
         x: mx.array,
         weight: mx.array,
         bias: mx.array,
+        state: State,
         mask: mx.array,
         k_aux: int,
         shadow: ops.Shadow | None = None,
-    ) -> tuple[SparseCode, SparseCode]:
-        """:meth:`encode`, and from the same product the ``k_aux`` largest among ``mask [d_sae]``, then relu."""
-        raise NotImplementedError(f"[{type(self).__name__}] the rule has no op for a second selection.")
+    ) -> tuple[Encoded, Sparse]:
+        """:meth:`learn`, and the ``k_aux`` largest pre-activations among ``mask [d_sae]``, then relu (AuxK).
 
-    def select(self, pre_acts: mx.array) -> SparseCode:
+        Without an op that does both, the second is a product of its own with the masked rows: as dear as they are many.
+        Waits for ``mask``.
+        """
+        return self.learn(x, weight, bias, state, shadow), _topk_among(x, weight, bias, mask, k_aux)
+
+    def select(self, pre_acts: mx.array) -> Code:
         """Code of dense ``pre_acts [n, d_sae]``."""
         raise NotImplementedError(f"[{type(self).__name__}] a rule must define select or encode.")
 
-    def check(self, d_sae: int) -> None:
-        """Raise ``ValueError`` where the rule does not fit ``d_sae`` latents."""
+    def initial_state(self) -> State:
+        """The state before the first step."""
+        return {}
+
+    def finish(self, state: State, scale: float) -> None:
+        """Take from ``state`` what the finished rule needs; training saw pre-activations times ``scale``."""
+
+    def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The rule's parameters, back where they must lie, after an optimiser step."""
+        return parameters
+
+    def at(self, step: int) -> Rule:
+        """The rule of training step ``step``, counted from 0 (annealing)."""
+        return self
+
+    def prepare(self, d_sae: int) -> None:
+        """Make the parameters for ``d_sae`` latents; raise ``ValueError`` where the rule does not fit them."""
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as they stand in ``cfg.json``."""
+        """The constructor's arguments: ``type(rule)(**rule.config())`` is the rule without its parameters."""
         return {name: getattr(self, name) for name in self.PARAMETERS}
+
+    def metrics(self, state: State) -> dict[str, mx.array]:
+        """What of the state is worth watching, as scalars."""
+        return {}
+
+    def _extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.config().items())
 
 
 class TopK(Rule):
@@ -71,39 +124,198 @@ class TopK(Rule):
 
     architecture = "topk"
     fused = True
+    certified = True
     PARAMETERS = ("k",)
 
     def __init__(self, k: int):
         super().__init__()
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"[TopK] k must be an int but got {type(k).__name__}.")
-        if k <= 0:
-            raise ValueError(f"[TopK] k must be positive but got k={k}.")
-        self.k = k
+        self.k = positive_int("TopK", "k", k)
 
     def encode(
         self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
     ) -> SparseCode:
         return ops.topk_encode(x, weight, bias, k=self.k, shadow=shadow)
 
-    def encode_masked(
+    def learn_masked(
         self,
         x: mx.array,
         weight: mx.array,
         bias: mx.array,
+        state: State,
         mask: mx.array,
         k_aux: int,
         shadow: ops.Shadow | None = None,
-    ) -> tuple[SparseCode, SparseCode]:
-        return ops.topk_encode_masked(x, weight, bias, mask=mask, k=self.k, k_aux=k_aux, shadow=shadow)
+    ) -> tuple[Encoded, Sparse]:
+        code, aux = ops.topk_encode_masked(x, weight, bias, mask=mask, k=self.k, k_aux=k_aux, shadow=shadow)
+        return Encoded(code, state), aux
 
-    def check(self, d_sae: int) -> None:
-        if self.k > d_sae:
-            raise ValueError(f"[SAE] k must be in (0, d_sae] but got k={self.k} with d_sae={d_sae}.")
-
-    def _extra_repr(self) -> str:
-        return f"k={self.k}"
+    def prepare(self, d_sae: int) -> None:
+        at_most_d_sae(self.k, d_sae)
 
 
-RULES: dict[str, type[Rule]] = {rule.architecture: rule for rule in (TopK,)}
+class BatchTopK(Rule):
+    r"""The ``k n`` largest pre-activations of a batch of ``n`` tokens, then relu (Bussmann et al. 2024, arXiv 2412.06410):
+    ``k`` a token on average, more where a token needs more.
+
+    In use a token must not depend on its neighbours: every pre-activation over ``threshold`` stays, a JumpReLU. Training
+    estimates the threshold as the mean of each batch's smallest kept value :math:`\theta_t`, newer batches weighing more,
+    and without the bias towards its start that a plain moving average has:
+
+    .. math:: \theta = \frac{\sum_t \beta^{T-t} \theta_t}{\sum_t \beta^{T-t}}
+
+    How many latents then fire is measured, not promised: ``metrics.evaluate(sae, ...)["l0"]``.
+
+    Parameters
+    ----------
+    k : mean number of latents a token.
+    threshold : None until trained or :func:`calibrate`d; until then :meth:`encode` takes the ``k n`` largest of what it
+        is given.
+    decay : :math:`\beta`.
+    """
+
+    architecture = "batchtopk"
+    fused = True
+    PARAMETERS = ("k", "threshold", "decay")
+
+    def __init__(self, k: int, threshold: float | None = None, decay: float = 0.99):
+        super().__init__()
+        self.k = positive_int("BatchTopK", "k", k)
+        self.threshold = threshold
+        if not 0 <= decay < 1:
+            raise ValueError(f"[BatchTopK] decay must be in [0, 1) but got {decay}.")
+        self.decay = decay
+
+    def encode(
+        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
+    ) -> SparseCodeCSR:
+        if self.threshold is None:
+            return ops.batch_topk_encode(x, weight, bias, k=self.k)[0]
+        return ops.threshold_encode(x, weight, bias, threshold=mx.array(self.threshold))
+
+    def learn(
+        self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
+    ) -> Encoded:
+        code, threshold = ops.batch_topk_encode(x, weight, bias, k=self.k, hint=state["last"])
+        threshold = mx.stop_gradient(threshold)
+        return Encoded(
+            code,
+            {
+                "last": threshold,
+                "sum": self.decay * state["sum"] + threshold,
+                "weight": self.decay * state["weight"] + 1,
+            },
+        )
+
+    def initial_state(self) -> State:
+        return {name: mx.array(0.0) for name in ("last", "sum", "weight")}
+
+    def finish(self, state: State, scale: float) -> None:
+        weight = state["weight"].item()
+        if weight > 0:  # type: ignore[operator]
+            self.threshold = state["sum"].item() / weight / scale  # type: ignore[operator]
+
+    def prepare(self, d_sae: int) -> None:
+        at_most_d_sae(self.k, d_sae)
+
+    def metrics(self, state: State) -> dict[str, mx.array]:
+        return {"threshold": state["sum"] / state["weight"]}
+
+
+class JumpReLU(Rule):
+    r"""Every pre-activation over a learned threshold of its latent (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+    .. math:: f_j = z_j \, [z_j > \theta_j], \qquad \theta_j \ge 0
+
+    In training latents are dense and the threshold learns by the pseudo-derivatives of :mod:`mlxsae.sae.straight_through`;
+    in use the code comes from one fused pass. Needs a loss term that holds L0 down.
+
+    Parameters
+    ----------
+    k : the mean number of latents a token that the loss aims at; None where the loss does not ask.
+    bandwidth : width of the window around the threshold that gives its gradient, in units of the activations trained on.
+    initial_threshold : where thresholds start.
+    through_input : whether that gradient also goes to the pre-activations.
+
+    ``threshold [d_sae]`` is float32 whatever the type of the weights: steps of a small learning rate vanish in 16 bits.
+    """
+
+    architecture = "jumprelu"
+    PARAMETERS = ("k", "bandwidth", "initial_threshold", "through_input")
+    UNITS: ClassVar[dict[str, int]] = {"threshold": 1}
+
+    def __init__(
+        self,
+        k: int | None = None,
+        bandwidth: float = 0.05,
+        initial_threshold: float = 0.01,
+        through_input: bool = False,
+    ):
+        super().__init__()
+        self.k = None if k is None else positive_int("JumpReLU", "k", k)
+        for name, value, least in (
+            ("bandwidth", bandwidth, 1e-12),
+            ("initial_threshold", initial_threshold, 0),
+        ):
+            if not value >= least:
+                raise ValueError(
+                    f"[JumpReLU] {name} must be {'positive' if least else 'at least 0'} but got {value}."
+                )
+        self.bandwidth, self.initial_threshold = bandwidth, initial_threshold
+        self.through_input = through_input
+
+    def encode(
+        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
+    ) -> SparseCodeCSR:
+        return ops.threshold_encode(x, weight, bias, threshold=self.threshold)
+
+    def learn(
+        self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
+    ) -> Encoded:
+        pre_acts = mx.addmm(bias, x, weight.T)
+        acts = jump_relu(pre_acts, self.threshold, bandwidth=self.bandwidth, through_input=self.through_input)
+        return Encoded(DenseCode(acts), state, pre_acts)
+
+    def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
+        return parameters | {"threshold": mx.maximum(parameters["threshold"], 0)}
+
+    def prepare(self, d_sae: int) -> None:
+        if "threshold" not in self:
+            self.threshold = mx.full(d_sae, self.initial_threshold, mx.float32)
+        elif self.threshold.shape != (d_sae,):
+            raise ValueError(
+                f"[JumpReLU] threshold must have shape ({d_sae},) but got {self.threshold.shape}."
+            )
+
+    @classmethod
+    def of(cls, threshold: mx.array, **options: Any) -> Self:
+        """A JumpReLU with given thresholds ``[d_sae]``."""
+        rule = cls(**options)
+        rule.threshold = threshold.astype(mx.float32)
+        return rule
+
+
+def _topk_among(x: mx.array, weight: mx.array, bias: mx.array, mask: mx.array, k: int) -> SparseCode:
+    """The ``k`` largest pre-activations among ``mask``, by a product with these rows alone."""
+    rows = mx.array(np.flatnonzero(np.array(mask)).astype(np.uint32))
+    n_rows = rows.size
+    if n_rows == 0:
+        return SparseCode(mx.zeros((x.shape[0], 1)), mx.zeros((x.shape[0], 1), mx.uint32))
+    code = ops.topk_encode(x, weight[rows], bias[rows], k=min(k, n_rows))
+    return SparseCode(code.values, rows[code.indices])
+
+
+def positive_int(who: str, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"[{who}] {name} must be an int but got {type(value).__name__}.")
+    if value <= 0:
+        raise ValueError(f"[{who}] {name} must be positive but got {name}={value}.")
+    return value
+
+
+def at_most_d_sae(k: int, d_sae: int) -> None:
+    if k > d_sae:
+        raise ValueError(f"[SAE] k must be in (0, d_sae] but got k={k} with d_sae={d_sae}.")
+
+
+RULES: dict[str, type[Rule]] = {rule.architecture: rule for rule in (TopK, BatchTopK, JumpReLU)}
 """The rules that files know, by architecture."""

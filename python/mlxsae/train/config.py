@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from mlxsae.loss import AUXK_PRESETS, RECONSTRUCTION, AuxK, Loss
+from mlxsae.loss import AUXK_PRESETS, DEFAULT_TERMS, RECONSTRUCTION, TERMS, AuxK, Loss
 from mlxsae.sae import RULES, SAE
 
 
@@ -72,15 +72,19 @@ class OptimizerConfig(_Config):
 
 @dataclass(frozen=True)
 class LossConfig(_Config):
-    """Reconstruction term and AuxK.
+    """Reconstruction term, AuxK, and what else the architecture needs.
 
     ``reconstruction`` is ``fvu``, ``mse`` or ``nmse``. ``auxk`` names a preset of :mod:`mlxsae.loss.auxk` or
     is None; ``auxk_weight`` and ``k_aux`` default to the preset's weight and ``d_in / 2``. A latent is dead
     in a batch if it did not fire in the last ``dead_after`` tokens before it, by default a 40th of the run, at
     most 10M.
+
+    ``terms`` are weights of further terms by their names in :data:`mlxsae.loss.TERMS`; None means those that the rule
+    cannot do without (:data:`mlxsae.loss.DEFAULT_TERMS`: JumpReLU's L0, ReLU's L1, ...).
     """
 
     reconstruction: str = "fvu"
+    terms: dict[str, float] | None = None
     auxk: str | None = "dictionary_learning"
     auxk_weight: float | None = None
     k_aux: int | None = None
@@ -89,6 +93,9 @@ class LossConfig(_Config):
     def __post_init__(self) -> None:
         known = sorted(RECONSTRUCTION)
         _require("reconstruction", self.reconstruction, self.reconstruction in known, f"be one of {known}")
+        for name, weight in (self.terms or {}).items():
+            _require("terms", name, name in TERMS, f"be among {sorted(TERMS)}")
+            _require(f"terms.{name}", weight, weight >= 0, "not be negative")
         presets = sorted(AUXK_PRESETS)
         _require("auxk", self.auxk, self.auxk is None or self.auxk in presets, f"be None or one of {presets}")
         if self.auxk_weight is not None:
@@ -98,12 +105,14 @@ class LossConfig(_Config):
         if self.dead_after is not None:
             _require("dead_after", self.dead_after, self.dead_after > 0, "be positive")
 
-    def build(self, d_in: int) -> Loss:
-        auxk = None
+    def build(self, sae: SAE) -> Loss:
+        auxk, d_in = None, sae.d_in
         if self.auxk is not None:
             weight = AUXK_PRESETS[self.auxk].weight if self.auxk_weight is None else self.auxk_weight
             auxk = weight, AuxK(max(d_in // 2, 1) if self.k_aux is None else self.k_aux, self.auxk)
-        return Loss({self.reconstruction: (1.0, RECONSTRUCTION[self.reconstruction])}, auxk)
+        weights = DEFAULT_TERMS.get(sae.rule.architecture, {}) if self.terms is None else self.terms
+        terms = {name: (weight, TERMS[name]) for name, weight in weights.items()}
+        return Loss({self.reconstruction: (1.0, RECONSTRUCTION[self.reconstruction])}, auxk, terms)
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ class TrainConfig(_Config):
 @dataclass(frozen=True)
 class SAEConfig(_Config):
     """An SAE and how to train it. ``d_sae`` overrides ``expansion_factor``; ``d_in`` comes from the data if
-    None.
+    None. ``architecture`` names a rule of :data:`mlxsae.sae.RULES`, ``rule`` gives its further arguments.
     """
 
     d_in: int | None = None
@@ -183,6 +192,7 @@ class SAEConfig(_Config):
     expansion_factor: int = 16
     architecture: str = "topk"
     k: int = 32
+    rule: dict[str, Any] | None = None
     dtype: str = "float32"
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -192,6 +202,9 @@ class SAEConfig(_Config):
                 _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
         known = sorted(RULES)
         _require("architecture", self.architecture, self.architecture in known, f"be one of {known}")
+        arguments = sorted({"k", *RULES[self.architecture].PARAMETERS})
+        for name in self.rule or {}:
+            _require("rule", name, name in arguments, f"have only the keys {arguments}")
         dtypes = ("float32", "float16", "bfloat16")
         _require("dtype", self.dtype, self.dtype in dtypes, f"be one of {list(dtypes)}")
 
@@ -203,7 +216,8 @@ class SAEConfig(_Config):
             )
         d_sae = self.expansion_factor * d_in if self.d_sae is None else self.d_sae
         rule_type = RULES[self.architecture]
-        rule = rule_type(**{name: getattr(self, name) for name in rule_type.PARAMETERS})
+        known = {"k": self.k} if "k" in rule_type.PARAMETERS else {}
+        rule = rule_type(**known | (self.rule or {}))
         return SAE(d_in, d_sae, rule=rule, dtype=getattr(mx, self.dtype), seed=self.train.seed)
 
 
@@ -234,6 +248,11 @@ def _value(kind: Any, value: Any, path: str, partial: bool) -> Any:
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"[config] {path} must be an object but got {value!r}.")
+        of = typing.get_args(kind)[1]
+        return {k: v if of is Any else _value(of, v, f"{path}.{k}", partial) for k, v in value.items()}
     if typing.get_origin(kind) is tuple:
         members = typing.get_args(kind)
         if not isinstance(value, (list, tuple)) or len(value) != len(members):

@@ -12,9 +12,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae import ops
+from mlxsae.code import DenseCode, detached
 from mlxsae.loss import Forward, Loss
 from mlxsae.metrics import l0
-from mlxsae.sae import SAE, Rule
+from mlxsae.sae import SAE
+from mlxsae.sae.rule import State
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.constraints import unit_rows, without_parallel
 from mlxsae.train.state import ACTIVATIONS, LOSS
@@ -55,7 +57,7 @@ class AutodiffEngine:
 
     def __init__(self, sae: SAE, loss: Loss, config: TrainConfig, optimizer: optim.Optimizer | None = None):
         if config.precision != "float32":
-            reason = FusedEngine.refusal(sae, loss) or "autodiff was asked for"
+            reason = FusedEngine.refusal(sae, loss, config) or "autodiff was asked for"
             raise ValueError(
                 f"[fit] precision must be float32 for the autodiff engine but got {config.precision}: {reason}."
             )
@@ -81,22 +83,21 @@ class AutodiffEngine:
     def _graph(self, auxk: bool) -> Callable[..., tuple[Arrays, dict[str, mx.array]]]:
         config = self._config
 
-        def loss_of(
-            params: Arrays, frozen: Arrays, x: mx.array, y: mx.array, tokens_since_fired: mx.array
-        ) -> tuple:
+        def loss_of(params: Arrays, frozen: Arrays, x: mx.array, y: mx.array, carried: Arrays) -> tuple:
+            silent = carried["tokens_since_fired"]
             with _parameters(self._sae, frozen, params) as sae:
-                code = sae.encode(x)
-                fired = ops.update_tokens_since_fired(tokens_since_fired, _detached(code))
-                dead = tokens_since_fired >= config.dead_after
-                forward = Forward(sae, x, y, code, sae.decode(code), dead if auxk else None)
+                code, rule, pre_acts = sae.learn(x, carried["rule"])
+                dead = silent >= config.dead_after
+                forward = Forward(sae, x, y, code, sae.decode(code), dead if auxk else None, pre_acts)
                 total, terms = self._loss(forward)
-            return total, terms | {"l0": l0(code)}, fired
+                metrics = terms | {"l0": l0(code)} | sae.rule.metrics(rule)
+            fired = ops.update_tokens_since_fired(silent, detached(code))
+            return total, metrics, {"tokens_since_fired": fired, "rule": rule}
 
         def graph(arrays: Arrays, frozen: Arrays, x: mx.array, y: mx.array, lr: mx.array, step: mx.array):
             params = arrays["params"]
-            (total, metrics, fired), gradients = mx.value_and_grad(loss_of)(
-                params, frozen, x, y, arrays["tokens_since_fired"]
-            )
+            carried = {key: arrays.get(key, {}) for key in ("tokens_since_fired", "rule")}
+            (total, metrics, carried), gradients = mx.value_and_grad(loss_of)(params, frozen, x, y, carried)
             constrained = config.normalize_decoder and "weight" in params.get("decoder", {})
             if constrained:
                 gradients["decoder"]["weight"] = without_parallel(
@@ -112,10 +113,13 @@ class AutodiffEngine:
             optimizer, self._optimizer.state = self._optimizer.state, {}
             if constrained:
                 updated["decoder"]["weight"] = unit_rows(updated["decoder"]["weight"])
+            if "rule" in updated:
+                updated["rule"] = self._sae.rule.constrain(updated["rule"])
             failed, good = guard(arrays["failed"], total, x, y, step)
-            new = {"params": updated, "optimizer": optimizer, "tokens_since_fired": fired}
-            new = tree_map(lambda a, b: mx.where(good, a, b), new, {key: arrays[key] for key in new})
-            metrics |= {"loss": total, "dead_fraction": _dead_fraction(fired, config)}
+            new = {"params": updated, "optimizer": optimizer} | carried
+            old = {key: arrays.get(key, {}) for key in new}
+            new = tree_map(lambda a, b: mx.where(good, a, b), new, old)
+            metrics |= {"loss": total, "dead_fraction": _dead_fraction(new["tokens_since_fired"], config)}
             return new | {"failed": failed}, metrics
 
         return graph
@@ -131,7 +135,7 @@ class FusedEngine:
     name = "fused"
 
     def __init__(self, sae: SAE, loss: Loss, config: TrainConfig):
-        if reason := self.refusal(sae, loss):
+        if reason := self.refusal(sae, loss, config):
             raise ValueError(f"[fit] engine must be autodiff for this run but got fused: {reason}.")
         # No weights among these: they are the state's.
         self._rule = sae.rule
@@ -141,17 +145,17 @@ class FusedEngine:
         self._config = config
 
     @staticmethod
-    def refusal(sae: SAE, loss: Loss) -> str:
+    def refusal(sae: SAE, loss: Loss, config: TrainConfig) -> str:
         """Why the pass cannot make this run's steps; empty where it can."""
         rule = type(sae.rule)
         if not rule.fused or tree_flatten(sae.rule.parameters()):
             return f"the rule {rule.__name__} has no fused op"
+        if config.precision == "certified" and not rule.certified:
+            return f"the op of the rule {rule.__name__} does not screen in bfloat16"
         if loss.terms:
             return f"the loss has the terms {sorted(loss.terms)}"
         if loss.auxk is not None and not loss.auxk[1].fused:
             return f"the AuxK preset {loss.auxk[1].preset} has no fused form"
-        if loss.auxk is not None and rule.encode_masked is Rule.encode_masked:
-            return f"the rule {rule.__name__} has no second selection for AuxK"
         if len(tree_flatten(sae.trainable_parameters())) != len(tree_flatten(sae.parameters())):
             return "some parameters are frozen"
         return ""
@@ -169,7 +173,7 @@ class FusedEngine:
         shadow = arrays.get("shadow")
         if shadow is None and config.precision == "certified":
             shadow = ops.encoder_shadow(params.w_enc)
-        f = self._forward(params, shadow, arrays["tokens_since_fired"], x, y, auxk)
+        f = self._forward(params, shadow, arrays["tokens_since_fired"], arrays.get("rule", {}), x, y, auxk)
         # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
         # pass must be over before the update is begun, or the step copies them.
         mx.eval(f)
@@ -208,6 +212,7 @@ class FusedEngine:
             "optimizer": moments | {"step": adam["step"] + 1, "learning_rate": mx.array(lr, mx.float32)},
             "tokens_since_fired": f.tokens_since_fired,
             "failed": failed,
+            "rule": f.rule,
         }
         return new if shadow is None else new | {"shadow": updated.shadow}, metrics
 
@@ -216,6 +221,7 @@ class FusedEngine:
         params: ops.Params,
         shadow: ops.Shadow | None,
         tokens_since_fired: mx.array,
+        rule: State,
         x: mx.array,
         y: mx.array,
         auxk: bool,
@@ -230,17 +236,19 @@ class FusedEngine:
         dead = tokens_since_fired >= self._config.dead_after
         auxiliary = self._loss.auxk if auxk else None
         if auxiliary is None:
-            code = aux_code = self._rule.encode(*encoder, shadow)
+            encoded, aux_code = self._rule.learn(*encoder, rule, shadow), None
         else:
             k_aux = min(auxiliary[1].k_aux, self._d_sae)
-            code, aux_code = self._rule.encode_masked(*encoder, dead, k_aux, shadow)
+            encoded, aux_code = self._rule.learn_masked(*encoder, rule, dead, k_aux, shadow)
+        code = encoded.code
+        assert not isinstance(code, DenseCode)
         residual, squares = ops.decode_residual(code, params.w_dec, y, params.b_dec)
         (total, metrics), weights = mx.value_and_grad(self._loss.of_squares)(squares, y)
         if self._loss.uniform:
             terms = [ops.Term(residual, code, 2 * weights[0])]
         else:
             terms = [ops.Term(residual * weights[:, None], code, mx.array(2.0))]
-        if auxiliary is not None:
+        if auxiliary is not None and aux_code is not None:
             weight, term = auxiliary
             aux_residual, aux_squares = ops.decode_residual(aux_code, params.w_dec, -residual)
             factor = term.factor(y, residual, dead)
@@ -249,9 +257,10 @@ class FusedEngine:
             terms.append(ops.Term(aux_residual, aux_code, 2 * weight * factor))
         fired = ops.update_tokens_since_fired(tokens_since_fired, code)
         metrics |= {"loss": total, "l0": l0(code), "dead_fraction": _dead_fraction(fired, self._config)}
+        metrics |= self._rule.metrics(encoded.state)
         # What is not finite in y shows in its square; in x it may be lost where every pre-activation falls.
         witness = total + squares.sum() + (0 if y is x else x.sum())
-        return _Forward(inner, terms, metrics, fired, witness)
+        return _Forward(inner, terms, metrics, fired, encoded.state, witness)
 
 
 class _Forward(NamedTuple):
@@ -261,13 +270,14 @@ class _Forward(NamedTuple):
     terms: list[ops.Term]
     metrics: dict[str, mx.array]
     tokens_since_fired: mx.array
+    rule: State
     witness: mx.array  # finite only if loss and activations are
 
 
 def make_engine(name: str, sae: SAE, loss: Loss, config: TrainConfig) -> Engine:
     """The engine ``autodiff`` or ``fused``; ``auto`` is the fused one wherever it can make the steps."""
     if name == "auto":
-        name = "autodiff" if FusedEngine.refusal(sae, loss) else "fused"
+        name = "autodiff" if FusedEngine.refusal(sae, loss, config) else "fused"
     return (FusedEngine if name == "fused" else AutodiffEngine)(sae, loss, config)
 
 
@@ -323,10 +333,6 @@ class _parameters:
 
     def __exit__(self, *exception: object) -> None:
         self._sae.update(self._own)
-
-
-def _detached(code: Any) -> Any:
-    return type(code)(*(mx.stop_gradient(part) for part in code))
 
 
 def _copied(tree: Arrays) -> Arrays:

@@ -231,12 +231,13 @@ def _assemble(
     if b_dec is not None and "bias" in params.get("decoder", {}):
         params["decoder"]["bias"] = b_dec * scale[1]
     o = config.optimizer
-    engine = engine or make_engine(config.engine, working, loss or config.loss.build(sae.d_in), config)
+    engine = engine or make_engine(config.engine, working, loss or config.loss.build(working), config)
     state = TrainState(
         params=params,
         optimizer=engine.optimizer_state(params),
         tokens_since_fired=mx.zeros(sae.d_sae, mx.int32),
         failed=mx.array([-1, 0], mx.int32),
+        rule=working.rule.initial_state(),
         scale=scale,
     )
     # Only the state holds what is trained: a reference left behind would keep the first weights for the whole run.
@@ -325,6 +326,7 @@ def _write_back(sae: SAE, state: TrainState) -> None:
     raw = scaled_params(sae, state.params, 1 / s_in, 1 / s_out)
     dtypes = {name: p.dtype for name, p in flat(sae.parameters()).items()}
     sae.update(tree_unflatten([(name, p.astype(dtypes[name])) for name, p in flat(raw).items()]))
+    sae.rule.finish(state.rule, s_in)
     mx.eval(sae.parameters())
 
 

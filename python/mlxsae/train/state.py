@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxsae.ops import Shadow
 from mlxsae.sae import SAE
@@ -27,6 +27,7 @@ class TrainState:
         ``learning_rate``). tokens_since_fired : int32 ``[d_sae]``. failed : int32 ``[2]``, the first step
         whose loss was not finite and what was not (see ``ACTIVATIONS``, ``LOSS``); (-1, 0) while all is well.
         From that step on nothing is updated.
+    rule : what the rule carries (``Rule.initial_state``), such as BatchTopK's running threshold.
     step, tokens : steps done, tokens seen.
     auxk_active : whether the step computes AuxK. Read from the device every few steps, a part of the state so
         that a resumed run decides as the uninterrupted one.
@@ -38,6 +39,7 @@ class TrainState:
     optimizer: dict[str, Any]
     tokens_since_fired: mx.array
     failed: mx.array
+    rule: dict[str, mx.array] = field(default_factory=dict)
     step: int = 0
     tokens: int = 0
     scale: tuple[float, float] = (1.0, 1.0)
@@ -56,6 +58,7 @@ class TrainState:
             "optimizer": self.optimizer,
             "tokens_since_fired": self.tokens_since_fired,
             "failed": self.failed,
+            "rule": self.rule,
         }
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -98,16 +101,15 @@ def flat(tree: Any) -> dict[str, mx.array]:
 def scaled_params(sae: SAE, params: dict[str, Any], s_in: float, s_out: float) -> dict[str, Any]:
     """Parameters for activations ``s_in * x`` and targets ``s_out * y``, of the same function.
 
-    Latents scale with the input: biases take the scale, ``W_enc`` stays, and ``W_dec`` takes ``s_out /
-    s_in``, 1 for an SAE, whose decoder rows so keep their norm. Inverse: the reciprocal scales.
+    Latents scale with the input: biases and thresholds take the scale, ``W_enc`` stays, and ``W_dec`` takes
+    ``s_out / s_in``, 1 for an SAE, whose decoder rows so keep their norm (:meth:`SAE.units`). Inverse: the reciprocal
+    scales.
     """
-    params = tree_map(lambda p: p, params)
-    if s_in == s_out == 1.0:
-        return params
     if sae.apply_b_dec_to_input and s_in != s_out:
         raise ValueError(f"[fit] an SAE must have one scale but got {s_in} and {s_out}.")
-    factors = {("encoder", "bias"): s_in, ("decoder", "weight"): s_out / s_in, ("decoder", "bias"): s_out}
-    for (part, name), factor in factors.items():
-        if name in params.get(part, {}) and factor != 1.0:
-            params[part][name] = params[part][name] * factor
-    return params
+    leaves = flat(params)
+    for name, (of_input, of_target) in sae.units().items():
+        factor = s_out**of_target * s_in**of_input if of_input >= 0 else s_out**of_target / s_in**-of_input
+        if name in leaves and factor != 1.0:
+            leaves[name] = leaves[name] * factor
+    return tree_unflatten(list(leaves.items()))

@@ -81,6 +81,11 @@ class ArraySource:
         self._cursor = 0
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch."""
+        return self._rows
+
     def next_batch(self) -> tuple[mx.array, ...] | None:
         end = self._cursor + self._batch_size
         if self._total is not None:

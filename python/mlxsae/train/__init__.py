@@ -6,22 +6,27 @@ from mlxsae.train.activations import train_sae_from_activations
 from mlxsae.train.callbacks import Callback, ProgressBar
 from mlxsae.train.config import LossConfig, OptimizerConfig, SAEConfig, TrainConfig
 from mlxsae.train.initial import geometric_median
-from mlxsae.train.loop import FitResult, NonFiniteError, Run, fit
+from mlxsae.train.loop import FitResult, Job, NonFiniteError, Run, fit, fit_many
+from mlxsae.train.optimizers import OPTIMIZERS, Signum
 from mlxsae.train.schedules import warmup_decay
 from mlxsae.train.state import TrainState
 
 __all__ = [
+    "OPTIMIZERS",
     "Callback",
     "FitResult",
+    "Job",
     "LossConfig",
     "NonFiniteError",
     "OptimizerConfig",
     "ProgressBar",
     "Run",
     "SAEConfig",
+    "Signum",
     "TrainConfig",
     "TrainState",
     "fit",
+    "fit_many",
     "geometric_median",
     "train_sae_from_activations",
     "warmup_decay",

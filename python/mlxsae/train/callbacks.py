@@ -1,7 +1,9 @@
-"""What may watch a run: subclass :class:`Callback`, override what is needed."""
+"""What may watch a run: subclass :class:`Callback`, override what is needed; or any class with ``on_batch_end`` and
+the like."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -11,20 +13,97 @@ if TYPE_CHECKING:
 
 class Callback:
     """Called between steps, when the state is whole: an exception here, ``KeyboardInterrupt`` included, ends
-    the run in order. ``run.state`` may hold work in flight; reading an array waits for it.
+    the run in order. ``run.state`` may hold work in flight; reading an array waits for it. ``run.stop(reason)`` ends
+    the run.
     """
 
     def on_begin(self, run: Run) -> None:
         """Before the first step, also of a resumed run."""
 
     def on_step(self, run: Run) -> None:
-        """After each step."""
+        """After each step; ``run.metrics`` are its metrics, unread."""
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
         """Every ``log_every`` steps, with the metrics of that step."""
 
+    def on_validation(self, run: Run, record: dict[str, Any]) -> None:
+        """Every ``validate_every`` steps, with metrics on held-out data: ``val_loss`` and so on."""
+
+    def on_epoch(self, run: Run, epoch: int) -> None:
+        """After pass ``epoch``, from 1, over data that know their length; of other data at their end."""
+
     def on_end(self, run: Run) -> None:
         """After the last step, or when the run ends early for whatever reason."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know, as JSON can hold it."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+
+    @property
+    def kind(self) -> str:
+        """Under which name a checkpoint keeps the state."""
+        return type(self).__name__
+
+
+class PlainCallback(Callback):
+    """A class of somebody who knows nothing of :class:`Callback`: whichever it has of ``on_train_begin()``,
+    ``on_batch_end(step, loss, metrics)``, ``on_epoch_end(epoch, metrics)``, ``on_validation_end(step, metrics)``,
+    ``on_train_end()`` is called.
+
+    ``step`` counts from 1. ``loss`` and the values of a batch's ``metrics`` are MLX scalars that nobody has read:
+    comparing, formatting or ``float`` waits for the step, passing them on does not.
+    """
+
+    EVENTS = ("on_train_begin", "on_batch_end", "on_epoch_end", "on_validation_end", "on_train_end")
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+
+    @property
+    def kind(self) -> str:
+        return type(self.inner).__name__
+
+    def on_begin(self, run: Run) -> None:
+        self._call("on_train_begin")
+
+    def on_step(self, run: Run) -> None:
+        self._call("on_batch_end", run.state.step, run.metrics["loss"], run.metrics)
+
+    def on_validation(self, run: Run, record: dict[str, Any]) -> None:
+        self._call("on_validation_end", run.state.step, record)
+
+    def on_epoch(self, run: Run, epoch: int) -> None:
+        latest = {name: value.item() for name, value in run.metrics.items()}
+        self._call("on_epoch_end", epoch, latest | (run.validations[-1] if run.validations else {}))
+
+    def on_end(self, run: Run) -> None:
+        self._call("on_train_end")
+
+    def state(self) -> dict[str, Any]:
+        return self.inner.state() if callable(getattr(self.inner, "state", None)) else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.inner.restore(state)
+
+    def _call(self, event: str, *arguments: Any) -> None:
+        if hasattr(self.inner, event):
+            getattr(self.inner, event)(*arguments)
+
+
+def as_callback(watcher: Any) -> Callback:
+    """``watcher`` itself if it is a :class:`Callback`, otherwise wrapped."""
+    if isinstance(watcher, Callback):
+        return watcher
+    if inspect.isclass(watcher):
+        raise TypeError(f"[fit] a callback must be an object but got the class {watcher.__name__}.")
+    if not any(hasattr(watcher, event) for event in PlainCallback.EVENTS):
+        raise TypeError(
+            f"[fit] a callback must have one of {list(PlainCallback.EVENTS)} but {type(watcher).__name__} has none."
+        )
+    return PlainCallback(watcher)
 
 
 class ProgressBar(Callback):
@@ -40,7 +119,7 @@ class ProgressBar(Callback):
         bar = "█" * int(done * self._width)
         left = (
             (run.config.total_steps - record["step"])
-            * run.config.batch_size
+            * run.config.rows_per_step
             / max(record["tokens_per_s"], 1e-9)
         )
         line = (

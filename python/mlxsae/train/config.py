@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlxsae.loss import AUXK_PRESETS, DEFAULT_TERMS, RECONSTRUCTION, TERMS, AuxK, Loss
 from mlxsae.sae import RULES, SAE
+from mlxsae.train.optimizers import OPTIMIZERS, WITH_WEIGHT_DECAY
 
 
 class _Config:
@@ -39,11 +40,13 @@ def default_learning_rate(d_sae: int) -> float:
 
 @dataclass(frozen=True)
 class OptimizerConfig(_Config):
-    """Adam with bias correction, and its learning rate over time.
+    """An optimiser of :data:`mlxsae.train.optimizers.OPTIMIZERS`, and its learning rate over time.
 
-    ``warmup`` and ``decay`` are fractions of all steps: linear from 0 to ``learning_rate`` over the first,
-    then constant, then ``shape`` down to 0 over the last. Without a ``learning_rate`` it is
-    :func:`default_learning_rate`. ``max_grad_norm`` clips the global gradient norm.
+    ``warmup`` and ``decay`` are fractions of all steps, or steps where over 1: linear from 0 to ``learning_rate`` over
+    the first, then constant, then ``shape`` (``linear`` or ``cosine``) down to 0 over the last; ``shape="constant"``
+    has no decay. Without a ``learning_rate`` it is
+    :func:`default_learning_rate` (for Adam). ``max_grad_norm`` clips the global gradient norm. Only ``adam`` has the
+    fused step; ``weight_decay`` is decoupled, for optimisers that have it.
 
     beta_2 is 0.99: the gradient shrinks by orders of magnitude within the first hundred steps, and a longer
     memory of the large early ones throttles the steps for a thousand more.
@@ -56,16 +59,24 @@ class OptimizerConfig(_Config):
     decay: float = 0.2
     shape: str = "linear"
     max_grad_norm: float | None = None
+    name: str = "adam"
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        _require("name", self.name, self.name in OPTIMIZERS, f"be one of {sorted(OPTIMIZERS)}")
         if self.learning_rate is not None:
             _require("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive")
         _require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "lie in [0, 1)")
         _require("eps", self.eps, self.eps >= 0, "not be negative")
+        fits = self.weight_decay == 0 or (self.weight_decay > 0 and self.name in WITH_WEIGHT_DECAY)
+        _require("weight_decay", self.weight_decay, fits, f"be 0, or positive for {list(WITH_WEIGHT_DECAY)}")
         for name in ("warmup", "decay"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "be a fraction in [0, 1]")
-        _require("warmup + decay", self.warmup + self.decay, self.warmup + self.decay <= 1, "be at most 1")
-        _require("shape", self.shape, self.shape in ("linear", "cosine"), "be linear or cosine")
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "not be negative")
+        if max(self.warmup, self.decay) <= 1:
+            both = self.warmup + self.decay
+            _require("warmup + decay", both, both <= 1, "be at most 1")
+        shapes = ("constant", "cosine", "linear")
+        _require("shape", self.shape, self.shape in shapes, f"be one of {list(shapes)}")
         if self.max_grad_norm is not None:
             _require("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "be positive or None")
 
@@ -119,27 +130,40 @@ class LossConfig(_Config):
 class TrainConfig(_Config):
     """One run of ``fit``.
 
-    ``normalize="expected_norm"`` scales activations so that their mean norm is ``sqrt(d_in)``; the scale is
-    folded into the weights of the SAE that comes out. ``b_dec_init`` is ``geometric_median``, ``mean`` or
-    ``keep``; both scale and initial ``b_dec`` come from ``sample_size`` rows. ``normalize_decoder`` keeps
-    decoder rows at unit norm and removes the gradient along them. ``engine`` is ``auto``, ``autodiff`` or
-    ``fused``.
+    The run is ``total_tokens`` long, or ``epochs`` passes over data that know their length.
+
+    ``normalize`` is folded into the weights of the SAE that comes out: ``expected_norm`` scales activations so that
+    their mean norm is ``sqrt(d_in)``, ``mean_std`` brings each coordinate to mean 0 and standard deviation 1.
+    ``b_dec_init`` is ``geometric_median``, ``mean`` or ``keep``; both normalisation and initial ``b_dec`` come from
+    ``sample_size`` rows. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
+    ``engine`` is ``auto``, ``autodiff`` or ``fused``.
 
     ``precision`` is that of the encoder's product: ``float32``, or ``certified``, which multiplies in bfloat16,
     computes again in float32 whatever a proven error bound cannot decide, and so gives the same bits; it keeps
     a bfloat16 copy of the encoder and wants the fused engine.
+
+    ``gradient_accumulation_steps``, ``mixed_precision`` (bfloat16 over float32 masters) and
+    ``gradient_checkpointing`` are for the autodiff engine, see :mod:`mlxsae.train.gradients`; a step then takes
+    ``gradient_accumulation_steps * batch_size`` rows. The fused engine holds nothing that they could save.
+
+    All randomness of a step comes from ``seed`` and the number of the step.
     """
 
     total_tokens: int = 2_000_000
     batch_size: int = 1024
     seed: int = 0
+    epochs: float | None = None
     normalize: str = "expected_norm"
     b_dec_init: str = "geometric_median"
     sample_size: int = 8192
     normalize_decoder: bool = True
     engine: str = "auto"
     precision: str = "float32"
+    gradient_accumulation_steps: int = 1
+    mixed_precision: bool = False
+    gradient_checkpointing: bool = False
     log_every: int = 100
+    validate_every: int = 1000
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -150,13 +174,17 @@ class TrainConfig(_Config):
             "total_tokens",
             "batch_size",
             "sample_size",
+            "gradient_accumulation_steps",
             "log_every",
+            "validate_every",
             "checkpoint_every",
             "keep_checkpoints",
         ):
             _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
+        if self.epochs is not None:
+            _require("epochs", self.epochs, self.epochs > 0, "be positive")
         for name, values in (
-            ("normalize", ("expected_norm", "none")),
+            ("normalize", ("expected_norm", "mean_std", "none")),
             ("b_dec_init", ("geometric_median", "mean", "keep")),
             ("engine", ("auto", "autodiff", "fused")),
         ):
@@ -172,13 +200,27 @@ class TrainConfig(_Config):
         _require("precision", self.precision, self.precision in known, f"be one of {list(known)}")
 
     @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
     def total_steps(self) -> int:
-        return -(-self.total_tokens // self.batch_size)
+        return -(-self.total_tokens // self.rows_per_step)
 
     @property
     def dead_after(self) -> int:
         """Tokens without firing after which a latent is dead."""
         return self.loss.dead_after or max(1, min(10_000_000, self.total_tokens // 40))
+
+    @property
+    def autodiff_only(self) -> str:
+        """What of this run only the autodiff engine can do; empty where nothing is."""
+        if self.optimizer.name != "adam":
+            return f"the optimizer is {self.optimizer.name}"
+        for name in ("mixed_precision", "gradient_checkpointing"):
+            if getattr(self, name):
+                return f"{name} is asked for"
+        return "gradient_accumulation_steps is over 1" if self.gradient_accumulation_steps > 1 else ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from mlxsae.sae import SAE
 from mlxsae.sae.rule import State
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.constraints import unit_rows, without_parallel
+from mlxsae.train.gradients import recomputed, value_and_grad
+from mlxsae.train.optimizers import OPTIMIZERS, emptied, set_learning_rate
 from mlxsae.train.state import ACTIVATIONS, LOSS
 
 Arrays = dict[str, Any]
@@ -65,13 +67,14 @@ class AutodiffEngine:
         self._sae = sae
         self._loss = loss
         self._config = config
-        self._optimizer = optimizer or optim.Adam(1.0, list(o.betas), o.eps, bias_correction=True)
-        compiled = mx.compile if mx.default_device().type == mx.gpu else lambda graph: graph
+        self._optimizer = optimizer or OPTIMIZERS[o.name](o)
+        self._eager = mx.default_device().type != mx.gpu
+        compiled = (lambda graph: graph) if self._eager else mx.compile
         self._steps = {auxk: compiled(self._graph(auxk)) for auxk in (False, True)}
 
     def optimizer_state(self, params: Arrays) -> Arrays:
         self._optimizer.init(params)
-        state, self._optimizer.state = self._optimizer.state, {}
+        state, self._optimizer.state = self._optimizer.state, emptied(self._optimizer)
         return _copied(state)
 
     def step(
@@ -85,7 +88,10 @@ class AutodiffEngine:
 
         def loss_of(params: Arrays, frozen: Arrays, x: mx.array, y: mx.array, carried: Arrays) -> tuple:
             silent = carried["tokens_since_fired"]
-            with _parameters(self._sae, frozen, params) as sae:
+            with (
+                substituted(self._sae, frozen, params) as sae,
+                recomputed(sae, config.gradient_checkpointing),
+            ):
                 code, rule, pre_acts = sae.learn(x, carried["rule"])
                 dead = silent >= config.dead_after
                 forward = Forward(sae, x, y, code, sae.decode(code), dead if auxk else None, pre_acts)
@@ -94,10 +100,12 @@ class AutodiffEngine:
             fired = ops.update_tokens_since_fired(silent, detached(code))
             return total, metrics, {"tokens_since_fired": fired, "rule": rule}
 
+        gradient_of = value_and_grad(loss_of, config, eager=self._eager)
+
         def graph(arrays: Arrays, frozen: Arrays, x: mx.array, y: mx.array, lr: mx.array, step: mx.array):
             params = arrays["params"]
             carried = {key: arrays.get(key, {}) for key in ("tokens_since_fired", "rule")}
-            (total, metrics, carried), gradients = mx.value_and_grad(loss_of)(params, frozen, x, y, carried)
+            (total, metrics, carried), gradients = gradient_of(params, frozen, x, y, carried)
             constrained = config.normalize_decoder and "weight" in params.get("decoder", {})
             if constrained:
                 gradients["decoder"]["weight"] = without_parallel(
@@ -107,10 +115,11 @@ class AutodiffEngine:
                 gradients, metrics["grad_norm"] = optim.clip_grad_norm(
                     gradients, config.optimizer.max_grad_norm
                 )
-            self._optimizer.state = _copied(arrays["optimizer"]) | {"learning_rate": lr}
+            self._optimizer.state = _copied(arrays["optimizer"])
+            set_learning_rate(self._optimizer, lr)
             updated = self._optimizer.apply_gradients(gradients, params)
             # What stays in the optimiser would be a second copy of the moments, or tracers.
-            optimizer, self._optimizer.state = self._optimizer.state, {}
+            optimizer, self._optimizer.state = self._optimizer.state, emptied(self._optimizer)
             if constrained:
                 updated["decoder"]["weight"] = unit_rows(updated["decoder"]["weight"])
             if "rule" in updated:
@@ -147,6 +156,8 @@ class FusedEngine:
     @staticmethod
     def refusal(sae: SAE, loss: Loss, config: TrainConfig) -> str:
         """Why the pass cannot make this run's steps; empty where it can."""
+        if config.autodiff_only:
+            return config.autodiff_only
         rule = type(sae.rule)
         if not rule.fused or tree_flatten(sae.rule.parameters()):
             return f"the rule {rule.__name__} has no fused op"
@@ -274,8 +285,15 @@ class _Forward(NamedTuple):
     witness: mx.array  # finite only if loss and activations are
 
 
-def make_engine(name: str, sae: SAE, loss: Loss, config: TrainConfig) -> Engine:
-    """The engine ``autodiff`` or ``fused``; ``auto`` is the fused one wherever it can make the steps."""
+def make_engine(
+    name: str, sae: SAE, loss: Loss, config: TrainConfig, optimizer: optim.Optimizer | None = None
+) -> Engine:
+    """The engine ``autodiff`` or ``fused``; ``auto`` is the fused one wherever it can make the steps. An ``optimizer``
+    of one's own wants autodiff."""
+    if optimizer is not None:
+        if name == "fused":
+            raise ValueError("[fit] engine must be autodiff for an optimizer of your own but got fused.")
+        return AutodiffEngine(sae, loss, config, optimizer)
     if name == "auto":
         name = "autodiff" if FusedEngine.refusal(sae, loss, config) else "fused"
     return (FusedEngine if name == "fused" else AutodiffEngine)(sae, loss, config)
@@ -319,13 +337,13 @@ def _dead_fraction(tokens_since_fired: mx.array, config: TrainConfig) -> mx.arra
     return (tokens_since_fired >= config.dead_after).astype(mx.float32).mean()
 
 
-class _parameters:
+class substituted:
     """The module with other parameters in it, for the length of a block: tracers must not stay behind."""
 
-    def __init__(self, sae: SAE, *params: Arrays):
+    def __init__(self, sae: Any, *params: Arrays):
         self._sae, self._params = sae, params
 
-    def __enter__(self) -> SAE:
+    def __enter__(self) -> Any:
         self._own = self._sae.parameters()
         for params in self._params:
             self._sae.update(params)

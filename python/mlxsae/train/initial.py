@@ -51,3 +51,13 @@ def expected_norm_scale(x: mx.array) -> float:
     if not norm > 0:
         raise ValueError(f"[fit] activations must have a positive mean norm to be scaled but got {norm}.")
     return math.sqrt(x.shape[-1]) / norm
+
+
+def column_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Mean and standard deviation of each coordinate of ``x [n, d]``, float32 ``[d]``; a coordinate that never varies
+    has deviation 1.
+    """
+    x = x.astype(mx.float32)
+    mean = x.mean(axis=0)
+    std = mx.sqrt(mx.square(x - mean).mean(axis=0))
+    return mean, mx.where(std > 0, std, mx.ones_like(std))

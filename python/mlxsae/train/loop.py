@@ -1,38 +1,47 @@
-"""``fit``: the one training loop. Every architecture, loss and engine goes through it."""
+"""``fit``: the one training loop. Every architecture, loss and engine goes through it, one SAE or many."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import json
+import math
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.data import ActivationSource, as_source
-from mlxsae.loss import Loss
-from mlxsae.metrics import Throughput
+from mlxsae.loss import Forward, Loss
+from mlxsae.metrics import Throughput, fire_counts, l0
 from mlxsae.sae import SAE
 from mlxsae.train import checkpoint
-from mlxsae.train.callbacks import Callback, ProgressBar
+from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
 from mlxsae.train.config import TrainConfig, default_learning_rate
-from mlxsae.train.engine import Engine, make_engine
-from mlxsae.train.initial import expected_norm_scale, finite_rows, geometric_median
+from mlxsae.train.engine import Engine, make_engine, substituted
+from mlxsae.train.initial import column_statistics, expected_norm_scale, finite_rows, geometric_median
+from mlxsae.train.module_engine import LossFunction, ModuleEngine, forward
+from mlxsae.train.optimizers import split_schedule
+from mlxsae.train.randomness import kept_random_state, seed_step
 from mlxsae.train.schedules import Schedule, warmup_decay
-from mlxsae.train.state import ACTIVATIONS, TrainState, flat, scaled_params
+from mlxsae.train.state import ACTIVATIONS, TrainState, flat, scaled_params, unnormalized
 
 _CHECK_EVERY = 10
 """Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run
 computes.
 """
+
+Validation = Any
+"""An array ``[n, d]``, a pair of them, or batches that can be walked again."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -45,58 +54,129 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass
 class FitResult:
-    """The trained SAE (the one given, its weights folded to raw activations), the last state, the logged
-    metrics.
+    """What a run left.
+
+    Attributes
+    ----------
+    sae : the one given, its weights folded to raw activations.
+    state : the last state.
+    history : metrics, a record each ``log_every`` steps: ``step``, ``tokens``, ``loss``, each term, ``l0``,
+        ``dead_fraction``, ``lr``, ``tokens_per_s``.
+    validations : a record each ``validate_every`` steps: ``step``, ``val_loss``, each term as ``val_...``, ``val_l0``,
+        ``val_dead_fraction``.
+    stopped : why the run ended before its plan; empty if it did not.
+    profile : with ``profile=True``, seconds spent by part (``data``, ``step``, ``log``, ``callbacks``,
+        ``validation``, ``checkpoint``), ``steps``, ``tokens_per_s`` and ``peak_bytes`` of MLX's memory.
     """
 
-    sae: SAE
+    sae: Any
     state: TrainState
     history: list[dict[str, Any]]
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""
+    profile: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One SAE of :func:`fit_many`, with what :func:`fit` takes for it.
+
+    ``fields`` says which arrays of a batch are its ``x`` and ``y``: ``(0,)`` an SAE on the first, ``(0, 2)`` a
+    transcoder from the first to the third. By default a batch is ``(x,)`` or ``(x, y)``. ``name`` tells it from
+    others; by default its number.
+    """
+
+    sae: Any
+    config: TrainConfig | None = None
+    fields: tuple[int, ...] | None = None
+    loss: Loss | LossFunction | None = None
+    optimizer: optim.Optimizer | None = None
+    schedule: Schedule | None = None
+    engine: Engine | None = None
+    callbacks: Iterable[Any] = ()
+    name: str = ""
+
+
+class Widths:
+    """What an SAE asks of a batch and of the state; a module of one's own says it by a trial run."""
+
+    def __init__(self, module: Any, sample: mx.array):
+        self.ours = isinstance(module, SAE)
+        if self.ours:
+            self.x, self.y, self.d_sae = module.d_in, module.d_out, module.d_sae
+        else:
+            x_recon, z, _ = forward(module, sample[:1].astype(mx.float32))  # lazy: nothing is computed
+            self.x, self.y, self.d_sae = sample.shape[-1], x_recon.shape[-1], z.shape[-1]
 
 
 @dataclass
 class Run:
     """A run in progress, as callbacks see it."""
 
-    sae: SAE
+    sae: Any
     config: TrainConfig
     source: ActivationSource
     engine: Engine
-    schedule: Schedule
+    learning_rate: Callable[[int], float]
     state: TrainState
+    widths: Widths
+    loss: Loss | None = None
+    module: Any = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    validations: list[dict[str, Any]] = field(default_factory=list)
     checkpoint_dir: Path | None = None
+    name: str = ""
+    fields: tuple[int, ...] | None = None
+    stopped: str = ""
+    finished: bool = False
+    metrics: dict[str, mx.array] = field(default_factory=dict)
+    watchers: list[Callback] = field(default_factory=list)
+    _save: Callable[[], Path] | None = None
 
-    def export(self) -> SAE:
+    @property
+    def epoch(self) -> float | None:
+        """Passes over the data so far; None where the data do not know their length."""
+        rows = source_rows(self.source)
+        return None if rows is None else self.state.tokens / rows
+
+    def export(self) -> Any:
         """A copy of the SAE with the current weights, for raw activations."""
         sae = copy.deepcopy(self.sae)
         _write_back(sae, self.state)
         return sae
 
+    def stop(self, reason: str) -> None:
+        """End the run in order after this step."""
+        self.stopped = reason
+
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of this moment into ``checkpoint_dir``."""
-        if self.checkpoint_dir is None:
+        if self._save is None:
             raise ValueError("[fit] checkpoint_dir must be given to save a checkpoint.")
+        return self._save()
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
+        """The run as a JSON-able part and named arrays."""
         self.raise_if_failed()
         host, arrays = self.state.to_files()
-        position, held = self.source.state()
-        arrays = {f"state.{name}": a for name, a in arrays.items()} | {
-            f"source.{name}": a for name, a in held.items()
-        }
-        host = {"state": host, "source": position, "config": self.config.to_dict(), "history": self.history}
-        return checkpoint.save(
-            self.checkpoint_dir, self.state.step, host, arrays, keep=self.config.keep_checkpoints
-        )
+        return {
+            "name": self.name,
+            "state": host,
+            "config": self.config.to_dict(),
+            "history": self.history,
+            "validations": self.validations,
+            "stopped": self.stopped,
+            "callbacks": {name: watcher.state() for name, watcher in _named(self.watchers)},
+        }, arrays
 
-    def restore(self, host: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-        """Continue from a checkpoint of an equal run."""
-        parts: dict[str, dict[str, mx.array]] = {"state": {}, "source": {}}
-        for name, array in arrays.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = array
-        self.state = self.state.from_files(host["state"], parts["state"])
-        self.source.restore(host["source"], parts["source"])
-        self.history = host["history"]
+    def from_files(self, host: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+        """Continue from what an equal run gave."""
+        self.state = self.state.from_files(host["state"], arrays)
+        self.history, self.validations = host["history"], host["validations"]
+        self.stopped = host["stopped"]
+        for name, watcher in _named(self.watchers):
+            if host["callbacks"].get(name):
+                watcher.restore(host["callbacks"][name])
 
     def raise_if_failed(self) -> None:
         step, what = (int(n) for n in np.array(self.state.failed))
@@ -105,40 +185,54 @@ class Run:
         subject = "activations" if what == ACTIVATIONS else "loss"
         saved = checkpoint.checkpoints(self.checkpoint_dir) if self.checkpoint_dir else []
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+        of = f" of {self.name}" if self.name else ""
         raise NonFiniteError(
-            f"[fit] {subject} must be finite but batch {step} (counted from 0) has NaN or inf; "
+            f"[fit] {subject}{of} must be finite but batch {step} (counted from 0) has NaN or inf; "
             f"the SAE keeps its weights from before that batch, {last}.",
             step,
         )
 
 
 def fit(
-    sae: SAE,
+    sae: Any,
     data: ActivationSource | Iterable[mx.array | tuple[mx.array, mx.array]],
     config: TrainConfig | None = None,
     *,
-    loss: Loss | None = None,
+    loss: Loss | LossFunction | None = None,
+    optimizer: optim.Optimizer | None = None,
     schedule: Schedule | None = None,
     engine: Engine | None = None,
-    callbacks: Iterable[Callback] = (),
+    preprocess: Callable[[mx.array], mx.array] | None = None,
+    validation: Validation | None = None,
+    callbacks: Iterable[Any] = (),
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
     progress: bool = False,
+    profile: bool = False,
 ) -> FitResult:
     """Train ``sae`` on activations.
 
     Parameters
     ----------
     sae : trained in place, in float32 whatever its dtype; frozen parameters stay. Its weights change at the
-        end (or early end) of the run; until then ``Run.export`` has the current ones.
+        end (or early end) of the run; until then ``Run.export`` has the current ones. Any ``nn.Module`` that returns
+        ``(x_recon, z)`` will do, with ``normalize="none"`` and ``b_dec_init="keep"``.
     data : an :class:`~mlxsae.data.ActivationSource`, or batches ``x [n, d_in]`` or ``(x, y [n, d_out])``.
     config : hyper-parameters.
-    loss, schedule, engine : in place of those that ``config`` describes.
-    callbacks : see :class:`~mlxsae.train.Callback`.
+    loss : a :class:`~mlxsae.loss.Loss` in place of the one ``config`` describes, or a function
+        ``(x, x_recon, z, step) -> (total, {name: value})``, see :mod:`mlxsae.train.module_engine`.
+    optimizer : any MLX optimiser in place of the one ``config`` describes, with its own learning rate or schedule.
+    schedule : function from the step to a factor on the learning rate, in place of ``config``'s.
+    engine : in place of the one ``config`` names.
+    preprocess : applied to the input of every batch, to the sample that initialises and to ``validation``. Its
+        randomness should be ``mx.random``'s, which is a function of seed and step here.
+    validation : held-out activations, measured every ``config.validate_every`` steps and at the end.
+    callbacks : see :class:`~mlxsae.train.Callback`; plain classes with ``on_batch_end`` and the like work.
     checkpoint_dir : where checkpoints go, every ``config.checkpoint_every`` steps, at the end, and on Ctrl-C.
     resume : go on from the newest checkpoint there, if any. The run then equals the uninterrupted one bit for
         bit, given an equal SAE, source and config.
     progress : draw a progress bar on stderr. Nothing else is ever printed.
+    profile : wait for each step and account for the time in the result's ``profile``.
 
     Raises
     ------
@@ -147,162 +241,434 @@ def fit(
     KeyboardInterrupt : Ctrl-C, after the step in progress and a checkpoint.
     ValueError : shapes, empty data, a checkpoint of another run.
     """
-    config = config or TrainConfig()
-    source = as_source(data)
+    job = Job(sae, config, None, loss, optimizer, schedule, engine, callbacks)
+    return fit_many(
+        [job],
+        data,
+        preprocess=preprocess,
+        validation=validation,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
+        progress=progress,
+        profile=profile,
+    )[0]
+
+
+def fit_many(
+    jobs: Sequence[Job],
+    data: ActivationSource | Iterable[mx.array | tuple[mx.array, ...]],
+    *,
+    preprocess: Callable[[mx.array], mx.array] | None = None,
+    validation: Validation | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    profile: bool = False,
+) -> list[FitResult]:
+    """:func:`fit` for several SAEs on one stream of activations: a sweep over k, width, seed or learning rate, or
+    several layers of one forward pass.
+
+    A batch is read, moved and scaled once for all; so is the sample that initialises, with its geometric median. Each
+    SAE gets the bits that it would get alone. A run that is done early waits no more. One checkpoint holds them all.
+
+    Jobs must agree in ``batch_size``, ``gradient_accumulation_steps``, ``checkpoint_every`` and ``sample_size``.
+    """
+    if not jobs:
+        raise ValueError("[fit] there must be at least one job but got none.")
     if resume and checkpoint_dir is None:
         raise ValueError("[fit] checkpoint_dir must be given to resume.")
-    saved = checkpoint.checkpoints(checkpoint_dir) if resume and checkpoint_dir is not None else []
-    if saved:
+    source = as_source(data)
+    with kept_random_state():
+        session = _Session(jobs, source, preprocess, validation, checkpoint_dir, profile)
+        session.begin(resume)
+        if progress:
+            session.runs[0].watchers.append(ProgressBar())
+        session.train()
+    return [session.result(run) for run in session.runs]
+
+
+class _Session:
+    """Runs that share a stream."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        source: ActivationSource,
+        preprocess: Callable[[mx.array], mx.array] | None,
+        validation: Validation | None,
+        directory: str | os.PathLike | None,
+        profile: bool,
+    ):
+        self.source = source
+        self.jobs = [_settled(job, i if len(jobs) > 1 else None, source) for i, job in enumerate(jobs)]
+        self.preprocess = preprocess
+        self.validation = validation
+        self.directory = None if directory is None else Path(directory)
+        self.clock = _Clock() if profile else None
+        self.runs: list[Run] = []
+        first = self.jobs[0].config
+        assert first is not None
+        for job in self.jobs[1:]:
+            for name in ("batch_size", "gradient_accumulation_steps", "checkpoint_every", "sample_size"):
+                a, b = getattr(first, name), getattr(job.config, name)
+                if a != b:
+                    raise ValueError(f"[fit_many] {name} must be the same in all jobs but got {a} and {b}.")
+        names = [job.name for job in self.jobs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"[fit_many] names must differ but got {names}.")
+        self.config: TrainConfig = first
+
+    # ---- beginning -----------------------------------------------------------------------------------------
+
+    def begin(self, resume: bool) -> None:
+        saved = checkpoint.checkpoints(self.directory) if resume and self.directory is not None else []
+        if not saved:
+            seed_step(self.config.seed, 0, stream=1)
+            start = _Start(self._prepared(self.source.sample(self.config.sample_size)))
+            self.runs = [self._run(job, start) for job in self.jobs]
+            return
         host, arrays = checkpoint.load(saved[-1])
-        _same_config(host["config"], config.to_dict())
-        run = _assemble(sae, source, config, loss, schedule, engine, scale=tuple(host["state"]["scale"]))
-        run.restore(host, arrays)
-    else:
-        run = _start(sae, source, config, loss, schedule, engine)
-    run.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-    watchers = [*callbacks, *([ProgressBar()] if progress else [])]
-    try:
-        with _deferred_interrupt() as interrupted:
-            for watcher in watchers:
-                watcher.on_begin(run)
-            _loop(run, watchers, interrupted)
-    except KeyboardInterrupt:
-        if run.checkpoint_dir is not None:
-            run.save_checkpoint()
-        raise
-    finally:
-        _write_back(sae, run.state)
-        for watcher in watchers:
-            watcher.on_end(run)
-    sae.metadata = sae.metadata | {
-        "training": {
-            "config": json.loads(json.dumps(config.to_dict())),
-            "engine": run.engine.name,
-            "steps": run.state.step,
-            "tokens": run.state.tokens,
-            "activation_scale": list(run.state.scale),
-        }
-    }
-    return FitResult(sae, run.state, run.history)
+        if len(host["runs"]) != len(self.jobs):
+            raise ValueError(
+                f"[resume] there must be {len(host['runs'])} jobs as in the checkpoint but got {len(self.jobs)}."
+            )
+        parts: dict[str, dict[str, mx.array]] = {}
+        for name, array in arrays.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = array
+        start = _Start(self.source.sample(1))
+        for i, (job, own) in enumerate(zip(self.jobs, host["runs"], strict=True)):
+            assert job.config is not None
+            _same_config(own["config"], job.config.to_dict())
+            run = self._run(job, start, own["state"])
+            run.from_files(own, parts.get(_part(i), {}))
+            run.finished = bool(run.stopped) or run.state.step >= run.config.total_steps
+            self.runs.append(run)
+        self.source.restore(host["source"], parts.get("source", {}))
 
+    def _run(self, job: Job, start: _Start, saved: dict[str, Any] | None = None) -> Run:
+        run = _assemble(job, self.source, start, saved)
+        run.checkpoint_dir = self.directory
+        run._save = None if self.directory is None else self.save
+        run.watchers = [as_callback(c) for c in job.callbacks]
+        return run
 
-def _start(
-    sae: SAE,
-    source: ActivationSource,
-    config: TrainConfig,
-    loss: Loss | None,
-    schedule: Schedule | None,
-    engine: Engine | None,
-) -> Run:
-    """A run before its first step: scale and ``b_dec`` come from a sample of the data."""
-    sample = source.sample(config.sample_size)
-    _check_batch(sae, sample)
-    x, y = _pair(finite_rows(*sample))
-    scale = (1.0, 1.0)
-    if config.normalize == "expected_norm":
-        s_in = expected_norm_scale(x)
-        scale = (s_in, s_in if sae.apply_b_dec_to_input else expected_norm_scale(y))
-    centre = None
-    if config.b_dec_init != "keep":
-        centre = (
-            geometric_median(y)
-            if config.b_dec_init == "geometric_median"
-            else y.astype(mx.float32).mean(axis=0)
+    # ---- training ------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        clocks = {id(run): Throughput() for run in self.runs}
+        try:
+            with _deferred_interrupt() as interrupted:
+                for run in self.runs:
+                    for watcher in run.watchers:
+                        watcher.on_begin(run)
+                self._loop(clocks, interrupted)
+        except KeyboardInterrupt:
+            if self.directory is not None:
+                self.save()
+            raise
+        finally:
+            for run in self.runs:
+                _write_back(run.sae, run.state)
+                for watcher in run.watchers:
+                    watcher.on_end(run)
+
+    def _loop(self, clocks: dict[int, Throughput], interrupted: threading.Event) -> None:
+        saved_at = max(run.state.step for run in self.runs)
+        while active := [run for run in self.runs if not run.finished]:
+            with self._timed("data"):
+                batch = self._next_batch()
+            for run in active:
+                self._turn(run, batch, clocks[id(run)])
+            del batch
+            step = max(run.state.step for run in active)
+            over = all(run.finished for run in self.runs)
+            if over or step % self.config.checkpoint_every == 0:
+                for run in active:
+                    run.raise_if_failed()
+                if self.directory is not None and step > saved_at:
+                    with self._timed("checkpoint"):
+                        self.save()
+                    saved_at = step
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+        if max(run.state.step for run in self.runs) == 0:
+            raise ValueError("[fit] there must be at least one batch but got none.")
+
+    def _turn(self, run: Run, batch: _Batch | None, clock: Throughput) -> None:
+        """One step of one run, and all that watches it."""
+        config, rows = run.config, source_rows(self.source)
+        if batch is None:
+            run.finished = True
+            if rows is None and run.state.step:
+                _tell(run, "on_epoch", 1)
+            return
+        before = run.state.tokens
+        with self._timed("step"):
+            seed_step(config.seed, run.state.step)
+            _advance(run, batch)
+            if self.clock is not None:
+                mx.eval(run.state.arrays, run.metrics)
+        step = run.state.step
+        clock.update(run.state.tokens - before)
+        run.finished = step >= config.total_steps
+        with self._timed("log"):
+            if step % _CHECK_EVERY == 0:
+                _look(run)
+            record = None
+            if step % config.log_every == 0 or run.finished:
+                record = _record(run, clock)
+        if self.validation is not None and (step % config.validate_every == 0 or run.finished):
+            with self._timed("validation"):
+                found = self._validate(run)
+                run.validations.append(found)
+            _tell(run, "on_validation", found)
+        with self._timed("callbacks"):
+            if record is not None:
+                _tell(run, "on_log", record)
+            _tell(run, "on_step")
+            for epoch in range(before // rows + 1, run.state.tokens // rows + 1) if rows else ():
+                _tell(run, "on_epoch", epoch)
+        run.finished = run.finished or bool(run.stopped)
+
+    def _next_batch(self) -> _Batch | None:
+        parts = []
+        for _ in range(self.config.gradient_accumulation_steps):
+            part = self.source.next_batch()
+            if part is None:
+                break
+            parts.append(part)
+        if not parts:
+            return None
+        whole = (
+            parts[0] if len(parts) == 1 else tuple(mx.concatenate(list(f)) for f in zip(*parts, strict=True))
         )
-    return _assemble(sae, source, config, loss, schedule, engine, scale, centre)
+        for run in self.runs:
+            _check_batch(run, whole)
+        # The step's own stream is drawn in _turn; what is done to the batch is the same for all runs.
+        seed_step(self.config.seed, max(run.state.step for run in self.runs), stream=2)
+        return _Batch(self._prepared(whole))
+
+    def _prepared(self, batch: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        if self.preprocess is None:
+            return batch
+        inputs = {(job.fields or (0,))[0] for job in self.jobs}
+        return tuple(self.preprocess(a) if i in inputs else a for i, a in enumerate(batch))
+
+    # ---- measuring, saving, ending -------------------------------------------------------------------------
+
+    def _validate(self, run: Run) -> dict[str, Any]:
+        sums: dict[str, float] = {}
+        fired, n = np.zeros(run.widths.d_sae, np.int64), 0
+        seed_step(run.config.seed, 0, stream=3)
+        for batch in _walk(self.validation, run.config.batch_size):
+            _check_batch(run, batch)
+            held = _Batch(self._prepared(batch))
+            metrics, counts = _evaluate(run, *held.pair(run))
+            mx.eval(metrics, counts)
+            rows = batch[0].shape[0]
+            fired += np.array(counts, np.int64)
+            n += rows
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + rows * float(value)
+        if n == 0:
+            raise ValueError("[fit] validation must have at least one row but got none.")
+        found: dict[str, Any] = {"step": run.state.step, "tokens": run.state.tokens}
+        found |= {f"val_{name}": value / n for name, value in sums.items()}
+        return found | {"val_dead_fraction": float((fired == 0).mean())}
+
+    def save(self) -> Path:
+        assert self.directory is not None
+        position, held = self.source.state()
+        arrays = {f"source.{name}": a for name, a in held.items()}
+        runs = []
+        for i, run in enumerate(self.runs):
+            host, own = run.to_files()
+            runs.append(host)
+            arrays |= {f"{_part(i)}.{name}": a for name, a in own.items()}
+        step = max(run.state.step for run in self.runs)
+        host = {"runs": runs, "source": position}
+        return checkpoint.save(self.directory, step, host, arrays, keep=self.config.keep_checkpoints)
+
+    def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.clock is None else self.clock.part(part)
+
+    def result(self, run: Run) -> FitResult:
+        if run.widths.ours:
+            run.sae.metadata = run.sae.metadata | {
+                "training": {
+                    "config": json.loads(json.dumps(run.config.to_dict())),
+                    "engine": run.engine.name,
+                    "steps": run.state.step,
+                    "tokens": run.state.tokens,
+                    "activation_scale": list(run.state.scale),
+                }
+            }
+        profile = None if self.clock is None else self.clock.result(run)
+        return FitResult(run.sae, run.state, run.history, run.validations, run.stopped, profile)
 
 
-def _assemble(
-    sae: SAE,
-    source: ActivationSource,
-    config: TrainConfig,
-    loss: Loss | None,
-    schedule: Schedule | None,
-    engine: Engine | None,
-    scale: tuple[float, float],
-    b_dec: mx.array | None = None,
-) -> Run:
+class _Start:
+    """What the first sample decides, computed once for all runs that ask the same."""
+
+    def __init__(self, sample: tuple[mx.array, ...]):
+        self.sample = sample
+        self._finite: dict[tuple[int, ...], tuple[mx.array, ...]] = {}
+        self._found: dict[Any, Any] = {}
+
+    def rows(self, fields: tuple[int, ...]) -> tuple[mx.array, ...]:
+        if fields not in self._finite:
+            self._finite[fields] = finite_rows(*(self.sample[i] for i in fields))
+        return self._finite[fields]
+
+    def of(self, what: Callable[[mx.array], Any], fields: tuple[int, ...], which: int) -> Any:
+        key = what, fields, which
+        if key not in self._found:
+            self._found[key] = what(self.rows(fields)[which])
+        return self._found[key]
+
+
+class _Batch:
+    """A batch, and what runs made of it that others may use."""
+
+    def __init__(self, arrays: tuple[mx.array, ...]):
+        self.arrays = arrays
+        self._made: dict[Any, mx.array] = {}
+
+    def pair(self, run: Run) -> tuple[mx.array, mx.array]:
+        """``(x, y)`` in the run's scaled space; one array where the target is the input."""
+        i, j = _places(run.fields, len(self.arrays))
+        state = run.state
+        x = self._scaled(i, state, 0)
+        return x, x if i == j else self._scaled(j, state, 1)
+
+    def _scaled(self, i: int, state: TrainState, side: int) -> mx.array:
+        scale, norm = state.scale[side], state.norm
+        # Runs that start from one sample hold the very same statistics.
+        key = i, scale, id(norm["mean_in"]) if norm else None, side if norm else 0
+        if key not in self._made:
+            a = self.arrays[i].astype(mx.float32)
+            if norm:
+                which = "out" if side and "mean_out" in norm else "in"
+                a = (a - norm[f"mean_{which}"]) / norm[f"std_{which}"]
+            self._made[key] = a if scale == 1.0 else a * scale
+        return self._made[key]
+
+
+def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
+    config = job.config or TrainConfig()
+    if config.epochs is not None:
+        rows = source_rows(source)
+        if rows is None:
+            raise ValueError(
+                "[fit] epochs must come with data that know their length (rows); give total_tokens instead."
+            )
+        config = replace(config, total_tokens=max(1, math.ceil(config.epochs * rows)), epochs=None)
+    return replace(job, config=config, name=job.name or ("" if number is None else str(number)))
+
+
+def source_rows(source: Any) -> int | None:
+    """Rows in one pass over the data, where the source knows."""
+    rows = getattr(source, "rows", None)
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
+def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str, Any] | None) -> Run:
+    """A run before its first step, or, with the state ``saved`` in a checkpoint, one that waits for its arrays."""
+    sae, config = job.sae, job.config
+    assert config is not None
+    i, j = _places(job.fields, len(start.sample))
+    fields = (i,) if i == j else (i, j)
+    widths = Widths(sae, start.sample[i])
+    scale: tuple[float, float] = (1.0, 1.0) if saved is None else tuple(saved["scale"])  # type: ignore[assignment]
+    norm: dict[str, mx.array] = {}
+    centre = None
+    if not widths.ours and (config.normalize, config.b_dec_init) != ("none", "keep"):
+        raise ValueError(
+            "[fit] normalize must be none and b_dec_init keep for a module of your own "
+            f"but got {config.normalize} and {config.b_dec_init}."
+        )
+    if widths.ours:
+        _check_widths(widths, job.fields, start.sample)
+    if config.normalize == "mean_std":
+        for name, which in (("in", 0), *((("out", 1),) if len(fields) > 1 else ())):
+            norm[f"mean_{name}"], norm[f"std_{name}"] = start.of(column_statistics, fields, which)
+    if saved is None:
+        if config.normalize == "expected_norm":
+            s_in = start.of(expected_norm_scale, fields, 0)
+            same = sae.apply_b_dec_to_input or len(fields) == 1
+            scale = (s_in, s_in if same else start.of(expected_norm_scale, fields, 1))
+        if config.b_dec_init != "keep":
+            what = geometric_median if config.b_dec_init == "geometric_median" else _mean
+            centre = start.of(what, fields, len(fields) - 1)
+            if norm:
+                which = "out" if "mean_out" in norm else "in"
+                centre = (centre - norm[f"mean_{which}"]) / norm[f"std_{which}"]
     working = copy.deepcopy(sae)
     working.set_dtype(mx.float32)
-    working.update(scaled_params(sae, working.parameters(), *scale))
+    if scale != (1.0, 1.0):
+        working.update(scaled_params(sae, working.parameters(), *scale))
     params = _tree(working.trainable_parameters())
     if not params:
         raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")
-    if b_dec is not None and "bias" in params.get("decoder", {}):
-        params["decoder"]["bias"] = b_dec * scale[1]
-    o = config.optimizer
-    engine = engine or make_engine(config.engine, working, loss or config.loss.build(working), config)
+    if centre is not None and "bias" in params.get("decoder", {}):
+        params["decoder"]["bias"] = centre * scale[1]
+    own_rate: Callable[[int], float] | None = None
+    optimizer = job.optimizer
+    if optimizer is not None:
+        optimizer, own_rate = split_schedule(optimizer)
+    engine, loss = job.engine, job.loss
+    if engine is None:
+        if widths.ours and (loss is None or isinstance(loss, Loss)):
+            loss = loss or config.loss.build(working)
+            engine = make_engine(config.engine, working, loss, config, optimizer)
+        elif isinstance(loss, Loss):
+            raise ValueError("[fit] loss must be a function (x, x_recon, z, step) for a module of your own.")
+        else:
+            engine = ModuleEngine(working, loss, config, optimizer)
     state = TrainState(
         params=params,
         optimizer=engine.optimizer_state(params),
-        tokens_since_fired=mx.zeros(sae.d_sae, mx.int32),
+        tokens_since_fired=mx.zeros(widths.d_sae, mx.int32),
         failed=mx.array([-1, 0], mx.int32),
-        rule=working.rule.initial_state(),
+        rule=working.rule.initial_state() if widths.ours else {},
         scale=scale,
+        norm=norm,
     )
     # Only the state holds what is trained: a reference left behind would keep the first weights for the whole run.
     working.update(tree_map(lambda p: mx.broadcast_to(mx.array(0, p.dtype), p.shape), params))
-    schedule = schedule or warmup_decay(config.total_steps, warmup=o.warmup, decay=o.decay, shape=o.shape)
-    return Run(sae, config, source, engine, schedule, state)
+    rate = _rate(job, config, widths, own_rate)
+    built = loss if isinstance(loss, Loss) else None
+    return Run(
+        sae, config, source, engine, rate, state, widths, built, working, fields=job.fields, name=job.name
+    )
 
 
-def _loop(run: Run, watchers: list[Callback], interrupted: threading.Event) -> None:
-    config, clock = run.config, Throughput()
-    finished = run.state.step >= config.total_steps
-    saved_at = run.state.step
-    while not finished:
-        metrics = _advance(run)
-        finished = metrics is None or run.state.step >= config.total_steps
-        if metrics is not None:
-            clock.update(config.batch_size)
-            if run.state.step % _CHECK_EVERY == 0:
-                _look(run)
-            if run.state.step % config.log_every == 0 or finished:
-                record = _record(run, metrics, clock)
-                for watcher in watchers:
-                    watcher.on_log(run, record)
-            for watcher in watchers:
-                watcher.on_step(run)
-        due = finished or run.state.step % config.checkpoint_every == 0
-        if due:
-            run.raise_if_failed()
-            if run.checkpoint_dir is not None and run.state.step > saved_at:
-                run.save_checkpoint()
-                saved_at = run.state.step
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-    if run.state.step == 0:
-        raise ValueError("[fit] there must be at least one batch but got none.")
+def _rate(
+    job: Job, config: TrainConfig, widths: Widths, own: Callable[[int], float] | None
+) -> Callable[[int], float]:
+    o = config.optimizer
+    if own is not None:
+        factor = job.schedule
+        return own if factor is None else lambda step: own(0) * factor(step)
+    base = o.learning_rate or default_learning_rate(widths.d_sae)
+    factor = job.schedule or warmup_decay(config.total_steps, warmup=o.warmup, decay=o.decay, shape=o.shape)
+    return lambda step: base * float(factor(step))
 
 
-def _advance(run: Run) -> dict[str, mx.array] | None:
-    """One step, launched and not awaited: the host prepares the next batch meanwhile. None at the end of the
-    data.
-    """
-    batch = run.source.next_batch()
-    if batch is None:
-        return None
-    _check_batch(run.sae, batch)
-    x, y = _pair(batch)
+def _advance(run: Run, batch: _Batch) -> None:
+    """One step, launched and not awaited: the host prepares the next batch meanwhile."""
     state = run.state
-    scaled = _scaled(x, state.scale[0])
-    target = scaled if y is x else _scaled(y, state.scale[1])
-    n = x.shape[0]
-    del batch, x, y  # the scaled rows take their place
-    base = run.config.optimizer.learning_rate or default_learning_rate(run.sae.d_sae)
-    lr = base * run.schedule(state.step)
+    scaled, target = batch.pair(run)
+    n = scaled.shape[0]
+    lr = run.learning_rate(state.step)
     arrays, metrics = run.engine.step(
         state.arrays, scaled, target, lr=lr, step=state.step, auxk=state.auxk_active
     )
     run.state = replace(state, **arrays, step=state.step + 1, tokens=state.tokens + n)
     del state  # the last reference to the old arrays: now the update may reuse their memory
     mx.async_eval(arrays, metrics)
-    return metrics | {"lr": mx.array(lr)}
-
-
-def _scaled(a: mx.array, scale: float) -> mx.array:
-    a = a.astype(mx.float32)
-    return a if scale == 1.0 else a * scale
+    run.metrics = metrics | {"lr": mx.array(lr)}
 
 
 def _look(run: Run) -> None:
@@ -311,9 +677,9 @@ def _look(run: Run) -> None:
     run.state = replace(run.state, auxk_active=bool(dead.any().item()))
 
 
-def _record(run: Run, metrics: dict[str, mx.array], clock: Throughput) -> dict[str, Any]:
-    record = {"step": run.state.step, "tokens": run.state.tokens}
-    record |= {name: value.item() for name, value in metrics.items()}
+def _record(run: Run, clock: Throughput) -> dict[str, Any]:
+    record: dict[str, Any] = {"step": run.state.step, "tokens": run.state.tokens}
+    record |= {name: value.item() for name, value in run.metrics.items()}
     run.raise_if_failed()
     record["tokens_per_s"] = clock.tokens_per_s
     clock.restart()
@@ -321,22 +687,77 @@ def _record(run: Run, metrics: dict[str, mx.array], clock: Throughput) -> dict[s
     return record
 
 
-def _write_back(sae: SAE, state: TrainState) -> None:
-    s_in, s_out = state.scale
-    raw = scaled_params(sae, state.params, 1 / s_in, 1 / s_out)
+def _evaluate(run: Run, x: mx.array, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
+    """Metrics of one batch without a step, and how often each latent fired."""
+    own = getattr(run.engine, "evaluate", None)
+    if own is not None:
+        return own(run.state.arrays, x, y, step=run.state.step)
+    assert run.loss is not None
+    with substituted(run.module, run.state.params) as sae:
+        code = sae.encode(x)
+        total, terms = run.loss(Forward(sae, x, y, code, sae.decode(code)))
+        return terms | {"loss": total, "l0": l0(code)}, fire_counts(code, run.widths.d_sae)
+
+
+def _write_back(sae: Any, state: TrainState) -> None:
+    raw = state.params
+    if isinstance(sae, SAE):
+        s_in, s_out = state.scale
+        raw = unnormalized(sae, scaled_params(sae, raw, 1 / s_in, 1 / s_out), state.norm)
     dtypes = {name: p.dtype for name, p in flat(sae.parameters()).items()}
     sae.update(tree_unflatten([(name, p.astype(dtypes[name])) for name, p in flat(raw).items()]))
-    sae.rule.finish(state.rule, s_in)
+    if isinstance(sae, SAE):
+        sae.rule.finish(state.rule, state.scale[0])
     mx.eval(sae.parameters())
 
 
-def _pair(batch: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-    return (batch[0], batch[0]) if len(batch) == 1 else (batch[0], batch[1])
+def _tell(run: Run, event: str, *arguments: Any) -> None:
+    for watcher in run.watchers:
+        getattr(watcher, event)(run, *arguments)
 
 
-def _check_batch(sae: SAE, batch: tuple[mx.array, ...]) -> None:
-    x, y = _pair(batch)
-    for name, a, width in (("x", x, sae.d_in), ("y", y, sae.d_out)):
+def _named(watchers: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
+    """Watchers by class and number, so that one more of another kind does not shift them."""
+    seen: dict[str, int] = {}
+    for watcher in watchers:
+        kind = watcher.kind
+        seen[kind] = seen.get(kind, -1) + 1
+        yield f"{kind}.{seen[kind]}", watcher
+
+
+def _part(i: int) -> str:
+    return "state" if i == 0 else f"state_{i}"
+
+
+def _places(fields: tuple[int, ...] | None, n: int) -> tuple[int, int]:
+    if fields is None:
+        return (0, 0) if n == 1 else (0, 1)
+    if not 1 <= len(fields) <= 2 or not all(0 <= i < n for i in fields):
+        raise ValueError(f"[fit] fields must be one or two numbers below {n} but got {fields}.")
+    return fields[0], fields[-1]
+
+
+def _walk(validation: Validation, batch_size: int) -> Iterator[tuple[mx.array, ...]]:
+    if isinstance(validation, (mx.array, np.ndarray)):
+        validation = (validation,)
+    if isinstance(validation, tuple) and all(isinstance(a, (mx.array, np.ndarray)) for a in validation):
+        for begin in range(0, len(validation[0]), batch_size):
+            yield tuple(mx.array(a[begin : begin + batch_size]) for a in validation)
+        return
+    if iter(validation) is validation:
+        raise ValueError("[fit] validation must be something that can be walked again but is an iterator.")
+    for batch in validation:
+        yield batch if isinstance(batch, tuple) else (mx.array(batch),)
+
+
+def _mean(x: mx.array) -> mx.array:
+    return x.astype(mx.float32).mean(axis=0)
+
+
+def _check_widths(widths: Widths, fields: tuple[int, ...] | None, batch: tuple[mx.array, ...]) -> None:
+    i, j = _places(fields, len(batch))
+    x, y = batch[i], batch[j]
+    for name, a, width in (("x", x, widths.x), ("y", y, widths.y)):
         if a.ndim != 2 or a.shape[1] != width or a.shape[0] != x.shape[0]:
             raise ValueError(
                 f"[fit] {name} must have shape [n, {width}] with n={x.shape[0]} but got {a.shape}."
@@ -345,6 +766,10 @@ def _check_batch(sae: SAE, batch: tuple[mx.array, ...]) -> None:
             raise ValueError(f"[fit] {name} must be floating point but got {a.dtype}.")
     if x.shape[0] == 0:
         raise ValueError("[fit] a batch must have at least one row but got none.")
+
+
+def _check_batch(run: Run, batch: tuple[mx.array, ...]) -> None:
+    _check_widths(run.widths, run.fields, batch)
 
 
 def _same_config(saved: dict[str, Any], mine: dict[str, Any], path: str = "") -> None:
@@ -360,6 +785,32 @@ def _same_config(saved: dict[str, Any], mine: dict[str, Any], path: str = "") ->
 def _tree(parameters: dict[str, Any]) -> dict[str, Any]:
     """Without the empty branches that optimisers and files would lose."""
     return tree_unflatten(tree_flatten(parameters))
+
+
+class _Clock:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._begin = time.perf_counter()
+        mx.reset_peak_memory()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def result(self, run: Run) -> dict[str, float]:
+        whole = time.perf_counter() - self._begin
+        return self._seconds | {
+            "total": whole,
+            "steps": run.state.step,
+            "tokens_per_s": run.state.tokens / whole,
+            "peak_bytes": mx.get_peak_memory(),
+        }
 
 
 @contextlib.contextmanager

@@ -12,16 +12,23 @@ Schedule = Callable[[int], float]
 
 
 def warmup_decay(total_steps: int, *, warmup: float, decay: float, shape: str = "linear") -> Schedule:
-    """Linear warm-up, plateau, decay towards 0; ``warmup`` and ``decay`` are fractions of ``total_steps``.
+    """Linear warm-up, plateau, decay towards 0; ``warmup`` and ``decay`` are fractions of ``total_steps``, or steps
+    where over 1. ``shape`` is ``linear``, ``cosine`` or ``constant``, which leaves the decay out.
 
     The first step has rate ``1 / warmup_steps``, never 0; the last has the smallest positive rate of its
     slope, and the step after it would have 0.
     """
-    rising, falling = round(warmup * total_steps), round(decay * total_steps)
+    rising = in_steps(warmup, total_steps)
+    falling = 0 if shape == "constant" else in_steps(decay, total_steps)
 
     def factor(step: int) -> float:
         up = min(1.0, (step + 1) / rising) if rising else 1.0
         left = max(0.0, min(1.0, (total_steps - step) / falling)) if falling else 1.0
-        return up * (left if shape == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
+        return up * (0.5 * (1 - math.cos(math.pi * left)) if shape == "cosine" else left)
 
     return factor
+
+
+def in_steps(span: float, total_steps: int) -> int:
+    """A span of a run in steps: fractions of it are at most 1, anything over 1 is steps already."""
+    return round(span * total_steps if span <= 1 else span)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.ops import Shadow
 from mlxsae.sae import SAE
@@ -31,6 +31,8 @@ class TrainState:
     step, tokens : steps done, tokens seen.
     auxk_active : whether the step computes AuxK. Read from the device every few steps, a part of the state so
         that a resumed run decides as the uninterrupted one.
+    norm : ``mean_in``, ``std_in`` and for a target of its own ``mean_out``, ``std_out`` of a run with
+        ``normalize="mean_std"``; otherwise empty.
     shadow : the encoder's, in a certified run, once a step has made it. It follows from the parameters, so no
         file holds it.
     """
@@ -44,15 +46,16 @@ class TrainState:
     tokens: int = 0
     scale: tuple[float, float] = (1.0, 1.0)
     auxk_active: bool = False
+    norm: dict[str, mx.array] = field(default_factory=dict)
     shadow: Shadow | None = None
 
     @property
     def arrays(self) -> dict[str, Any]:
         """The part that lives on the device, as one tree."""
-        return self._stored | ({} if self.shadow is None else {"shadow": self.shadow})
+        return self._trained | ({} if self.shadow is None else {"shadow": self.shadow})
 
     @property
-    def _stored(self) -> dict[str, Any]:
+    def _trained(self) -> dict[str, Any]:
         return {
             "params": self.params,
             "optimizer": self.optimizer,
@@ -60,6 +63,10 @@ class TrainState:
             "failed": self.failed,
             "rule": self.rule,
         }
+
+    @property
+    def _stored(self) -> dict[str, Any]:
+        return self._trained | ({"norm": self.norm} if self.norm else {})
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
         """A JSON-able part and flat named arrays."""
@@ -81,7 +88,7 @@ class TrainState:
                 raise ValueError(
                     f"[resume] {name} must be {shown[0]} for this SAE but the checkpoint has {shown[1]}."
                 )
-        tree = tree_unflatten(list(arrays.items()))
+        tree: Any = tree_unflatten(list(arrays.items()))
         return replace(
             self,
             **tree,
@@ -113,3 +120,20 @@ def scaled_params(sae: SAE, params: dict[str, Any], s_in: float, s_out: float) -
         if name in leaves and factor != 1.0:
             leaves[name] = leaves[name] * factor
     return tree_unflatten(list(leaves.items()))
+
+
+def unnormalized(sae: SAE, params: dict[str, Any], norm: dict[str, mx.array]) -> dict[str, Any]:
+    """Parameters for raw activations, of the same function as ``params`` on ``(x - mean_in) / std_in`` with target
+    ``(y - mean_out) / std_out``; latents stay what they are."""
+    if not norm:
+        return params
+    params = tree_map(lambda p: p, params)
+    mean, std = norm["mean_in"], norm["std_in"]
+    mean_out, std_out = norm.get("mean_out", mean), norm.get("std_out", std)
+    encoder, decoder = params["encoder"], params["decoder"]
+    if not sae.apply_b_dec_to_input:
+        encoder["bias"] = encoder["bias"] - encoder["weight"] @ (mean / std)
+    encoder["weight"] = encoder["weight"] / std
+    decoder["weight"] = decoder["weight"] * std_out
+    decoder["bias"] = decoder["bias"] * std_out + mean_out
+    return params

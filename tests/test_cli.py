@@ -182,7 +182,10 @@ BAD = {
     "k over d_sae": ({"k": 513}, 1, "k must be in (0, d_sae]"),
     "unknown rule": ({"rule": "magic"}, 2, "must be one of batchtopk"),
     "precision not there": ({"precision": "bfloat16"}, 2, "must be float32 or certified"),
-    "resume of nothing": ({"resume": True}, 1, "--resume needs a checkpoint"),
+    "resume with options": ({"resume": "somewhere"}, 2, "--resume takes its options from the run"),
+    "unknown preset": ({"aux": "mine"}, 2, "invalid choice: 'mine'"),
+    "unknown optimizer": ({"optimizer": "magic"}, 2, "must be one of adadelta"),
+    "no config": ({"config": "nowhere.json"}, 1, "nowhere.json"),
     "all held out": ({"heldout_fraction": 1.5}, 2, "below 1"),
     "no number": ({"learning_rate": "fast"}, 2, "must be a number"),
 }
@@ -254,6 +257,12 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(model: str, stories: Path, tmp
     assert run["checkpoint"] == str(checkpoint)
 
 
+def assert_same_files(a: Path, b: Path) -> None:
+    """Weights and what describes them are the same to the byte; times of day and paths are elsewhere."""
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one(
     trained: Path, model: str, stories: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -269,16 +278,74 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     fit = train_command.fit
     monkeypatch.setattr(train_command, "fit", lambda *a, **o: fit(*a, **o, callbacks=[Stop()]))
     assert main(arguments(model, stories, out, quiet=True)) == 130
-    assert "step_00000017" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "step_00000017" in err
+    assert f"mlxsae train --resume {out}" in err
     monkeypatch.setattr(train_command, "fit", fit)
 
     assert main(arguments(model, stories, out, quiet=True)) == 1  # an unfinished run is not dropped unasked
     assert "unfinished run" in capsys.readouterr().err
     assert (out / "checkpoints" / "step_00000017").is_dir()
-    assert main(arguments(model, stories, out, quiet=True, resume=True)) == 0
-    for name, value in mx.load(str(trained / "sae_weights.safetensors")).items():
-        assert mx.array_equal(value, mx.load(str(out / "sae_weights.safetensors"))[name]), name
+    monkeypatch.chdir(tmp_path)  # wherever one stands
+    assert main(["train", "--resume", str(out), "--quiet"]) == 0
+    assert_same_files(trained, out)
     assert not (out / "checkpoints").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(trained: Path, capsys) -> None:
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in trained.iterdir()}
+    assert main(["train", "--resume", str(trained), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == run_of(trained)["results"]
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in trained.iterdir()} == before
+
+
+def test_resuming_after_a_kill_before_the_first_checkpoint(
+    trained: Path, model: str, stories: Path, tmp_path: Path, capsys
+) -> None:
+    """SIGKILL as soon as run.json is there: the model is not even loaded."""
+    out, text = tmp_path / "run", tmp_path / "stories.json"
+    shutil.copy(stories, text)
+    process = subprocess.Popen([*COMMAND, *arguments(model, stories, out)], stderr=subprocess.DEVNULL)
+    while not (out / "run.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert run_of(out)["status"] == "running"
+    assert main(["train", "--resume", str(out), "--quiet"]) == 0
+    assert_same_files(trained, out)
+    capsys.readouterr()
+    # What cannot be resumed is said.
+    assert main(["train", "--resume", str(tmp_path / "none")]) == 1
+    assert "holds none" in capsys.readouterr().err
+    run = run_of(out) | {"status": "running", "dataset": {"name": "x", "path": str(text), "sha256": "0"}}
+    (out / "run.json").write_text(json.dumps(run))
+    assert main(["train", "--resume", str(out)]) == 1
+    assert "--dataset must be as when the run began" in capsys.readouterr().err
+
+
+def test_config_file(model: str, stories: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "config.json"
+    loss = {"reconstruction": "mse", "auxk": "openai"}
+    path.write_text(json.dumps({"k": 3, "d_sae": 300, "train": {"loss": loss, "batch_size": 128}}))
+    out = tmp_path / "run"
+    wanted = arguments(model, stories, out, quiet=True, config=path, max_tokens=1024, aux="sparsify")
+    assert main(wanted) == 0
+    got = run_of(out)["config"]["sae"]
+    assert (got["d_sae"], got["k"]) == (300, 8)  # the option overrules the file
+    assert got["train"]["loss"]["reconstruction"] == "mse"
+    assert got["train"]["loss"]["auxk"] == "sparsify"
+    assert run_of(out)["options"]["config"]["k"] == 3
+    assert native.load(out).d_sae == 300
+    for text, said in (
+        ("{", "--config must be JSON"),
+        ("[]", "a JSON object"),
+        ('{"x": 1}', "known but got x"),
+    ):
+        path.write_text(text)
+        assert main(arguments(model, stories, tmp_path / "other", config=path)) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_json_output_is_one_line(model: str, stories: Path, tmp_path: Path, capsys) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mlxsae.lm.hook_point import HookPoint
 from mlxsae.sae import RULES
+from mlxsae.train.optimizers import OPTIMIZERS
 
 PRECISIONS = ("float32", "certified")
 _PLANNED = ("bfloat16",)
@@ -53,6 +54,12 @@ def component(text: str) -> str:
 def rule(text: str) -> str:
     if text not in RULES:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(sorted(RULES))} but got {text!r}.")
+    return text
+
+
+def optimizer(text: str) -> str:
+    if text not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(sorted(OPTIMIZERS))} but got {text!r}.")
     return text
 
 

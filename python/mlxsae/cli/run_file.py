@@ -89,6 +89,11 @@ class RunFile:
         }
         self._write()
 
+    def place(self, name: str) -> str:
+        """Where the thing of that name lies: its full path if it was one on this machine, else what it was called."""
+        named = self.content[name]
+        return named.get("path") or named["name"]
+
     def update(self, **content: Any) -> None:
         self.content |= content
         self._write()
@@ -129,6 +134,18 @@ def read(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != "mlxsae-run":
         raise ValueError(f"[run] {path} must be written by mlxsae but is not.")
     return content
+
+
+def unchanged(run: dict[str, Any], *names: str) -> None:
+    """Raise ``ValueError`` if a file, or a model's config, is not what it was when ``run`` began."""
+    for name in names:
+        old = run[name]
+        now = fingerprint(old.get("path", old["name"]))
+        for key in ("sha256", "config_sha256"):
+            if now.get(key) != old.get(key):
+                raise ValueError(
+                    f"[resume] --{name} must be as when the run began but {old['path']} is gone or has changed."
+                )
 
 
 def _now() -> str:

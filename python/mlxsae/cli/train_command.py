@@ -1,10 +1,11 @@
 """Train a sparse autoencoder on the activations of a language model.
 
   mlxsae train --model PATH_OR_NAME --layer 2 --component resid --dataset stories.json --out DIR
+  mlxsae train --resume DIR
 
 Activations stream from the model through a shuffling buffer into the trainer; nothing is stored on disk. DIR gets
 run.json at once, checkpoints meanwhile, and cfg.json, sae_weights.safetensors and metadata.json at the end. Ctrl-C
-leaves a checkpoint; the same command with --resume goes on from it, bit for bit.
+leaves a checkpoint. --resume goes on after that, or after a crash at any moment, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import RunFile, fingerprint, finite, read
+from mlxsae.cli.run_file import RunFile, fingerprint, finite, read, unchanged
 from mlxsae.cli.text_source import Texts, TextSource, default_context
 from mlxsae.data import ShuffleBuffer
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io import native
+from mlxsae.loss import AUXK_PRESETS
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
-from mlxsae.train import LossConfig, OptimizerConfig, SAEConfig, TrainConfig, fit
+from mlxsae.sae import RULES
+from mlxsae.train import OPTIMIZERS, LossConfig, SAEConfig, TrainConfig, fit
 from mlxsae.train.checkpoint import checkpoints
 from mlxsae.train.config import default_learning_rate
 
@@ -37,17 +41,14 @@ CHECKPOINTS = "checkpoints"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("what to train on")
-    where.add_argument("--model", required=True, help="mlx-lm model folder, hub name, or 'tiny'")
-    where.add_argument("--layer", required=True, type=kinds.whole(0), help="number of the block, from 0")
+    where.add_argument("--model", help="mlx-lm model folder, hub name, or 'tiny'")
+    where.add_argument("--layer", type=kinds.whole(0), help="number of the block, from 0")
     where.add_argument(
         "--component",
         type=kinds.component,
-        default="resid",
-        help="mlp, attn, resid (the residual stream after the block), or a site such as resid_mid (%(default)s)",
+        help="mlp, attn, resid (the residual stream after the block), or a site such as resid_mid (resid)",
     )
-    where.add_argument(
-        "--dataset", required=True, help=".json, .jsonl or .txt file, a folder of them, or a hub dataset"
-    )
+    where.add_argument("--dataset", help=".json, .jsonl or .txt file, a folder of them, or a hub dataset")
     where.add_argument("--text-field", help="where an object of the dataset keeps its text (text)")
     where.add_argument(
         "--context-size", type=kinds.whole(2), help="tokens per row (the model's context, at most 256)"
@@ -55,86 +56,148 @@ def configure(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--heldout-fraction",
         type=kinds.number(above=0, below=1),
-        default=0.1,
-        help="share of the documents kept for evaluation, chosen by a hash of their text (%(default)s)",
+        help="share of the documents kept for evaluation, chosen by a hash of their text (0.1)",
     )
-    where.add_argument(
-        "--heldout-tokens", type=kinds.whole(), default=50_000, help="tokens to evaluate on (%(default)s)"
-    )
+    where.add_argument("--heldout-tokens", type=kinds.whole(), help="tokens to evaluate on (50000)")
 
     sae = parser.add_argument_group("the SAE")
-    sae.add_argument("--k", type=kinds.whole(), default=32, help="latents kept per token (%(default)s)")
-    sae.add_argument("--expansion-factor", type=kinds.whole(), default=16, help="d_sae / d_in (%(default)s)")
-    sae.add_argument("--rule", type=kinds.rule, default="topk", help="how latents are chosen (%(default)s)")
+    sae.add_argument("--k", type=kinds.whole(), help=f"latents kept per token ({SAEConfig.k})")
+    sae.add_argument(
+        "--expansion-factor", type=kinds.whole(), help=f"d_sae / d_in ({SAEConfig.expansion_factor})"
+    )
+    sae.add_argument(
+        "--rule",
+        type=kinds.rule,
+        help=f"how latents are chosen: {', '.join(sorted(RULES))} ({SAEConfig.architecture})",
+    )
 
     how = parser.add_argument_group("training")
-    how.add_argument("--max-tokens", type=kinds.whole(), default=2_000_000, help="(%(default)s)")
-    how.add_argument("--batch-size", type=kinds.whole(), default=1024, help="tokens per step (%(default)s)")
     how.add_argument(
-        "--learning-rate", type=kinds.number(above=0), help="Adam's, at its peak (by the number of latents)"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON of an SAEConfig, as far as it differs from the defaults; other options overrule it",
     )
+    how.add_argument("--max-tokens", type=kinds.whole(), help=f"({TrainConfig.total_tokens})")
+    how.add_argument("--batch-size", type=kinds.whole(), help=f"tokens per step ({TrainConfig.batch_size})")
+    how.add_argument(
+        "--learning-rate", type=kinds.number(above=0), help="at its peak (by the number of latents)"
+    )
+    how.add_argument("--optimizer", type=kinds.optimizer, help=f"{', '.join(sorted(OPTIMIZERS))} (adam)")
     how.add_argument(
         "--aux",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="revive dead latents by the AuxK loss (on)",
+        nargs="?",
+        const=LossConfig.auxk,
+        choices=sorted(AUXK_PRESETS),
+        metavar="PRESET",
+        help=f"revive dead latents by AuxK: {', '.join(sorted(AUXK_PRESETS))} ({LossConfig.auxk})",
     )
-    how.add_argument(
-        "--precision", type=kinds.precision, default="float32", help="of the encoder's product (%(default)s)"
-    )
-    how.add_argument("--seed", type=kinds.whole(0), default=0, help="(%(default)s)")
-    how.add_argument(
-        "--lm-batch-size", type=kinds.whole(), default=16, help="rows per model pass (%(default)s)"
-    )
+    how.add_argument("--no-aux", dest="aux", action="store_const", const="none", help="leave the dead dead")
+    how.add_argument("--precision", type=kinds.precision, help="of the encoder's product (float32)")
+    how.add_argument("--seed", type=kinds.whole(0), help="(0)")
+    how.add_argument("--lm-batch-size", type=kinds.whole(), help="rows per model pass (16)")
     how.add_argument(
         "--buffer-tokens",
         type=kinds.whole(),
         help=f"activations held for shuffling ({_BUFFER_TOKENS}, or what fits in 1 GiB)",
     )
     how.add_argument(
-        "--checkpoint-every", type=kinds.whole(), default=1000, help="steps between checkpoints (%(default)s)"
+        "--checkpoint-every",
+        type=kinds.whole(),
+        help=f"steps between checkpoints ({TrainConfig.checkpoint_every})",
     )
     how.add_argument(
-        "--keep-checkpoints", action="store_true", help="keep the last checkpoints when training is complete"
+        "--keep-checkpoints",
+        action="store_true",
+        default=None,
+        help="keep the last checkpoints when training is complete",
     )
     begin = how.add_mutually_exclusive_group()
-    begin.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    begin.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with the run in DIR, whose options all hold"
+    )
     begin.add_argument(
         "--restart", action="store_true", help="drop the checkpoints of an unfinished run in --out"
     )
 
     out = parser.add_argument_group("output")
-    out.add_argument("--out", required=True, type=Path, help="folder to write")
+    out.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
     out.add_argument("--json", action="store_true", help="the metrics as one JSON line instead of a table")
+    parser.set_defaults(parser=parser)
+
+
+_DEFAULTS: dict[str, Any] = {
+    "component": "resid",
+    "heldout_fraction": 0.1,
+    "heldout_tokens": 50_000,
+    "lm_batch_size": 16,
+    "keep_checkpoints": False,
+}
+# Which option overrules what of the configuration.
+_CONFIGURED = {
+    "k": "k",
+    "expansion_factor": "expansion_factor",
+    "rule": "architecture",
+    "max_tokens": "train.total_tokens",
+    "batch_size": "train.batch_size",
+    "seed": "train.seed",
+    "precision": "train.precision",
+    "checkpoint_every": "train.checkpoint_every",
+    "learning_rate": "train.optimizer.learning_rate",
+    "optimizer": "train.optimizer.name",
+    "aux": "train.loss.auxk",
+}
 
 
 def run(options: argparse.Namespace) -> int:
-    out: Path = options.out
+    parser = options.parser
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("run", "argv", "command", "version", "parser", "quiet", "json") and value is not None
+    }
+    given = {name: value for name, value in given.items() if value is not False}
+    if options.resume is not None:
+        if others := sorted(given.keys() - {"resume"}):
+            parser.error(f"--resume takes its options from the run but got --{others[0].replace('_', '-')}")
+        out, old = options.resume, read(options.resume)
+        if old.get("command") != "train":
+            raise ValueError(f"[train] --resume needs the folder of a training run but {out} holds none.")
+        if old["status"] == "done":
+            _show(options, old["results"], out)
+            return 0
+        chosen = old["options"]
+        unchanged(old, "model", "dataset")
+    else:
+        if missing := [n for n in ("model", "layer", "dataset", "out") if n not in given]:
+            parser.error(f"the following arguments are required: {', '.join('--' + n for n in missing)}")
+        out = given.pop("out")
+        restart = given.pop("restart", False)
+        if "config" in given:
+            given["config"] = _read_config(given["config"])
+        chosen = _DEFAULTS | given
+        _config(chosen)  # a fault in it is found before anything is written
+        with _writable(out):
+            _claim(out, restart)
     with _writable(out):
-        _claim(out, options.resume, options.restart)
         record = RunFile(
             out,
             "train",
             options.argv,
-            seed=options.seed,
-            options={
-                k: v
-                for k, v in vars(options).items()
-                if k not in ("run", "argv", "out", "command", "version")
-            },
-            model=fingerprint(options.model),
-            dataset=fingerprint(options.dataset),
-            resumed=options.resume,
+            options=chosen,
+            model=fingerprint(chosen["model"]) if options.resume is None else old["model"],
+            dataset=fingerprint(chosen["dataset"]) if options.resume is None else old["dataset"],
+            resumed=options.resume is not None,
         )
     try:
-        metrics = _train(options, record)
+        metrics = _train(chosen, record, out, quiet=options.quiet)
     except KeyboardInterrupt:
         saved = checkpoints(out / CHECKPOINTS)
         with contextlib.suppress(OSError):
             record.finish("interrupted", checkpoint=str(saved[-1]) if saved else None)
         raise KeyboardInterrupt(
-            f"The checkpoint is {saved[-1]}; the same command with --resume goes on from it."
+            f"The checkpoint is {saved[-1]}; mlxsae train --resume {out} goes on from it."
             if saved
             else "Training had not begun; there is no checkpoint."
         ) from None
@@ -143,37 +206,46 @@ def run(options: argparse.Namespace) -> int:
             record.finish("failed", error=f"{type(e).__name__}: {e}")
         raise
     record.finish("done", results=metrics)
-    if options.json:
-        print(json.dumps(finite(metrics)))
-    else:
-        print(terminal.metrics_table(metrics))
-        for advice in diagnose(metrics):
-            print(f"\n! {advice}")
-        print(f"\nSaved in {out}")
+    # Only now: a run that is killed before this line goes on from its last checkpoint.
+    if not chosen["keep_checkpoints"]:
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    _show(options, metrics, out)
     return 0
 
 
-def _train(options: argparse.Namespace, record: RunFile) -> dict[str, Any]:
-    out: Path = options.out
-    say = _Say(options.quiet)
+def _show(options: argparse.Namespace, metrics: dict[str, Any], out: Path) -> None:
+    if options.json:
+        print(json.dumps(finite(metrics)))
+        return
+    print(terminal.metrics_table(metrics))
+    for advice in diagnose(metrics):
+        print(f"\n! {advice}")
+    print(f"\nSaved in {out}")
+
+
+def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -> dict[str, Any]:
+    options = argparse.Namespace(**chosen)
+    say = _Say(quiet)
     say(f"loading {options.model}")
-    lm = lm_room.load(options.model)
+    # Relative paths were meant from where the run began.
+    lm = lm_room.load(record.place("model"))
     hook_point = lm.hook_point(options.component, layer=options.layer)
-    config = _config(options)
+    config = _config(chosen)
+    train = config.train
     sae = config.build(lm.d_model)
-    fits = max(_BUFFER_BYTES // (4 * lm.d_model), options.batch_size)
-    buffer_tokens = max(options.buffer_tokens or min(_BUFFER_TOKENS, fits), options.batch_size)
+    fits = max(_BUFFER_BYTES // (4 * lm.d_model), train.batch_size)
+    buffer_tokens = max(chosen.get("buffer_tokens") or min(_BUFFER_TOKENS, fits), train.batch_size)
     text = TextSource(
         lm,
-        Texts(options.dataset, options.text_field),
-        options.context_size or default_context(lm),
+        Texts(record.place("dataset"), chosen.get("text_field")),
+        chosen.get("context_size") or default_context(lm),
         options.lm_batch_size,
         options.heldout_fraction,
     )
     resolved = {
         "sae": config.to_dict() | {"d_in": sae.d_in, "d_sae": sae.d_sae},
-        "learning_rate": options.learning_rate or default_learning_rate(sae.d_sae),
-        "dead_after": config.train.dead_after,
+        "learning_rate": train.optimizer.learning_rate or default_learning_rate(sae.d_sae),
+        "dead_after": train.dead_after,
         "hook_name": str(hook_point),
         "context_size": text.context_size,
         "buffer_tokens": buffer_tokens,
@@ -181,19 +253,17 @@ def _train(options: argparse.Namespace, record: RunFile) -> dict[str, Any]:
     record.update(config=resolved)
     text.heldout(1)  # no document in the split, no such file: found before the long part and not after
 
-    say(
-        f"reading activations of {hook_point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {config.train.total_steps} steps"
-    )
-    stream = ModelActivations(lm, hook_point, lambda: text.train(options.max_tokens, options.seed))
-    source = ShuffleBuffer(stream, batch_size=options.batch_size, capacity=buffer_tokens, seed=options.seed)
+    say(f"reading activations of {hook_point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")
+    stream = ModelActivations(lm, hook_point, lambda: text.train(train.total_tokens, train.seed))
+    source = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=buffer_tokens, seed=train.seed)
     start = time.perf_counter()
     result = fit(
         sae,
         source,
-        config.train,
+        train,
         checkpoint_dir=out / CHECKPOINTS,
-        resume=options.resume,
-        progress=not options.quiet,
+        resume=record.content["resumed"],
+        progress=not quiet,
     )
     seconds = time.perf_counter() - start
     say("evaluating on held-out text")
@@ -201,7 +271,7 @@ def _train(options: argparse.Namespace, record: RunFile) -> dict[str, Any]:
     metrics |= {
         "train_tokens": result.state.tokens,
         "train_seconds": round(seconds, 3),
-        "tokens_per_s": options.max_tokens / seconds,
+        "tokens_per_s": train.total_tokens / seconds,
     }
     known = {
         "model_name": options.model,
@@ -213,40 +283,45 @@ def _train(options: argparse.Namespace, record: RunFile) -> dict[str, Any]:
         "evaluation": finite(metrics),
     }
     native.save(sae, out, metadata=known)
-    if not options.keep_checkpoints:
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return metrics
 
 
-def _config(options: argparse.Namespace) -> SAEConfig:
-    return SAEConfig(
-        expansion_factor=options.expansion_factor,
-        architecture=options.rule,
-        k=options.k,
-        train=TrainConfig(
-            total_tokens=options.max_tokens,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            precision=options.precision,
-            checkpoint_every=options.checkpoint_every,
-            log_every=max(1, min(100, -(-options.max_tokens // (20 * options.batch_size)))),
-            optimizer=OptimizerConfig(learning_rate=options.learning_rate),
-            loss=LossConfig(auxk=LossConfig.auxk if options.aux else None),
-        ),
-    )
+def _config(chosen: dict[str, Any]) -> SAEConfig:
+    tree: dict[str, Any] = json.loads(json.dumps(chosen.get("config", {})))
+    for option, path in _CONFIGURED.items():
+        if option in chosen:
+            *parents, last = path.split(".")
+            level = tree
+            for name in parents:
+                level = level.setdefault(name, {})
+            level[last] = None if option == "aux" and chosen[option] == "none" else chosen[option]
+    config = SAEConfig.from_dict(tree, partial=True)
+    if "log_every" not in tree.get("train", {}):
+        # A short run, too, has twenty lines of progress.
+        every = max(1, min(TrainConfig.log_every, -(-config.train.total_steps // 20)))
+        config = replace(config, train=replace(config.train, log_every=every))
+    return config
 
 
-def _claim(out: Path, resume: bool, restart: bool) -> None:
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"[train] --config must be JSON but {path} is not: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"[train] --config must be a JSON object but {path} holds {type(found).__name__}.")
+    return found
+
+
+def _claim(out: Path, restart: bool) -> None:
     """Settle what happens with what ``out`` holds."""
     saved = checkpoints(out / CHECKPOINTS)
-    if resume and not saved:
-        raise ValueError(f"[train] --resume needs a checkpoint but there is none in {out / CHECKPOINTS}.")
-    if not saved or resume:
+    if not saved:
         return
     if not restart and read(out).get("status") != "done":
         raise ValueError(
-            f"[train] {out} holds an unfinished run (checkpoint {saved[-1].name}): add --resume to go on with it, "
-            "--restart to drop it, or choose another --out."
+            f"[train] {out} holds an unfinished run (checkpoint {saved[-1].name}): go on with it by "
+            f"mlxsae train --resume {out}, drop it by --restart, or choose another --out."
         )
     shutil.rmtree(out / CHECKPOINTS)
 

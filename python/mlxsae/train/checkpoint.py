@@ -33,7 +33,12 @@ def save(directory: Path, step: int, host: dict[str, Any], arrays: dict[str, mx.
                 "state.json": atomic.json_writer({"format_version": FORMAT_VERSION} | host),
             },
         )
-    for old in checkpoints(directory)[:-keep]:
+    # A folder that was killed while it was written never got its name.
+    for old in [
+        *checkpoints(directory)[:-keep],
+        *directory.glob(".step_*.tmp"),
+        *directory.glob(".step_*.old"),
+    ]:
         shutil.rmtree(old)
     return path
 

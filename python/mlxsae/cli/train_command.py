@@ -169,6 +169,7 @@ def run(options: argparse.Namespace) -> int:
             return 0
         chosen = old["options"]
         unchanged(old, "model", "dataset")
+        origin = {name: old[name] for name in ("model", "dataset")}
     else:
         if missing := [n for n in ("model", "layer", "dataset", "out") if n not in given]:
             parser.error(f"the following arguments are required: {', '.join('--' + n for n in missing)}")
@@ -180,14 +181,14 @@ def run(options: argparse.Namespace) -> int:
         _config(chosen)  # a fault in it is found before anything is written
         with _writable(out):
             _claim(out, restart)
+        origin = {name: fingerprint(chosen[name]) for name in ("model", "dataset")}
     with _writable(out):
         record = RunFile(
             out,
             "train",
             options.argv,
             options=chosen,
-            model=fingerprint(chosen["model"]) if options.resume is None else old["model"],
-            dataset=fingerprint(chosen["dataset"]) if options.resume is None else old["dataset"],
+            **origin,
             resumed=options.resume is not None,
         )
     try:

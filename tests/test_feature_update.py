@@ -53,7 +53,13 @@ def mlx_args(x, terms, params, m, v):
 
 @pytest.mark.parametrize(
     ("n", "d_in", "d_out", "d_sae", "k"),
-    [(1, 1, 1, 1, 1), (33, 31, 48, 70, 5), (64, 100, 100, 31, 31), (7, 16, 3, 500, 2)],
+    [
+        (1, 1, 1, 1, 1),
+        (33, 31, 48, 70, 5),
+        (64, 100, 100, 31, 31),
+        (7, 16, 3, 500, 2),
+        (300, 600, 520, 24, 12),  # long buckets, walked in blocks of tokens
+    ],
 )
 @pytest.mark.parametrize(
     ("n_terms", "project", "clip"), list(itertools.product([1, 2], [True, False], [0.0, 0.5]))

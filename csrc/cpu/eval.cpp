@@ -10,7 +10,11 @@
 namespace mlxsae::cpu {
 
 void allocate(mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
+  // MLX's allocator on the CPU gives memory 24 bytes behind a cache line, so that every wide load touches two lines.
+  constexpr uintptr_t line = 64;
+  auto data = mx::allocator::malloc(out.nbytes() + line);
+  uintptr_t skip = -reinterpret_cast<uintptr_t>(data.buffer().raw_ptr()) % line;
+  out.set_data(std::move(data), out.size(), out.strides(), out.flags(), static_cast<int64_t>(skip));
 #if defined(__linux__)
   constexpr uintptr_t page = 2u << 20;
   auto begin = (reinterpret_cast<uintptr_t>(out.data<char>()) + page - 1) / page * page;
@@ -60,9 +64,9 @@ float value_at(const Code& c, int64_t i) {
 
 Grouped::Grouped(const Code& c, int64_t d_sae) : starts_(d_sae + 2, 0) {
   int64_t nnz = c.size();
-  rows_ = std::make_unique_for_overwrite<uint32_t[]>(nnz + 1);
+  rows_ = std::make_unique_for_overwrite<uint32_t[]>(nnz + 4);
   values_ = std::make_unique_for_overwrite<float[]>(nnz + 1);
-  rows_[nnz] = 0;  // a row to prefetch after the last
+  std::fill_n(rows_.get() + nnz, 4, 0u);  // rows to prefetch after the last
   // starts_[j + 2] counts, then starts_[j + 1] is where the next entry of feature j goes, then where feature j + 1
   // starts.
   for (int64_t i = 0; i < nnz; ++i) ++starts_[c.indices[i] + 2];

@@ -67,94 +67,164 @@ inline void adam_vector(const Param& p, const float* g, float clip, const Adam& 
 
 inline void shadow(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1);
 
+/** Gradients of one feature while its entries are gathered. */
+struct Gathered {
+  float *dec, *enc;  // rows of d_out and d_in floats, without a meaning while there are no entries
+  float bias = 0;
+  bool any = false;
+};
+
+/** Add kN entries one after the other, in one pass over each row. */
+template <int kN, bool kFirst, bool kFetch>
+MLXSAE_INLINE void gather(const Update& u, const Term& term, const float* w_dec, const int64_t* e, Gathered& to) {
+  const int64_t d_in = u.d_in, d_out = u.d_out;
+  const float *r[kN], *x[kN], *r_ahead[kN], *x_ahead[kN];
+  float v[kN], dz[kN];
+  MLXSAE_UNROLL for (int q = 0; q < kN; ++q) {
+    int64_t t = term.by.rows[e[q]], ahead = term.by.rows[e[q] + kN];
+    r[q] = term.residual + t * d_out, r_ahead[q] = term.residual + ahead * d_out;
+    x[q] = u.x + t * d_in, x_ahead[q] = u.x + ahead * d_in;
+    v[q] = term.scale * term.by.values[e[q]];
+  }
+  Sum dot[kN];
+  lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+    V w = get<V>(w_dec + c), sum{};
+    if constexpr (!kFirst) sum = get<V>(to.dec + c);
+    MLXSAE_UNROLL for (int q = 0; q < kN; ++q) {
+      if constexpr (kFetch) prefetch<2>(r_ahead[q] + c);
+      V g = get<V>(r[q] + c);
+      dot[q].add(g * w);
+      sum += v[q] * g;
+    }
+    put(to.dec + c, sum);
+  });
+  MLXSAE_UNROLL for (int q = 0; q < kN; ++q) {
+    dz[q] = term.scale * dot[q].total();
+    to.bias += dz[q];
+  }
+  lanes(d_in, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+    V sum{};
+    if constexpr (!kFirst) sum = get<V>(to.enc + c);
+    MLXSAE_UNROLL for (int q = 0; q < kN; ++q) {
+      if constexpr (kFetch) prefetch<2>(x_ahead[q] + c);
+      sum += dz[q] * get<V>(x[q] + c);
+    }
+    put(to.enc + c, sum);
+  });
+}
+
+/** Gather the entries [begin, end) of a feature. */
+inline void gather_all(const Update& u, const Term& term, const float* w_dec, int64_t begin, int64_t end,
+                       Gathered& to) {
+  int64_t batch[4];
+  int m = 0;
+  for (int64_t e = begin; e < end; ++e) {
+    if (term.by.values[e] <= 0) continue;  // not chosen, or cut off by the relu; NaN passes
+    batch[m++] = e;
+    if (!to.any) {
+      gather<1, true, true>(u, term, w_dec, batch, to);
+      to.any = true, m = 0;
+    } else if (m == 4) {
+      gather<4, false, false>(u, term, w_dec, batch, to);
+      m = 0;
+    }
+  }
+  for (int q = 0; q < m; ++q) gather<1, false, true>(u, term, w_dec, batch + q, to);
+}
+
+/** What follows the gradients of feature j: projection, the sums over all features, Adam, the norm, the shadow. */
+inline void finish(const Update& u, int64_t j, const Gathered& g, double& square) {
+  const int64_t d_in = u.d_in, d_out = u.d_out;
+  Param dec = row_of(u.w_dec, j * d_out), enc = row_of(u.w_enc, j * d_in), bias = row_of(u.b_enc, j);
+  if (g.any) {
+    if (u.project) {
+      Sum along;
+      lanes(d_out, [&]<class V>(int64_t c)
+                       __attribute__((always_inline)) { along.add(get<V>(g.dec + c) * get<V>(dec.w + c)); });
+      float s = along.total();
+      lanes(d_out, [&]<class V>(int64_t c)
+                       __attribute__((always_inline)) { put(g.dec + c, get<V>(g.dec + c) - s * get<V>(dec.w + c)); });
+    }
+    if (u.square) {
+      Sum sq;
+      lanes(d_out,
+            [&]<class V>(int64_t c) __attribute__((always_inline)) { sq.add(get<V>(g.dec + c) * get<V>(g.dec + c)); });
+      lanes(d_in,
+            [&]<class V>(int64_t c) __attribute__((always_inline)) { sq.add(get<V>(g.enc + c) * get<V>(g.enc + c)); });
+      square += static_cast<double>(sq.total()) + static_cast<double>(g.bias) * g.bias;
+    }
+    if (u.through_input) add_scaled(u.through_input, g.bias, enc.w, d_in);
+  }
+  if (u.norms_only) return;
+
+  float norm =
+      g.any ? adam_row<true>(dec, g.dec, u.clip, u.adam, d_out) : adam_row<false>(dec, nullptr, 1, u.adam, d_out);
+  if (u.normalize && norm > 0) {
+    float inverse = 1 / __builtin_sqrtf(norm);
+    lanes(d_out,
+          [&]<class V>(int64_t c) __attribute__((always_inline)) { put(dec.w + c, inverse * get<V>(dec.w + c)); });
+  }
+  if (g.any)
+    adam_row<true>(enc, g.enc, u.clip, u.adam, d_in);
+  else
+    adam_row<false>(enc, nullptr, 1, u.adam, d_in);
+  adam_row<true>(bias, &g.bias, u.clip, u.adam, 1);
+  if (u.w16) shadow(u.w_enc.w, u.d_sae, d_in, u.w16, u.columns, j, j + 1);
+}
+
+/**
+ * Features in a range. One that few tokens use is gathered and finished at once. Those that many use (dead ones under
+ * AuxK, hot ones) wait for company: a few of them walk together from one block of tokens to the next, so that its rows
+ * come into the second-level cache once for all of them. Either way each adds up its entries in ascending order.
+ */
 inline void update(const Update& u) {
   static thread_local Scratch mem;
   const int64_t d_in = u.d_in, d_out = u.d_out;
-  float* g_dec = mem.get<float>(d_in + d_out + 2 * kLanes);
-  float* g_enc = g_dec + (d_out + kLanes - 1) / kLanes * kLanes;
+  const int64_t width = (d_out + kLanes - 1) / kLanes * kLanes + (d_in + kLanes - 1) / kLanes * kLanes;
+  constexpr int64_t kCompany = 16, kMany = 64, kCacheBytes = 512 << 10;
+  const int64_t fit = kCacheBytes / 4 / (4 * width), company = fit < 1 ? 1 : fit < kCompany ? fit : kCompany;
+  const int64_t block = 8 + kCacheBytes / (4 * (d_in + d_out));
+  float* rows = mem.get<float>((1 + company) * width);
+  auto scratch = [&](int64_t place) {
+    float* dec = rows + place * width;
+    return Gathered{dec, dec + (d_out + kLanes - 1) / kLanes * kLanes};
+  };
   double square = 0;
 
-  for (int64_t j = u.f0; j < u.f1; ++j) {
-    Param dec = row_of(u.w_dec, j * d_out), enc = row_of(u.w_enc, j * d_in), bias = row_of(u.b_enc, j);
-    bool any = false;
-    float db = 0;
+  int64_t waiting[kCompany], n_waiting = 0;
+  auto together = [&] {
+    Gathered found[kCompany];
+    for (int64_t i = 0; i < n_waiting; ++i) found[i] = scratch(1 + i);
     for (int q = 0; q < u.n_terms; ++q) {
-      const Term& term = u.terms[q];
-      for (int64_t e = term.by.starts[j]; e < term.by.starts[j + 1]; ++e) {
-        float value = term.by.values[e];
-        if (value <= 0) continue;  // not chosen, or cut off by the relu; NaN passes
-        int64_t t = term.by.rows[e], ahead = term.by.rows[e + 1];
-        const float *r = term.residual + t * d_out, *r_ahead = term.residual + ahead * d_out;
-        float v = term.scale * value;
-        Sum dz_sum;
-        if (!any) {
-          lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-            prefetch<2>(r_ahead + c);
-            V g = get<V>(r + c);
-            dz_sum.add(g * get<V>(dec.w + c));
-            put(g_dec + c, v * g);
-          });
-        } else {
-          lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-            prefetch<2>(r_ahead + c);
-            V g = get<V>(r + c);
-            dz_sum.add(g * get<V>(dec.w + c));
-            put(g_dec + c, get<V>(g_dec + c) + v * g);
-          });
+      const ByFeature& by = u.terms[q].by;
+      int64_t at[kCompany], left = 0;
+      for (int64_t i = 0; i < n_waiting; ++i) at[i] = by.starts[waiting[i]], left += by.starts[waiting[i] + 1] - at[i];
+      for (int64_t stop = block; left > 0; stop += block)
+        for (int64_t i = 0; i < n_waiting; ++i) {
+          int64_t j = waiting[i], begin = at[i], last = by.starts[j + 1];
+          while (at[i] < last && by.rows[at[i]] < stop) ++at[i];
+          gather_all(u, u.terms[q], u.w_dec.w + j * d_out, begin, at[i], found[i]);
+          left -= at[i] - begin;
         }
-        float dz = term.scale * dz_sum.total();
-        db += dz;
-        const float *x = u.x + t * d_in, *x_ahead = u.x + ahead * d_in;
-        if (!any) {
-          lanes(d_in, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-            prefetch<2>(x_ahead + c);
-            put(g_enc + c, dz * get<V>(x + c));
-          });
-        } else {
-          lanes(d_in, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-            prefetch<2>(x_ahead + c);
-            put(g_enc + c, get<V>(g_enc + c) + dz * get<V>(x + c));
-          });
-        }
-        any = true;
-      }
     }
+    for (int64_t i = 0; i < n_waiting; ++i) finish(u, waiting[i], found[i], square);
+    n_waiting = 0;
+  };
 
-    if (any) {
-      if (u.project) {
-        Sum along;
-        lanes(d_out, [&]<class V>(int64_t c)
-                         __attribute__((always_inline)) { along.add(get<V>(g_dec + c) * get<V>(dec.w + c)); });
-        float s = along.total();
-        lanes(d_out, [&]<class V>(int64_t c)
-                         __attribute__((always_inline)) { put(g_dec + c, get<V>(g_dec + c) - s * get<V>(dec.w + c)); });
-      }
-      if (u.square) {
-        Sum sq;
-        lanes(d_out, [&]<class V>(int64_t c)
-                         __attribute__((always_inline)) { sq.add(get<V>(g_dec + c) * get<V>(g_dec + c)); });
-        lanes(d_in, [&]<class V>(int64_t c)
-                        __attribute__((always_inline)) { sq.add(get<V>(g_enc + c) * get<V>(g_enc + c)); });
-        square += static_cast<double>(sq.total()) + static_cast<double>(db) * db;
-      }
-      if (u.through_input) add_scaled(u.through_input, db, enc.w, d_in);
+  for (int64_t j = u.f0; j < u.f1; ++j) {
+    int64_t n = 0;
+    for (int q = 0; q < u.n_terms; ++q) n += u.terms[q].by.starts[j + 1] - u.terms[q].by.starts[j];
+    if (n >= kMany) {
+      waiting[n_waiting++] = j;
+      if (n_waiting == company) together();
+      continue;
     }
-    if (u.norms_only) continue;
-
-    float norm =
-        any ? adam_row<true>(dec, g_dec, u.clip, u.adam, d_out) : adam_row<false>(dec, nullptr, 1, u.adam, d_out);
-    if (u.normalize && norm > 0) {
-      float inverse = 1 / __builtin_sqrtf(norm);
-      lanes(d_out,
-            [&]<class V>(int64_t c) __attribute__((always_inline)) { put(dec.w + c, inverse * get<V>(dec.w + c)); });
-    }
-    if (any)
-      adam_row<true>(enc, g_enc, u.clip, u.adam, d_in);
-    else
-      adam_row<false>(enc, nullptr, 1, u.adam, d_in);
-    adam_row<true>(bias, &db, u.clip, u.adam, 1);
-    if (u.w16) shadow(u.w_enc.w, u.d_sae, d_in, u.w16, u.columns, j, j + 1);
+    Gathered found = scratch(0);
+    for (int q = 0; q < u.n_terms; ++q)
+      gather_all(u, u.terms[q], u.w_dec.w + j * d_out, u.terms[q].by.starts[j], u.terms[q].by.starts[j + 1], found);
+    finish(u, j, found, square);
   }
+  if (n_waiting) together();
   if (u.square) *u.square += square;
 }
 

@@ -62,7 +62,7 @@ def mlx_args(x, terms, params, m, v):
     ],
 )
 @pytest.mark.parametrize(
-    ("n_terms", "project", "clip"), list(itertools.product([1, 2], [True, False], [0.0, 0.5]))
+    ("n_terms", "project", "clip"), list(itertools.product([1, 2, 4], [True, False], [0.0, 0.5]))
 )
 def test_equals_the_oracle(n, d_in, d_out, d_sae, k, n_terms, project, clip):
     rng = np.random.default_rng(d_sae)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from mlxsae import SparseCodeCSR, io, to_dense
 from mlxsae import loss as L
-from mlxsae.code import DenseCode, SparseCode, below, n_tokens, to_slots
+from mlxsae.code import DenseCode, SparseCode, between, n_tokens, to_slots
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate, fire_counts, l0
 from mlxsae.sae import SAE, BatchTopK, JumpReLU, calibrate
@@ -81,8 +81,8 @@ def test_three_forms_of_one_code_say_the_same() -> None:
         np.testing.assert_array_equal(to_dense(code, D_SAE), dense.values)
         np.testing.assert_array_equal(fire_counts(code, D_SAE), (np.array(dense.values) > 0).sum(axis=0))
         np.testing.assert_allclose(sae.decode(code), sae.decode(dense), atol=1e-5)
-        cut = np.where(np.arange(D_SAE) < 20, np.array(dense.values), 0)
-        np.testing.assert_array_equal(to_dense(below(code, 20), D_SAE), cut)
+        cut = np.where((np.arange(D_SAE) < 20) & (np.arange(D_SAE) >= 5), np.array(dense.values), 0)
+        np.testing.assert_array_equal(to_dense(between(code, 5, 20), D_SAE), cut)
     with pytest.raises(ValueError, match=r"\[to_dense\] values must have shape \[..., 9\]"):
         to_dense(dense, 9)
 

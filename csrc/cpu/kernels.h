@@ -120,7 +120,7 @@ struct Adam {
 struct Update {
   const float* x;  // [n, d_in], what the encoder saw
   int64_t d_in, d_out;
-  const Term* terms;  // the main one, and perhaps an auxiliary one
+  const Term* terms;  // the main one, then those without a bias
   int n_terms;
   Param w_enc, b_enc, w_dec;
   Adam adam;

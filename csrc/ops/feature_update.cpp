@@ -79,8 +79,7 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
   if (params.size() != 4 || m.size() != 4 || v.size() != 4)
     fail(op, "params, m and v must hold w_enc, b_enc, w_dec and b_dec but got ", params.size(), ", ", m.size(), " and ",
          v.size(), " arrays.");
-  if (terms.empty() || terms.size() > 2)
-    fail(op, "terms must hold the main term and at most one more but got ", terms.size(), ".");
+  if (terms.empty()) fail(op, "terms must hold the main term but is empty.");
   if (options.step < 1) fail(op, "step must be at least 1 but got ", options.step, ".");
   Arrays inputs{x, mx::astype(loss, mx::float32, s)};
   int n = x.ndim() == 2 ? x.shape(0) : -1, d_out = params[2].ndim() == 2 ? params[2].shape(1) : -1;

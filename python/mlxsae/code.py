@@ -7,7 +7,7 @@ their type. The width ``d_sae`` lives on the decoder.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -56,6 +56,7 @@ class DenseCode(NamedTuple):
 
 Sparse = SparseCode | SparseCodeCSR
 Code = Sparse | DenseCode
+AnyCode = TypeVar("AnyCode", bound=Code)
 
 
 def n_tokens(code: Code) -> int:
@@ -65,13 +66,11 @@ def n_tokens(code: Code) -> int:
     return math.prod(code.values.shape[:-1])
 
 
-def below(code: Code, width: int | mx.array) -> Code:
-    """The code without its latents from ``width`` on; shapes stay."""
-    if isinstance(code, DenseCode):
-        places: mx.array = mx.arange(code.values.shape[-1])
-    else:
-        places = code.indices
-    return code._replace(values=mx.where(places < width, code.values, mx.zeros_like(code.values)))
+def between(code: AnyCode, low: int | mx.array, high: int | mx.array) -> AnyCode:
+    """The code with none but its latents in ``[low, high)``; shapes stay."""
+    places = mx.arange(code.values.shape[-1]) if isinstance(code, DenseCode) else code.indices
+    inside = (places >= low) & (places < high)
+    return code._replace(values=mx.where(inside, code.values, mx.zeros_like(code.values)))
 
 
 def to_slots(code: Code) -> SparseCode:
@@ -98,7 +97,7 @@ def to_slots(code: Code) -> SparseCode:
     )
 
 
-def detached(code: Code) -> Code:
+def detached(code: AnyCode) -> AnyCode:
     """The code as a constant."""
     return type(code)(*map(mx.stop_gradient, code))
 

@@ -402,7 +402,7 @@ def feature_update(
 
     Args:
         x: ``[n, d_in]``, what the encoder saw.
-        terms: the main reconstruction, and at most one auxiliary one (which has no bias).
+        terms: the main reconstruction, then auxiliary ones (which have no bias), such as AuxK's.
         params, m, v: float32. Their buffers are reused where nobody else holds them: keep no second reference.
         loss: where it is not finite, nothing changes.
         step: ``t >= 1`` of Adam's bias correction.

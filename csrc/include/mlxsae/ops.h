@@ -174,8 +174,8 @@ struct UpdateOptions {
 /**
  * The backward pass of encode and decode and one Adam step, feature by feature, without gradient buffers.
  *
- * x [n, d_in] is what the encoder saw. terms[0] is the main reconstruction, through which b_dec learns; terms[1], if
- * any, an auxiliary one (its own values and indices, no bias). params, m and v are each w_enc [d_sae, d_in],
+ * x [n, d_in] is what the encoder saw. terms[0] is the main reconstruction, through which b_dec learns; any others are
+ * auxiliary ones (each its own code, no bias). params, m and v are each w_enc [d_sae, d_in],
  * b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out], all float32. Per feature: dz = <g, w_dec>, the gradients of both
  * rows, the projection, Adam with bias correction (every feature, touched or not), the renorm. Where `loss` is not
  * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped); where

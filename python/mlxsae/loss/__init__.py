@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlxsae.loss.auxk import AUXK_PRESETS, AuxK
 from mlxsae.loss.compose import Forward, Loss, Term
+from mlxsae.loss.matryoshka import FixedPrefixes, Prefixes, RandomPrefixes
 from mlxsae.loss.reconstruction import RECONSTRUCTION, RowTerm, fvu, mse, nmse
 from mlxsae.loss.sparsity import DEFAULT_TERMS, TERMS, L0Target
 
@@ -13,9 +14,12 @@ __all__ = [
     "RECONSTRUCTION",
     "TERMS",
     "AuxK",
+    "FixedPrefixes",
     "Forward",
     "L0Target",
     "Loss",
+    "Prefixes",
+    "RandomPrefixes",
     "RowTerm",
     "Term",
     "fvu",

@@ -7,6 +7,7 @@ learns something from what it sees, overrides :meth:`Rule.learn`. A rule may own
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, NamedTuple, Self
 
 import mlx.core as mx
@@ -95,9 +96,11 @@ class Rule(nn.Module):
         """The rule's parameters, back where they must lie, after an optimiser step."""
         return parameters
 
-    def at(self, step: int) -> Rule:
-        """The rule of training step ``step``, counted from 0 (annealing)."""
-        return self
+    def with_k(self, k: int) -> Rule:
+        """The rule with another ``k`` (annealing)."""
+        other = copy.copy(self)
+        other.k = k
+        return other
 
     def prepare(self, d_sae: int) -> None:
         """Make the parameters for ``d_sae`` latents; raise ``ValueError`` where the rule does not fit them."""

@@ -11,8 +11,19 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from mlxsae.loss import AUXK_PRESETS, DEFAULT_TERMS, RECONSTRUCTION, TERMS, AuxK, Loss
-from mlxsae.sae import RULES, SAE
+from mlxsae.loss import (
+    AUXK_PRESETS,
+    DEFAULT_TERMS,
+    RECONSTRUCTION,
+    TERMS,
+    AuxK,
+    FixedPrefixes,
+    Loss,
+    Prefixes,
+    RandomPrefixes,
+)
+from mlxsae.loss.compose import Weight
+from mlxsae.sae import RULES, SAE, Rule
 from mlxsae.train.optimizers import OPTIMIZERS, WITH_WEIGHT_DECAY
 
 
@@ -91,11 +102,18 @@ class LossConfig(_Config):
     most 10M.
 
     ``terms`` are weights of further terms by their names in :data:`mlxsae.loss.TERMS`; None means those that the rule
-    cannot do without (:data:`mlxsae.loss.DEFAULT_TERMS`: JumpReLU's L0, ReLU's L1, ...).
+    cannot do without (:data:`mlxsae.loss.DEFAULT_TERMS`: JumpReLU's L0, ReLU's L1, ...). They rise linearly from 0 over
+    the fraction ``warmup`` of the run.
+
+    ``prefixes`` makes the SAE a Matryoshka: widths as ascending shares of ``d_sae`` (or numbers of latents, over 1), the
+    full width being added; ``random_prefixes`` draws so many anew for each step instead.
     """
 
     reconstruction: str = "fvu"
     terms: dict[str, float] | None = None
+    warmup: float = 0.0
+    prefixes: tuple[float, ...] | None = None
+    random_prefixes: int | None = None
     auxk: str | None = "dictionary_learning"
     auxk_weight: float | None = None
     k_aux: int | None = None
@@ -107,6 +125,10 @@ class LossConfig(_Config):
         for name, weight in (self.terms or {}).items():
             _require("terms", name, name in TERMS, f"be among {sorted(TERMS)}")
             _require(f"terms.{name}", weight, weight >= 0, "not be negative")
+        _require("warmup", self.warmup, 0 <= self.warmup <= 1, "be a fraction in [0, 1]")
+        if self.prefixes is not None and self.random_prefixes is not None:
+            raise ValueError("[config] prefixes and random_prefixes must not both be given but are.")
+        self._prefixes()
         presets = sorted(AUXK_PRESETS)
         _require("auxk", self.auxk, self.auxk is None or self.auxk in presets, f"be None or one of {presets}")
         if self.auxk_weight is not None:
@@ -116,14 +138,26 @@ class LossConfig(_Config):
         if self.dead_after is not None:
             _require("dead_after", self.dead_after, self.dead_after > 0, "be positive")
 
-    def build(self, sae: SAE) -> Loss:
+    def _prefixes(self) -> Prefixes | None:
+        if self.random_prefixes is not None:
+            return RandomPrefixes(self.random_prefixes)
+        return None if self.prefixes is None else FixedPrefixes(self.prefixes)
+
+    def build(self, sae: SAE, total_steps: int = 0) -> Loss:
+        """The loss for ``sae`` in a run of ``total_steps``."""
         auxk, d_in = None, sae.d_in
         if self.auxk is not None:
             weight = AUXK_PRESETS[self.auxk].weight if self.auxk_weight is None else self.auxk_weight
             auxk = weight, AuxK(max(d_in // 2, 1) if self.k_aux is None else self.k_aux, self.auxk)
         weights = DEFAULT_TERMS.get(sae.rule.architecture, {}) if self.terms is None else self.terms
-        terms = {name: (weight, TERMS[name]) for name, weight in weights.items()}
-        return Loss({self.reconstruction: (1.0, RECONSTRUCTION[self.reconstruction])}, auxk, terms)
+        rising = round(self.warmup * total_steps)
+
+        def weight_of(weight: float) -> Weight:
+            return (lambda step: weight * min(1.0, (step + 1) / rising)) if rising else weight
+
+        terms = {name: (weight_of(weight), TERMS[name]) for name, weight in weights.items()}
+        reconstruction = {self.reconstruction: (1.0, RECONSTRUCTION[self.reconstruction])}
+        return Loss(reconstruction, auxk, terms, self._prefixes())
 
 
 @dataclass(frozen=True)
@@ -146,6 +180,8 @@ class TrainConfig(_Config):
     ``gradient_checkpointing`` are for the autodiff engine, see :mod:`mlxsae.train.gradients`; a step then takes
     ``gradient_accumulation_steps * batch_size`` rows. The fused engine holds nothing that they could save.
 
+    ``k_start`` anneals the rule's ``k``: linearly from there to its own over the fraction ``k_warmup`` of the run.
+
     All randomness of a step comes from ``seed`` and the number of the step.
     """
 
@@ -162,6 +198,8 @@ class TrainConfig(_Config):
     gradient_accumulation_steps: int = 1
     mixed_precision: bool = False
     gradient_checkpointing: bool = False
+    k_start: int | None = None
+    k_warmup: float = 0.1
     log_every: int = 100
     validate_every: int = 1000
     checkpoint_every: int = 1000
@@ -196,6 +234,9 @@ class TrainConfig(_Config):
             self.precision != "bfloat16",
             "be float32 or certified (training on inexact bfloat16 products is not there yet)",
         )
+        if self.k_start is not None:
+            _require("k_start", self.k_start, self.k_start > 0, "be positive")
+        _require("k_warmup", self.k_warmup, 0 <= self.k_warmup <= 1, "be a fraction in [0, 1]")
         known = ("float32", "certified")
         _require("precision", self.precision, self.precision in known, f"be one of {list(known)}")
 
@@ -206,6 +247,15 @@ class TrainConfig(_Config):
     @property
     def total_steps(self) -> int:
         return -(-self.total_tokens // self.rows_per_step)
+
+    def k_at(self, step: int, rule: Rule) -> int | None:
+        """The ``k`` of a step of an annealed run; None where it is the rule's own."""
+        steps = round(self.k_warmup * self.total_steps)
+        if self.k_start is None or step >= steps:
+            return None
+        if (k := getattr(rule, "k", None)) is None:
+            raise ValueError(f"[fit] k_start wants a rule with a k but got {type(rule).__name__}.")
+        return round(self.k_start + (k - self.k_start) * step / steps)
 
     @property
     def dead_after(self) -> int:
@@ -297,6 +347,8 @@ def _value(kind: Any, value: Any, path: str, partial: bool) -> Any:
         return {k: v if of is Any else _value(of, v, f"{path}.{k}", partial) for k, v in value.items()}
     if typing.get_origin(kind) is tuple:
         members = typing.get_args(kind)
+        if members[-1] is Ellipsis and isinstance(value, (list, tuple)):
+            members = members[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(members):
             raise ValueError(f"[config] {path} must be a list of {len(members)} but got {value!r}.")
         return tuple(

@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlxsae import ops
 from mlxsae.code import DenseCode, detached
 from mlxsae.loss import Forward, Loss
+from mlxsae.loss.matryoshka import bands
 from mlxsae.metrics import l0
-from mlxsae.sae import SAE
+from mlxsae.sae import SAE, Rule
 from mlxsae.sae.rule import State
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.constraints import unit_rows, without_parallel
@@ -69,8 +70,8 @@ class AutodiffEngine:
         self._config = config
         self._optimizer = optimizer or OPTIMIZERS[o.name](o)
         self._eager = mx.default_device().type != mx.gpu
-        compiled = (lambda graph: graph) if self._eager else mx.compile
-        self._steps = {auxk: compiled(self._graph(auxk)) for auxk in (False, True)}
+        self._compiled = (lambda graph: graph) if self._eager else mx.compile
+        self._steps: dict[tuple[bool, int | None], Callable[..., tuple[Arrays, dict[str, mx.array]]]] = {}
 
     def optimizer_state(self, params: Arrays) -> Arrays:
         self._optimizer.init(params)
@@ -80,32 +81,41 @@ class AutodiffEngine:
     def step(
         self, arrays: Arrays, x: mx.array, y: mx.array, *, lr: float, step: int, auxk: bool
     ) -> tuple[Arrays, dict[str, mx.array]]:
+        k = self._config.k_at(step, self._sae.rule)
+        if (auxk, k) not in self._steps:
+            self._steps[auxk, k] = self._compiled(self._graph(auxk, k))
         frozen = self._sae.parameters()
-        return self._steps[auxk](arrays, frozen, x, y, mx.array(lr, mx.float32), mx.array(step, mx.int32))
+        scheduled = self._loss.scheduled(step, self._sae.d_sae, self._config.seed)
+        scheduled |= {"lr": mx.array(lr, mx.float32), "step": mx.array(step, mx.int32)}
+        return self._steps[auxk, k](arrays, frozen, x, y, scheduled)
 
-    def _graph(self, auxk: bool) -> Callable[..., tuple[Arrays, dict[str, mx.array]]]:
+    def _graph(self, auxk: bool, k: int | None) -> Callable[..., tuple[Arrays, dict[str, mx.array]]]:
         config = self._config
 
         def loss_of(params: Arrays, frozen: Arrays, x: mx.array, y: mx.array, carried: Arrays) -> tuple:
             silent = carried["tokens_since_fired"]
+            scheduled = carried["scheduled"]
             with (
                 substituted(self._sae, frozen, params) as sae,
                 recomputed(sae, config.gradient_checkpointing),
             ):
-                code, rule, pre_acts = sae.learn(x, carried["rule"])
-                dead = silent >= config.dead_after
-                forward = Forward(sae, x, y, code, sae.decode(code), dead if auxk else None, pre_acts)
+                rule = sae.rule if k is None else sae.rule.with_k(k)
+                code, state, pre_acts = sae.learn(x, carried["rule"], rule=rule)
+                dead = silent >= config.dead_after if auxk else None
+                forward = Forward(sae, x, y, code, sae.decode(code), dead, pre_acts, scheduled)
                 total, terms = self._loss(forward)
-                metrics = terms | {"l0": l0(code)} | sae.rule.metrics(rule)
+                metrics = terms | {"l0": l0(code)} | rule.metrics(state)
             fired = ops.update_tokens_since_fired(silent, detached(code))
-            return total, metrics, {"tokens_since_fired": fired, "rule": rule}
+            return total, metrics, carried | {"tokens_since_fired": fired, "rule": state}
 
         gradient_of = value_and_grad(loss_of, config, eager=self._eager)
 
-        def graph(arrays: Arrays, frozen: Arrays, x: mx.array, y: mx.array, lr: mx.array, step: mx.array):
+        def graph(arrays: Arrays, frozen: Arrays, x: mx.array, y: mx.array, scheduled: Arrays):
             params = arrays["params"]
             carried = {key: arrays.get(key, {}) for key in ("tokens_since_fired", "rule")}
+            carried["scheduled"] = scheduled
             (total, metrics, carried), gradients = gradient_of(params, frozen, x, y, carried)
+            carried.pop("scheduled")
             constrained = config.normalize_decoder and "weight" in params.get("decoder", {})
             if constrained:
                 gradients["decoder"]["weight"] = without_parallel(
@@ -116,7 +126,7 @@ class AutodiffEngine:
                     gradients, config.optimizer.max_grad_norm
                 )
             self._optimizer.state = _copied(arrays["optimizer"])
-            set_learning_rate(self._optimizer, lr)
+            set_learning_rate(self._optimizer, scheduled["lr"])
             updated = self._optimizer.apply_gradients(gradients, params)
             # What stays in the optimiser would be a second copy of the moments, or tracers.
             optimizer, self._optimizer.state = self._optimizer.state, emptied(self._optimizer)
@@ -124,7 +134,7 @@ class AutodiffEngine:
                 updated["decoder"]["weight"] = unit_rows(updated["decoder"]["weight"])
             if "rule" in updated:
                 updated["rule"] = self._sae.rule.constrain(updated["rule"])
-            failed, good = guard(arrays["failed"], total, x, y, step)
+            failed, good = guard(arrays["failed"], total, x, y, scheduled["step"])
             new = {"params": updated, "optimizer": optimizer} | carried
             old = {key: arrays.get(key, {}) for key in new}
             new = tree_map(lambda a, b: mx.where(good, a, b), new, old)
@@ -184,7 +194,11 @@ class FusedEngine:
         shadow = arrays.get("shadow")
         if shadow is None and config.precision == "certified":
             shadow = ops.encoder_shadow(params.w_enc)
-        f = self._forward(params, shadow, arrays["tokens_since_fired"], arrays.get("rule", {}), x, y, auxk)
+        rule, scheduled = self._rule, self._loss.scheduled(step, self._d_sae, config.seed)
+        if (k := config.k_at(step, rule)) is not None:
+            rule = rule.with_k(k)
+        carried = arrays["tokens_since_fired"], arrays.get("rule", {})
+        f = self._forward(params, shadow, rule, *carried, x, y, auxk, scheduled.get("prefixes"))
         # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
         # pass must be over before the update is begun, or the step copies them.
         mx.eval(f)
@@ -231,11 +245,13 @@ class FusedEngine:
         self,
         params: ops.Params,
         shadow: ops.Shadow | None,
+        rule: Rule,
         tokens_since_fired: mx.array,
-        rule: State,
+        state: State,
         x: mx.array,
         y: mx.array,
         auxk: bool,
+        prefixes: mx.array | None,
     ) -> _Forward:
         """All of a step but the update.
 
@@ -247,18 +263,27 @@ class FusedEngine:
         dead = tokens_since_fired >= self._config.dead_after
         auxiliary = self._loss.auxk if auxk else None
         if auxiliary is None:
-            encoded, aux_code = self._rule.learn(*encoder, rule, shadow), None
+            encoded, aux_code = rule.learn(*encoder, state, shadow), None
         else:
             k_aux = min(auxiliary[1].k_aux, self._d_sae)
-            encoded, aux_code = self._rule.learn_masked(*encoder, rule, dead, k_aux, shadow)
+            encoded, aux_code = rule.learn_masked(*encoder, state, dead, k_aux, shadow)
         code = encoded.code
         assert not isinstance(code, DenseCode)
-        residual, squares = ops.decode_residual(code, params.w_dec, y, params.b_dec)
+        nested = [code] if prefixes is None else bands(code, prefixes)
+        residuals, squares = [], []
+        for (
+            band
+        ) in nested:  # what one prefix leaves over is what the next band of latents is measured against
+            target = -residuals[-1] if residuals else y
+            r, s = ops.decode_residual(band, params.w_dec, target, None if residuals else params.b_dec)
+            residuals.append(r)
+            squares.append(s)
+        residual = residuals[-1]
         (total, metrics), weights = mx.value_and_grad(self._loss.of_squares)(squares, y)
-        if self._loss.uniform:
-            terms = [ops.Term(residual, code, 2 * weights[0])]
+        if prefixes is None and self._loss.uniform:
+            terms = [ops.Term(residual, code, 2 * weights[0][0])]
         else:
-            terms = [ops.Term(residual * weights[:, None], code, mx.array(2.0))]
+            terms = self._nested_terms(nested, residuals, weights)
         if auxiliary is not None and aux_code is not None:
             weight, term = auxiliary
             aux_residual, aux_squares = ops.decode_residual(aux_code, params.w_dec, -residual)
@@ -268,10 +293,21 @@ class FusedEngine:
             terms.append(ops.Term(aux_residual, aux_code, 2 * weight * factor))
         fired = ops.update_tokens_since_fired(tokens_since_fired, code)
         metrics |= {"loss": total, "l0": l0(code), "dead_fraction": _dead_fraction(fired, self._config)}
-        metrics |= self._rule.metrics(encoded.state)
+        metrics |= rule.metrics(encoded.state)
         # What is not finite in y shows in its square; in x it may be lost where every pre-activation falls.
-        witness = total + squares.sum() + (0 if y is x else x.sum())
+        witness = total + squares[-1].sum() + (0 if y is x else x.sum())
         return _Forward(inner, terms, metrics, fired, encoded.state, witness)
+
+    def _nested_terms(
+        self, nested: list[Any], residuals: list[mx.array], weights: list[mx.array]
+    ) -> list[ops.Term]:
+        """A latent answers for every prefix that it is in: for its own band's and all wider ones."""
+        terms, gradient = [], None
+        for band, r, w in reversed(list(zip(nested, residuals, weights, strict=True))):
+            own = r * (w[0] if self._loss.uniform else w[:, None])
+            gradient = own if gradient is None else gradient + own
+            terms.append(ops.Term(gradient, band, mx.array(2.0)))
+        return terms[::-1]
 
 
 class _Forward(NamedTuple):

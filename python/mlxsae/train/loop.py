@@ -620,7 +620,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     engine, loss = job.engine, job.loss
     if engine is None:
         if widths.ours and (loss is None or isinstance(loss, Loss)):
-            loss = loss or config.loss.build(working)
+            loss = loss or config.loss.build(working, config.total_steps)
             engine = make_engine(config.engine, working, loss, config, optimizer)
         elif isinstance(loss, Loss):
             raise ValueError("[fit] loss must be a function (x, x_recon, z, step) for a module of your own.")

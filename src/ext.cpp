@@ -51,14 +51,15 @@ NB_MODULE(_ext, m) {
               ", *, k: int, k_aux: int, " SHADOW ", " STREAM ") -> list[" ARRAY "]"));
   m.def(
       "batch_topk_encode",
-      [](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
-         const std::optional<mx::array>& hint, mx::StreamOrDevice stream) {
-        auto [code, threshold] = mlxsae::batch_topk_encode(x, w_enc, b_enc, k, hint, stream);
+      [shadow_of](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
+                  const std::optional<mx::array>& hint, const Pair& shadow, mx::StreamOrDevice stream) {
+        auto [code, threshold] = mlxsae::batch_topk_encode(x, w_enc, b_enc, k, hint, shadow_of(shadow), stream);
         return std::vector<mx::array>{code.values, code.indices, code.offsets, threshold};
       },
-      "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a, "hint"_a = nb::none(), "stream"_a = nb::none(),
+      "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a, "hint"_a = nb::none(), "shadow"_a = nb::none(),
+      "stream"_a = nb::none(),
       nb::sig("def batch_topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, hint: " ARRAY
-              " | None = None, " STREAM ") -> list[" ARRAY "]"));
+              " | None = None, " SHADOW ", " STREAM ") -> list[" ARRAY "]"));
   m.def(
       "threshold_encode",
       [](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, const mx::array& threshold,

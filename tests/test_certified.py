@@ -15,10 +15,21 @@ SCREENS = "bf16" in ops.backends()["topk_encode"]["cpu"]
 
 def same_bits(x, w, b, k):
     x, w, b = (mx.array(np.asarray(a, np.float32)) for a in (x, w, b))
+    shadow = ops.encoder_shadow(w)
     want = ops.topk_encode(x, w, b, k=k)
-    got = ops.topk_encode(x, w, b, k=k, shadow=ops.encoder_shadow(w))
+    got = ops.topk_encode(x, w, b, k=k, shadow=shadow)
     np.testing.assert_array_equal(np.array(got.indices), np.array(want.indices))
     np.testing.assert_array_equal(np.array(got.values), np.array(want.values))
+    want, threshold = ops.batch_topk_encode(x, w, b, k=k)
+    for off in (
+        1.0,
+        0.7,
+        1.04,
+        1.5,
+    ):  # a good hint, a low one, one within the margin, one that hides what is wanted
+        got, again = ops.batch_topk_encode(x, w, b, k=k, hint=off * threshold, shadow=shadow)
+        for a, c in zip((*got, again), (*want, threshold), strict=True):
+            np.testing.assert_array_equal(np.array(a), np.array(c))
 
 
 def test_this_machine():

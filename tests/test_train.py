@@ -27,7 +27,7 @@ from mlxsae import ops
 from mlxsae.data import ArraySource, ShuffleBuffer
 from mlxsae.io import atomic, load, save
 from mlxsae.metrics import evaluate
-from mlxsae.sae import SAE, BatchTopK, JumpReLU
+from mlxsae.sae import SAE, BatchTopK, JumpReLU, TopK
 from mlxsae.train import (
     Callback,
     LossConfig,
@@ -480,8 +480,8 @@ def wide_config(precision: str, **changes: Any) -> TrainConfig:
     return config(total_tokens=50 * 32, batch_size=32, loss=auxk, precision=precision, **changes)
 
 
-def wide_sae() -> SAE:
-    sae = SAE(128, 700, k=8, seed=0)
+def wide_sae(rule: type[TopK | BatchTopK] = TopK) -> SAE:
+    sae = SAE(128, 700, rule=rule(8), seed=0)
     sae.W_enc = mx.where(mx.arange(700) < 50, 0.01 * sae.W_enc, sae.W_enc)
     return sae
 
@@ -497,11 +497,14 @@ def timeless(history: list[dict]) -> list[dict]:
     return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in history]
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_certified_training_has_the_bits_of_float32(max_grad_norm: float | None) -> None:
+@pytest.mark.parametrize(("rule", "max_grad_norm"), [(TopK, None), (TopK, 0.5), (BatchTopK, None)])
+def test_certified_training_has_the_bits_of_float32(
+    rule: type[TopK | BatchTopK], max_grad_norm: float | None
+) -> None:
     optimizer = OptimizerConfig(learning_rate=3e-3, max_grad_norm=max_grad_norm)
     exact, certified = (
-        fit(wide_sae(), wide_source(), wide_config(p, optimizer=optimizer)) for p in ("float32", "certified")
+        fit(wide_sae(rule), wide_source(), wide_config(p, optimizer=optimizer))
+        for p in ("float32", "certified")
     )
     assert any(r.get("auxk", 0) > 0 for r in exact.history)
     assert timeless(exact.history) == timeless(certified.history)

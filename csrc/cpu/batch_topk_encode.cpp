@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cpu/hits.h"
+#include "cpu/screened.h"
 
 namespace mlxsae {
 namespace {
@@ -89,8 +90,48 @@ cpu::SortedHits collect_counted(Above e, int64_t total, int64_t most) {
   return *cpu::collect(e, std::max(most, total));
 }
 
+/**
+ * At least the `total` largest by way of the bfloat16 screen; nothing where they are not all certain to exceed `bound`,
+ * which is > 0.
+ */
+std::optional<cpu::SortedHits> collect_screened(Above e, const cpu::Shadowed& by, float bound, int64_t total) {
+  int64_t n = e.x.n;
+  cpu::Candidates found(by, 0, bound, std::min<int64_t>(16 * (total / n) + 64, e.w.n + 1));
+  if (found.redo().size() * 8 > static_cast<size_t>(n)) return std::nullopt;
+  e.bound = bound;
+  std::vector<cpu::Hit> redone;
+  auto take = [&](int64_t t, int64_t f, float v) {
+    redone.push_back({static_cast<uint32_t>(t), static_cast<uint32_t>(f), v});
+  };
+  for (int64_t t : found.redo()) {
+    e.t0 = t, e.t1 = t + 1;
+    cpu::visit(e, true, [&](int64_t, int) -> auto& { return take; });
+  }
+  int64_t m = found.size(), all = m + static_cast<int64_t>(redone.size());
+  if (all < total) return std::nullopt;
+  found.estimate();
+  auto low = cpu::room_for<int32_t>(all);
+  for (int64_t q = 0; q < m; ++q) low[q] = cpu::order_key(found.sum(q) - found.error(q));
+  for (int64_t q = m; q < all; ++q) low[q] = cpu::order_key(redone[q - m].value);
+  std::nth_element(low.get(), low.get() + total - 1, low.get() + all, std::greater<>());
+  int32_t edge = low[total - 1];
+  if (edge < cpu::order_key(bound)) return std::nullopt;  // what the screen left out might be among them
+  found.keep([&](int64_t q) { return cpu::order_key(found.sum(q) + found.error(q)) >= edge; });
+  found.rescore();
+
+  cpu::SortedHits out{std::vector<int64_t>(n + 1, 0), cpu::room_for<cpu::Hit>(found.size() + redone.size())};
+  for (int64_t q = 0; q < found.size(); ++q) ++out.starts[found.row(q) + 1];
+  for (auto& hit : redone) ++out.starts[hit.row + 1];
+  for (int64_t t = 0; t < n; ++t) out.starts[t + 1] += out.starts[t];
+  auto next = out.starts;
+  for (auto& hit : redone) out.hits[next[hit.row]++] = hit;
+  for (int64_t q = 0; q < found.size(); ++q)
+    out.hits[next[found.row(q)]++] = {static_cast<uint32_t>(found.row(q)), found.feature(q), found.sum(q)};
+  return out;
+}
+
 /** At least the `total` largest values > 0, or all of them. */
-cpu::SortedHits candidates(Above e, int64_t total, float hint) {
+cpu::SortedHits candidates(Above e, const cpu::Shadowed& by, int64_t total, float hint) {
   int64_t most = std::max<int64_t>(4 * total, 1 << 16);
   auto attempt = [&](float bound) -> std::optional<cpu::SortedHits> {
     e.bound = bound;
@@ -98,8 +139,11 @@ cpu::SortedHits candidates(Above e, int64_t total, float hint) {
     if (found && bound > 0 && found->size() < total) return std::nullopt;  // it was too high
     return found;
   };
-  if (hint > 0 && std::isfinite(hint))
+  if (hint > 0 && std::isfinite(hint) && total > 0) {
+    if (e.x.n >= 32 && 4 * total <= e.x.n * e.w.n && by.usable())
+      if (auto found = collect_screened(e, by, 0.95f * hint, total)) return std::move(*found);
     if (auto found = attempt(0.95f * hint)) return std::move(*found);
+  }
   if (auto found = attempt(e.x.n * e.w.n <= most ? 0.0f : bound_from_sample(e, total))) return std::move(*found);
   return collect_counted(e, total, most);
 }
@@ -110,8 +154,9 @@ void BatchTopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (auto& out : outputs) cpu::allocate(out);
   cpu::dispatch(stream(), inputs, outputs,
                 [e = cpu::above_of(inputs), out = cpu::csr_out(outputs), hint = inputs[3].data<float>(),
-                 threshold = outputs[3].data<float>()] {
-                  auto found = candidates(e, out.room, *hint);
+                 w16 = certified_ ? inputs[4].data<uint16_t>() : nullptr,
+                 columns = certified_ ? inputs[5].data<float>() : nullptr, threshold = outputs[3].data<float>()] {
+                  auto found = candidates(e, cpu::Shadowed::of(e.x, e.w, e.bias, w16, columns), out.room, *hint);
                   int64_t m = found.size();
                   // The key of the last one, and how many that are equal to it are kept.
                   int32_t last = 0;

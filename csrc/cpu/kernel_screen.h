@@ -137,6 +137,7 @@ struct Intervals {
 
   __attribute__((noinline)) void cut(int64_t t) {
     int64_t m = counts[t];
+    if (k == 0) return overflow(t);  // the bound is given, and there is no more room
     if (m < k) return;
     int32_t *key = keys + t * stride, *id = ids + t * stride;
     float* up = upper + t * stride;
@@ -152,10 +153,12 @@ struct Intervals {
     counts[t] = static_cast<int32_t>(o);
     int64_t next = o + 2 * k + 16;
     limits[t] = static_cast<int32_t>(next < capacity ? next : capacity);
-    if (o >= capacity) {  // too many intervals overlap: the token goes to the float32 kernel
-      bound[t] = INFINITY;
-      counts[t] = -1;
-    }
+    if (o >= capacity) overflow(t);  // too many intervals overlap
+  }
+  /** The token goes to the float32 kernel. */
+  MLXSAE_INLINE void overflow(int64_t t) {
+    bound[t] = INFINITY;
+    counts[t] = -1;
   }
   MLXSAE_INLINE void add(int64_t t, float lower, float up, int32_t feature) {
     if (counts[t] < 0) return;
@@ -269,7 +272,7 @@ inline void screen(const Screen& s) {
     uint32_t* to = packed + (t / W) * W * pairs + t % W;
     lists.counts[t] = 0;
     bool there = t < n;
-    bound[t] = there ? -INFINITY : INFINITY;
+    bound[t] = !there ? INFINITY : s.k ? -INFINITY : s.floor;
     row0[t] = row1[t] = 0;
     if (!there) {
       for (int64_t c = 0; c < pairs; ++c) to[c * W] = 0;
@@ -296,11 +299,12 @@ inline void screen(const Screen& s) {
     lists.k = k;
     for (int64_t t = 0; t < padded; ++t) {
       int64_t next = (lists.counts[t] > 0 ? lists.counts[t] : 0) + 2 * k + 16;
-      lists.limits[t] = static_cast<int32_t>(next < lists.capacity ? next : lists.capacity);
+      lists.limits[t] = static_cast<int32_t>(k > 0 && next < lists.capacity ? next : lists.capacity);
     }
   };
   int64_t f = 0;
-  if (s.d_sae >= 4096 && s.k * 32 <= s.d_sae) {  // a first bound from a sixteenth of the features, as in encode
+  if (s.k > 0 && s.d_sae >= 4096 &&
+      s.k * 32 <= s.d_sae) {  // a first bound from a sixteenth of the features, as in encode
     int64_t sample = s.d_sae / 16 / MR * MR, few = 2 * s.k * sample / s.d_sae + 6;
     start(few < s.k ? few : s.k);
     scan16(0, sample);
@@ -314,14 +318,16 @@ inline void screen(const Screen& s) {
   for (int64_t t = 0; t < n; ++t) {
     int32_t* to_ids = s.ids + (s.t0 + t) * s.capacity;
     int64_t m = lists.counts[t];
-    // Certified: at least k lower ends reach the bound, so it is a true one.
-    int64_t reach = 0;
-    for (int64_t i = 0; i < m; ++i) reach += from_key(lists.keys[t * lists.stride + i]) >= bound[t];
-    if (m >= s.k && (reach >= s.k)) {
-      lists.cut(t);
-      m = lists.counts[t];
-    } else {
-      m = -1;
+    if (s.k > 0) {
+      // Certified: at least k lower ends reach the bound, so it is a true one.
+      int64_t reach = 0;
+      for (int64_t i = 0; i < m; ++i) reach += from_key(lists.keys[t * lists.stride + i]) >= bound[t];
+      if (reach >= s.k) {
+        lists.cut(t);
+        m = lists.counts[t];
+      } else {
+        m = -1;
+      }
     }
     s.counts[s.t0 + t] = static_cast<int32_t>(m);
     if (m > 0) std::memcpy(to_ids, lists.ids + t * lists.stride, m * sizeof(int32_t));

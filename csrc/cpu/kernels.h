@@ -70,10 +70,14 @@ struct Merge {
   int64_t parts, n, t0, t1;
 };
 
-/** The bfloat16 screen of the tokens [t0, t1) (kernel_screen.h): features that may be among the k largest. */
+/**
+ * The bfloat16 screen of the tokens [t0, t1) (kernel_screen.h): features that may be among the k largest, or, where k
+ * is 0, that may reach `floor`.
+ */
 struct Screen {
   const float* x;  // [n, d]
   int64_t d, d_sae, k, capacity;
+  float floor;
   const uint16_t* w16;   // [d_sae, d] bfloat16
   const float* columns;  // [3, d_sae]
   const float* bias;     // [d_sae] or null

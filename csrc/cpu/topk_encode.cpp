@@ -6,15 +6,12 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/eval.h"
+#include "cpu/screened.h"
 
 namespace mlxsae {
 namespace {
 
-template <class T>
-std::unique_ptr<T[]> room_for(int64_t n) {
-  return std::make_unique_for_overwrite<T[]>(n);
-}
+using cpu::room_for;
 
 /** The float32 kernel on the tokens [t0, t1) of `e`, shared out over the threads. */
 void encode_all(const cpu::Encode& e, int64_t t0, int64_t t1) {
@@ -103,104 +100,52 @@ void encode_masked(const cpu::Encode& e, const float* w) {
 }
 
 /** Screen in bfloat16, then the float32 pre-activations of what may be among the k largest (cpu/kernel_screen.h). */
-void encode_screened(const cpu::Encode& e, const uint16_t* w16, const float* columns) {
-  const auto& kernels = cpu::kernels();
-  int64_t n = e.x.n, d = e.x.d, d_sae = e.w.n, k = e.k;
-  auto* x = static_cast<const float*>(e.x.data);
-  auto* w = static_cast<const float*>(e.w.data);
-
-  int64_t capacity = std::min(16 * k + 64, d_sae + 1);
-  auto ids = room_for<int32_t>(n * capacity);
-  auto counts = room_for<int32_t>(n);
-  auto norms = room_for<float>(n);
-  int64_t block = kernels.token_block * 2 * 1024 / std::max<int64_t>(1024, d);
-  block = std::clamp<int64_t>(block, 64, std::max<int64_t>(64, n / cpu::num_threads()));
-  int64_t blocks = (n + block - 1) / block;
-  cpu::parallel_for(blocks, [&](int64_t i, int) {
-    kernels.screen({x, d, d_sae, k, capacity, w16, columns, e.bias, n * i / blocks, n * (i + 1) / blocks, ids.get(),
-                    counts.get(), norms.get()});
-  });
-
-  // All candidates, sorted by feature: a feature's row then serves all its tokens.
-  std::vector<int64_t> starts(d_sae + 1, 0);
-  int64_t total = 0;
-  for (int64_t t = 0; t < n; ++t)
-    for (int32_t i = 0; i < counts[t]; ++i) ++starts[ids[t * capacity + i] + 1], ++total;
-  for (int64_t j = 0; j < d_sae; ++j) starts[j + 1] += starts[j];
-  auto rows = room_for<uint32_t>(total), features = room_for<uint32_t>(total), slots = room_for<uint32_t>(total);
-  for (int64_t t = 0, slot = 0; t < n; ++t)
-    for (int32_t i = 0; i < counts[t]; ++i) {
-      int32_t f = ids[t * capacity + i];
-      int64_t q = starts[f]++;
-      rows[q] = static_cast<uint32_t>(t), features[q] = static_cast<uint32_t>(f),
-      slots[q] = static_cast<uint32_t>(slot++);
-    }
-  auto each = [&](int64_t m, auto&& f) {  // ranges in whole groups of eight
-    cpu::parallel_ranges((m + 7) / 8, 64, [&](int64_t a, int64_t b) { f(a * 8, std::min(m, b * 8)); });
-  };
+void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
+  int64_t n = e.x.n, k = e.k, room = std::min(16 * k + 64, e.w.n + 1);
+  cpu::Candidates found(by, k, 0, room);
+  int64_t total = found.size();
 
   // First fast sums, whose order nobody promises: they leave hardly more than k of a token.
-  auto sums = room_for<float>(total), by_slot = room_for<float>(total);
-  cpu::Rescore r{x, w, e.bias, d, rows.get(), features.get(), sums.get()};
-  each(total, [&](int64_t a, int64_t b) { kernels.estimate(r, a, b); });
-  float gamma = 2 * static_cast<float>(d + 16) * 5.97e-8f;
-  auto error = [&](int64_t t, uint32_t f) {
-    return 1.0001f * gamma * norms[t] * columns[f] + columns[2 * d_sae + f] + 4e-38f * d * norms[t] +
-           2.4e-7f * std::fabs(e.bias[f]);
-  };
-  auto first = room_for<int64_t>(n + 1);
-  first[0] = 0;
-  for (int64_t t = 0; t < n; ++t) first[t + 1] = first[t] + std::max(0, counts[t]);
-  auto bound = room_for<float>(n);
-  for (int64_t q = 0; q < total; ++q) by_slot[slots[q]] = sums[q] - error(rows[q], features[q]);
+  found.estimate();
+  auto low = room_for<float>(total), bound = room_for<float>(n);
+  for (int64_t q = 0; q < total; ++q) low[found.slot(q)] = found.sum(q) - found.error(q);
   cpu::parallel_ranges(n, 16, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t)
-      if (counts[t] > 0) {
-        float* low = by_slot.get() + first[t];
-        std::nth_element(low, low + k - 1, low + counts[t], std::greater<>());
-        bound[t] = low[k - 1];
+      if (float *begin = low.get() + found.first(t), *end = low.get() + found.first(t + 1); begin < end) {
+        std::nth_element(begin, begin + k - 1, end, std::greater<>());
+        bound[t] = begin[k - 1];
       }
   });
-  int64_t kept = 0;
-  for (int64_t q = 0; q < total; ++q) {
-    bool stay = !(sums[q] + error(rows[q], features[q]) < bound[rows[q]]);
-    rows[kept] = rows[q], features[kept] = features[q], slots[kept] = slots[q];
-    kept += stay;
-  }
+  found.keep([&](int64_t q) { return !(found.sum(q) + found.error(q) < bound[found.row(q)]); });
   // Then the sums of the encode kernel itself.
-  each(kept, [&](int64_t a, int64_t b) { kernels.rescore(r, a, b); });
+  found.rescore();
+
   auto keys = room_for<int32_t>(total), places = room_for<int32_t>(total);
-  for (int64_t i = 0; i < total; ++i) places[i] = -1;
-  for (int64_t q = 0; q < kept; ++q) {
-    keys[slots[q]] = cpu::order_key(sums[q]);
-    places[slots[q]] = static_cast<int32_t>(features[q]);
+  std::fill_n(places.get(), total, -1);
+  for (int64_t q = 0; q < found.size(); ++q) {
+    keys[found.slot(q)] = cpu::order_key(found.sum(q));
+    places[found.slot(q)] = static_cast<int32_t>(found.feature(q));
   }
-  std::vector<int64_t> redo;
+  auto memory = room_for<int32_t>(n * (2 * room + 1));
   cpu::Codes to = e.out;
-  to.room = capacity;
-  auto final_keys = room_for<int32_t>(n * capacity);
-  to.keys = final_keys.get(), to.ids = ids.get(), to.counts = counts.get();
+  to.room = room;
+  to.keys = memory.get(), to.ids = to.keys + n * room, to.counts = to.ids + n * room;
   for (int64_t t = 0; t < n; ++t) {
-    if (counts[t] < 0) {
-      redo.push_back(t);
-      counts[t] = 0;
-      continue;
-    }
     int32_t m = 0;
-    for (int64_t i = first[t]; i < first[t + 1]; ++i)
+    for (int64_t i = found.first(t); i < found.first(t + 1); ++i)
       if (places[i] >= 0) {
-        to.keys[t * capacity + m] = keys[i];
-        to.ids[t * capacity + m++] = places[i];
+        to.keys[t * room + m] = keys[i];
+        to.ids[t * room + m++] = places[i];
       }
-    counts[t] = m;
+    to.counts[t] = m;
   }
-  cpu::parallel_ranges(n, 16, [&](int64_t t0, int64_t t1) { kernels.merge({to, 1, n, t0, t1}); });
+  cpu::parallel_ranges(n, 16, [&](int64_t t0, int64_t t1) { cpu::kernels().merge({to, 1, n, t0, t1}); });
   cpu::Encode plain = e;
   plain.mask = nullptr, plain.k_aux = 0;
-  if (redo.size() * 8 > static_cast<size_t>(n)) {
+  if (found.redo().size() * 8 > static_cast<size_t>(n)) {
     encode_all(plain, 0, n);
   } else {
-    for (int64_t t : redo) encode_all(plain, t, t + 1);
+    for (int64_t t : found.redo()) encode_all(plain, t, t + 1);
   }
 }
 
@@ -236,13 +181,11 @@ void TopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     columns = inputs[inputs.size() - 1].data<float>();
   }
   cpu::dispatch(stream(), inputs, outputs, [e, w16, columns] {
+    auto by = cpu::Shadowed::of(e.x, e.w, e.bias, w16, columns);
     // Few tokens are bound by reading the weights once; and a width or a k that the screen cannot thin out gains
     // nothing.
-    bool screen = w16 && cpu::kernels().screen && e.x.n >= 32 && 4 * e.k <= e.w.n && e.w.n < INT32_MAX / 2;
-    if (screen)
-      for (int64_t j = 0; j < e.w.n && screen; ++j) screen = columns[j] < 1e18f;
-    if (!screen) return encode_all(e, 0, e.x.n);
-    encode_screened(e, w16, columns);
+    if (e.x.n < 32 || 4 * e.k > e.w.n || !by.usable()) return encode_all(e, 0, e.x.n);
+    encode_screened(e, by);
     if (e.mask) encode_masked(e, static_cast<const float*>(e.w.data));
   });
 }

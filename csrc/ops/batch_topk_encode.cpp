@@ -1,5 +1,6 @@
 #include "ops/batch_topk_encode.h"
 
+#include "ops/encoder_shadow.h"
 #include "ops/selection.h"
 
 namespace mlxsae {
@@ -50,19 +51,24 @@ Arrays graph(const Arrays& in, int k, mx::Stream s) {
 }
 
 Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
-              const std::optional<mx::array>& hint, mx::Stream s) {
+              const std::optional<mx::array>& hint, const std::optional<Shadow>& shadow, mx::Stream s) {
   const char* op = "batch_topk_encode";
   int d_sae = check_encoder(op, x, w_enc, b_enc);
   if (k <= 0 || k > d_sae) fail(op, "k must be in (0, d_sae] but got k=", k, " with d_sae=", d_sae, ".");
   if (static_cast<int64_t>(k) * x.shape(0) > INT32_MAX)
     fail(op, "k * n must be below 2^31 but got k=", k, " and n=", x.shape(0), ".");
   if (hint && hint->size() != 1) fail(op, "hint must be one number but got shape ", hint->shape(), ".");
+  if (shadow) check_shadow(op, *shadow, w_enc);
   auto define = [k, s](const Arrays& in) { return graph(in, k, s); };
   auto guess = hint ? mx::reshape(mx::astype(mx::stop_gradient(*hint, s), mx::float32, s), {}, s) : mx::array(0.0f);
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s), guess};
   if (!has_kernel(op, s.device)) return only_values(define(inputs), s);
+  if (shadow) {
+    inputs[0] = mx::astype(x, mx::float32, s);
+    inputs.insert(inputs.end(), {mx::stop_gradient(shadow->w16, s), mx::stop_gradient(shadow->columns, s)});
+  }
   for (auto& a : inputs) a = normal(a, s);
-  auto primitive = std::make_shared<BatchTopKEncode>(s, define, k);
+  auto primitive = std::make_shared<BatchTopKEncode>(s, define, k, shadow.has_value());
   auto type = mx::promote_types(x.dtype(), w_enc.dtype());
   return only_values(mx::array::make_arrays(primitive->output_shapes(inputs),
                                             {type, mx::uint32, mx::int64, mx::float32}, primitive, inputs),
@@ -73,11 +79,16 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
 
 std::pair<CsrCode, mx::array> batch_topk_encode(const mx::array& x, const mx::array& w_enc,
                                                 const std::optional<mx::array>& b_enc, int k,
-                                                const std::optional<mx::array>& hint, mx::StreamOrDevice s) {
-  auto out = encode(x, w_enc, b_enc, k, hint, mx::to_stream(s));
+                                                const std::optional<mx::array>& hint,
+                                                const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
+  auto out = encode(x, w_enc, b_enc, k, hint, shadow, mx::to_stream(s));
   return {{out[0], out[1], out[2]}, out[3]};
 }
 
-Arrays BatchTopKEncode::again(const Arrays& in) { return encode(in[0], in[1], in[2], k_, in[3], stream()); }
+Arrays BatchTopKEncode::again(const Arrays& in) {
+  std::optional<Shadow> shadow;
+  if (certified_) shadow = Shadow{in[4], in[5]};
+  return encode(in[0], in[1], in[2], k_, in[3], shadow, stream());
+}
 
 }  // namespace mlxsae

@@ -4,15 +4,18 @@
 
 namespace mlxsae {
 
-/** Inputs x, w_enc, b_enc (float32), hint (float32, one number); outputs values, indices, offsets, threshold. */
+/** Inputs x, w_enc, b_enc (float32), hint (float32, one number)[, shadow, columns]; outputs values, indices, offsets,
+ * threshold. */
 class BatchTopKEncode : public CsrEncode {
  public:
-  BatchTopKEncode(mx::Stream s, Graph graph, int k) : CsrEncode(s, std::move(graph)), k_(k) {}
+  BatchTopKEncode(mx::Stream s, Graph graph, int k, bool certified)
+      : CsrEncode(s, std::move(graph)), k_(k), certified_(certified) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   const char* name() const override { return "BatchTopKEncode"; }
   bool is_equivalent(const mx::Primitive& other) const override {
-    return static_cast<const BatchTopKEncode&>(other).k_ == k_;
+    auto& o = static_cast<const BatchTopKEncode&>(other);
+    return o.k_ == k_ && o.certified_ == certified_;
   }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override {
     int n = in[0].shape(0);
@@ -24,6 +27,7 @@ class BatchTopKEncode : public CsrEncode {
 
  private:
   int k_;
+  bool certified_;
 };
 
 }  // namespace mlxsae

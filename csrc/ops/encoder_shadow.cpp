@@ -37,4 +37,15 @@ std::pair<mx::array, mx::array> encoder_shadow(const mx::array& w_enc, mx::Strea
   return {out[0], out[1]};
 }
 
+void check_shadow(const char* op, const Shadow& shadow, const mx::array& w_enc) {
+  int d_sae = w_enc.shape(0);
+  if (w_enc.dtype() != mx::float32)
+    fail(op, "w_enc must be float32 where a shadow is given but got ", w_enc.dtype(), ".");
+  if (shadow.w16.dtype() != mx::bfloat16 || shadow.w16.shape() != w_enc.shape() ||
+      shadow.columns.dtype() != mx::float32 || shadow.columns.shape() != mx::Shape{3, d_sae})
+    fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 ", w_enc.shape(), " and float32 [3, d_sae], but got ",
+         shadow.w16.dtype(), " ", shadow.w16.shape(), " and ", shadow.columns.dtype(), " ", shadow.columns.shape(),
+         ".");
+}
+
 }  // namespace mlxsae

@@ -15,4 +15,7 @@ class EncoderShadow : public FusedPrimitive {
   std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[0].shape(), {3, in[0].shape(0)}}; }
 };
 
+/** Throws std::invalid_argument unless this is a shadow of w_enc by shape and type. */
+void check_shadow(const char* op, const Shadow& shadow, const mx::array& w_enc);
+
 }  // namespace mlxsae

@@ -1,5 +1,6 @@
 #include "ops/topk_encode.h"
 
+#include "ops/encoder_shadow.h"
 #include "ops/selection.h"
 
 namespace mlxsae {
@@ -49,15 +50,7 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
     if (k_aux <= 0 || k_aux > d_sae)
       fail(op, "k_aux must be in (0, d_sae] but got k_aux=", k_aux, " with d_sae=", d_sae, ".");
   }
-  if (shadow) {
-    if (w_enc.dtype() != mx::float32)
-      fail(op, "w_enc must be float32 where a shadow is given but got ", w_enc.dtype(), ".");
-    if (shadow->w16.dtype() != mx::bfloat16 || shadow->w16.shape() != w_enc.shape() ||
-        shadow->columns.dtype() != mx::float32 || shadow->columns.shape() != mx::Shape{3, d_sae})
-      fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 ", w_enc.shape(), " and float32 [3, d_sae], but got ",
-           shadow->w16.dtype(), " ", shadow->w16.shape(), " and ", shadow->columns.dtype(), " ",
-           shadow->columns.shape(), ".");
-  }
+  if (shadow) check_shadow(op, *shadow, w_enc);
   auto define = [k, k_aux, s](const Arrays& in) { return graph(in, k, k_aux, s); };
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s)};
   if (mask) inputs.push_back(*mask);

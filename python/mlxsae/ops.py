@@ -134,6 +134,7 @@ def batch_topk_encode(
     *,
     k: int,
     hint: mx.array | None = None,
+    shadow: Shadow | None = None,
     stream: Stream = None,
 ) -> tuple[SparseCodeCSR, mx.array]:
     r"""The ``k * n`` largest pre-activations of the whole batch, after relu (BatchTopK).
@@ -150,6 +151,8 @@ def batch_topk_encode(
         k: mean number of entries per row, in ``(0, d_sae]``.
         hint: one number, a guess of the threshold, such as that of the last batch. A good one saves a sixteenth of the
             product; no result depends on it.
+        shadow: ``encoder_shadow(w_enc)``: with a good hint the product is screened in bfloat16 where the processor has
+            one; the result has the same bits.
 
     Returns:
         ``(code, threshold)``: ``nnz = k * n``, values in the promoted type of ``x`` and ``w_enc``. Where fewer
@@ -162,7 +165,7 @@ def batch_topk_encode(
 
     Source: Bussmann et al., *BatchTopK sparse autoencoders*, 2024, section 3.
     """
-    *code, threshold = _ext.batch_topk_encode(x, w_enc, b_enc, k=k, hint=hint, stream=stream)
+    *code, threshold = _ext.batch_topk_encode(x, w_enc, b_enc, k=k, hint=hint, shadow=shadow, stream=stream)
     return SparseCodeCSR(*code), threshold
 
 

@@ -85,11 +85,13 @@ struct CsrCode {
  * value kept (one float32 number; 0 where nothing is kept; no derivative).
  *
  * `hint`, one number, is a guess of that threshold, such as the last batch's: a good one saves time, no result depends
- * on it. Selection, values and derivatives otherwise as in topk_encode. Memory is O(n k).
+ * on it. With a `shadow` of w_enc and a good hint the product is screened in bfloat16, with the same bits. Selection,
+ * values and derivatives otherwise as in topk_encode. Memory is O(n k).
  */
 MLXSAE_API std::pair<CsrCode, mlx::core::array> batch_topk_encode(
     const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc, int k,
-    const std::optional<mlx::core::array>& hint = std::nullopt, mlx::core::StreamOrDevice s = {});
+    const std::optional<mlx::core::array>& hint = std::nullopt, const std::optional<Shadow>& shadow = std::nullopt,
+    mlx::core::StreamOrDevice s = {});
 
 /**
  * All pre-activations above a threshold, after relu (JumpReLU): z where z > max(threshold[j], 0). threshold is [d_sae]

@@ -178,6 +178,7 @@ class BatchTopK(Rule):
 
     architecture = "batchtopk"
     fused = True
+    certified = True
     PARAMETERS = ("k", "threshold", "decay")
 
     def __init__(self, k: int, threshold: float | None = None, decay: float = 0.99):
@@ -198,7 +199,7 @@ class BatchTopK(Rule):
     def learn(
         self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
     ) -> Encoded:
-        code, threshold = ops.batch_topk_encode(x, weight, bias, k=self.k, hint=state["last"])
+        code, threshold = ops.batch_topk_encode(x, weight, bias, k=self.k, hint=state["last"], shadow=shadow)
         threshold = mx.stop_gradient(threshold)
         return Encoded(
             code,

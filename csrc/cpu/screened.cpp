@@ -1,0 +1,76 @@
+#include "cpu/screened.h"
+
+#include <cmath>
+
+namespace mlxsae::cpu {
+
+Shadowed Shadowed::of(const Rows& x, const Rows& w, const float* bias, const uint16_t* w16, const float* columns) {
+  return {static_cast<const float*>(x.data), static_cast<const float*>(w.data), bias, w16, columns, x.n, x.d, w.n};
+}
+
+bool Shadowed::usable() const {
+  if (!w16 || !kernels().screen || d_sae >= INT32_MAX / 2) return false;
+  return std::all_of(columns, columns + d_sae, [](float norm) { return norm < 1e18f; });
+}
+
+Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) : e_(e) {
+  int64_t n = e.n, d_sae = e.d_sae;
+  auto ids = room_for<int32_t>(n * room);
+  auto counts = room_for<int32_t>(n);
+  norms_ = room_for<float>(n);
+  int64_t block = kernels().token_block * 2 * 1024 / std::max<int64_t>(1024, e.d);
+  block = std::clamp<int64_t>(block, 64, std::max<int64_t>(64, n / num_threads()));
+  int64_t blocks = (n + block - 1) / block;
+  parallel_for(blocks, [&](int64_t i, int) {
+    kernels().screen({e.x, e.d, d_sae, k, room, floor, e.w16, e.columns, e.bias, n * i / blocks, n * (i + 1) / blocks,
+                      ids.get(), counts.get(), norms_.get()});
+  });
+
+  std::vector<int64_t> starts(d_sae + 1, 0);
+  first_.assign(n + 1, 0);
+  for (int64_t t = 0; t < n; ++t) {
+    if (counts[t] < 0) redo_.push_back(t);
+    for (int32_t i = 0; i < counts[t]; ++i) ++starts[ids[t * room + i] + 1];
+    first_[t + 1] = first_[t] + std::max(0, counts[t]);
+  }
+  for (int64_t j = 0; j < d_sae; ++j) starts[j + 1] += starts[j];
+  size_ = first_[n];
+  rows_ = room_for<uint32_t>(size_), features_ = room_for<uint32_t>(size_), slots_ = room_for<uint32_t>(size_);
+  sums_ = room_for<float>(size_);
+  for (int64_t t = 0, slot = 0; t < n; ++t)
+    for (int32_t i = 0; i < counts[t]; ++i) {
+      int32_t f = ids[t * room + i];
+      int64_t q = starts[f]++;
+      rows_[q] = static_cast<uint32_t>(t), features_[q] = static_cast<uint32_t>(f);
+      slots_[q] = static_cast<uint32_t>(slot++);
+    }
+}
+
+float Candidates::error(int64_t q) const {
+  float gamma = 2 * static_cast<float>(e_.d + 16) * 5.97e-8f, norm = norms_[rows_[q]];
+  const float* column = e_.columns + features_[q];
+  return 1.0001f * gamma * norm * column[0] + column[2 * e_.d_sae] + 4e-38f * static_cast<float>(e_.d) * norm +
+         2.4e-7f * std::fabs(e_.bias[features_[q]]);
+}
+
+namespace {
+
+/** Ranges in whole groups of eight. */
+template <class Do>
+void each(int64_t m, Do&& f) {
+  parallel_ranges((m + 7) / 8, 64, [&](int64_t a, int64_t b) { f(a * 8, std::min(m, b * 8)); });
+}
+
+}  // namespace
+
+void Candidates::estimate() {
+  Rescore r{e_.x, e_.w, e_.bias, e_.d, rows_.get(), features_.get(), sums_.get()};
+  each(size_, [&](int64_t a, int64_t b) { kernels().estimate(r, a, b); });
+}
+
+void Candidates::rescore() {
+  Rescore r{e_.x, e_.w, e_.bias, e_.d, rows_.get(), features_.get(), sums_.get()};
+  each(size_, [&](int64_t a, int64_t b) { kernels().rescore(r, a, b); });
+}
+
+}  // namespace mlxsae::cpu

@@ -1,0 +1,71 @@
+#pragma once
+// The encoders' certified way: a product in bfloat16 leaves candidates, whose float32 pre-activations follow one by
+// one.
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "cpu/eval.h"
+
+namespace mlxsae::cpu {
+
+template <class T>
+std::unique_ptr<T[]> room_for(int64_t n) {
+  return std::make_unique_for_overwrite<T[]>(n);
+}
+
+/** A float32 encoder with its shadow (ops/encoder_shadow.h). */
+struct Shadowed {
+  const float *x, *w, *bias;
+  const uint16_t* w16;
+  const float* columns;  // [3, d_sae]
+  int64_t n, d, d_sae;
+
+  static Shadowed of(const Rows& x, const Rows& w, const float* bias, const uint16_t* w16, const float* columns);
+  /** Whether the screen is there, and the bounds are finite. */
+  bool usable() const;
+};
+
+/** What the screen leaves of every token, sorted by feature: a feature's row then serves all its tokens. */
+class Candidates {
+ public:
+  /** What may be among the k largest of its token; with k = 0, what may reach `floor`; `room` candidates a token. */
+  Candidates(const Shadowed& e, int64_t k, float floor, int64_t room);
+
+  int64_t size() const { return size_; }
+  int64_t row(int64_t q) const { return rows_[q]; }
+  uint32_t feature(int64_t q) const { return features_[q]; }
+  /** Its place among all candidates in the order of (row, feature). */
+  int64_t slot(int64_t q) const { return slots_[q]; }
+  /** Candidates of token t have the slots [first(t), first(t + 1)); none where it is to be done in float32. */
+  int64_t first(int64_t t) const { return first_[t]; }
+  const std::vector<int64_t>& redo() const { return redo_; }
+
+  /** Fast pre-activations of all candidates, in any order of additions, and how far each may be off. */
+  void estimate();
+  float sum(int64_t q) const { return sums_[q]; }
+  float error(int64_t q) const;
+  /** Keep those that stay(q) names. */
+  template <class Stay>
+  void keep(Stay&& stay) {
+    int64_t kept = 0;
+    for (int64_t q = 0; q < size_; ++q) {
+      bool s = stay(q);
+      rows_[kept] = rows_[q], features_[kept] = features_[q], slots_[kept] = slots_[q];
+      kept += s;
+    }
+    size_ = kept;
+  }
+  /** Their pre-activations with the bits of the float32 encode kernel. */
+  void rescore();
+
+ private:
+  Shadowed e_;
+  int64_t size_ = 0;
+  std::unique_ptr<uint32_t[]> rows_, features_, slots_;
+  std::unique_ptr<float[]> sums_, norms_;
+  std::vector<int64_t> first_, redo_;
+};
+
+}  // namespace mlxsae::cpu

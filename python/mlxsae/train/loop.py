@@ -129,6 +129,7 @@ class Run:
     fields: tuple[int, ...] | None = None
     stopped: str = ""
     finished: bool = False
+    validated: bool = False
     metrics: dict[str, mx.array] = field(default_factory=dict)
     watchers: list[Callback] = field(default_factory=list)
     _save: Callable[[], Path] | None = None
@@ -349,6 +350,7 @@ class _Session:
     def _run(self, job: Job, start: _Start, saved: dict[str, Any] | None = None) -> Run:
         run = _assemble(job, self.source, start, saved)
         run.checkpoint_dir = self.directory
+        run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
         run.watchers = [as_callback(c) for c in job.callbacks]
         return run

@@ -114,7 +114,8 @@ class TensorBoardTracker:
         place = self._directory / _file_name(name) if name else self._directory
         # A resumed run's later events are void.
         purge = {"purge_step": step + 1} if step else {}
-        self._writer = self._library.SummaryWriter(str(place), **purge)
+        # Files are named by the second; two sessions within one must not share a name.
+        self._writer = self._library.SummaryWriter(str(place), filename_suffix=f".{step:08d}", **purge)
         self._writer.add_text(
             "config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```", step
         )

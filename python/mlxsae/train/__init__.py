@@ -10,10 +10,15 @@ from mlxsae.train.loop import FitResult, Job, NonFiniteError, Run, fit, fit_many
 from mlxsae.train.optimizers import OPTIMIZERS, Signum
 from mlxsae.train.schedules import warmup_decay
 from mlxsae.train.state import TrainState
+from mlxsae.train.tracking import Experiment, TensorBoardCallback, WandbCallback
+from mlxsae.train.watchers import CheckpointCallback, EarlyStoppingCallback
 
 __all__ = [
     "OPTIMIZERS",
     "Callback",
+    "CheckpointCallback",
+    "EarlyStoppingCallback",
+    "Experiment",
     "FitResult",
     "Job",
     "LossConfig",
@@ -23,8 +28,10 @@ __all__ = [
     "Run",
     "SAEConfig",
     "Signum",
+    "TensorBoardCallback",
     "TrainConfig",
     "TrainState",
+    "WandbCallback",
     "fit",
     "fit_many",
     "geometric_median",

@@ -129,6 +129,7 @@ class Run:
     fields: tuple[int, ...] | None = None
     stopped: str = ""
     finished: bool = False
+    validated: bool = False
     metrics: dict[str, mx.array] = field(default_factory=dict)
     watchers: list[Callback] = field(default_factory=list)
     _save: Callable[[], Path] | None = None
@@ -306,6 +307,7 @@ class _Session:
         self.directory = None if directory is None else Path(directory)
         self.clock = _Clock() if profile else None
         self.runs: list[Run] = []
+        self._saved_at = -1
         first = self.jobs[0].config
         assert first is not None
         for job in self.jobs[1:]:
@@ -345,10 +347,12 @@ class _Session:
             run.finished = bool(run.stopped) or run.state.step >= run.config.total_steps
             self.runs.append(run)
         self.source.restore(host["source"], parts.get("source", {}))
+        self._saved_at = self._step
 
     def _run(self, job: Job, start: _Start, saved: dict[str, Any] | None = None) -> Run:
         run = _assemble(job, self.source, start, saved)
         run.checkpoint_dir = self.directory
+        run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
         run.watchers = [as_callback(c) for c in job.callbacks]
         return run
@@ -364,7 +368,7 @@ class _Session:
                         watcher.on_begin(run)
                 self._loop(clocks, interrupted)
         except KeyboardInterrupt:
-            if self.directory is not None:
+            if self.directory is not None and self._step > self._saved_at:
                 self.save()
             raise
         finally:
@@ -374,41 +378,45 @@ class _Session:
                     watcher.on_end(run)
 
     def _loop(self, clocks: dict[int, Throughput], interrupted: threading.Event) -> None:
-        saved_at = max(run.state.step for run in self.runs)
         while active := [run for run in self.runs if not run.finished]:
             with self._timed("data"):
                 batch = self._next_batch()
-            for run in active:
-                self._turn(run, batch, clocks[id(run)])
+            # All take their step before anybody watches: whatever a callback raises, the runs stand alike.
+            before = {id(run): run.state.tokens for run in active}
+            if batch is not None:
+                with self._timed("step"):
+                    for run in active:
+                        seed_step(run.config.seed, run.state.step)
+                        _advance(run, batch)
+                    if self.clock is not None:
+                        mx.eval([(run.state.arrays, run.metrics) for run in active])
+            over, pending = batch is None, None
             del batch
-            step = max(run.state.step for run in active)
-            over = all(run.finished for run in self.runs)
-            if over or step % self.config.checkpoint_every == 0:
+            for run in active:
+                try:
+                    self._watch(run, before[id(run)], over, clocks[id(run)])
+                except KeyboardInterrupt as interrupt:
+                    pending = interrupt
+            step = self._step
+            if all(run.finished for run in self.runs) or step % self.config.checkpoint_every == 0:
                 for run in active:
                     run.raise_if_failed()
-                if self.directory is not None and step > saved_at:
+                if self.directory is not None and step > self._saved_at:
                     with self._timed("checkpoint"):
                         self.save()
-                    saved_at = step
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-        if max(run.state.step for run in self.runs) == 0:
+            if pending or interrupted.is_set():
+                raise pending or KeyboardInterrupt
+        if self._step == 0:
             raise ValueError("[fit] there must be at least one batch but got none.")
 
-    def _turn(self, run: Run, batch: _Batch | None, clock: Throughput) -> None:
-        """One step of one run, and all that watches it."""
+    def _watch(self, run: Run, before: int, over: bool, clock: Throughput) -> None:
+        """What follows a step of a run, which had ``before`` tokens; ``over`` if there were no data for it."""
         config, rows = run.config, source_rows(self.source)
-        if batch is None:
+        if over:
             run.finished = True
             if rows is None and run.state.step:
                 _tell(run, "on_epoch", 1)
             return
-        before = run.state.tokens
-        with self._timed("step"):
-            seed_step(config.seed, run.state.step)
-            _advance(run, batch)
-            if self.clock is not None:
-                mx.eval(run.state.arrays, run.metrics)
         step = run.state.step
         clock.update(run.state.tokens - before)
         run.finished = step >= config.total_steps
@@ -431,6 +439,10 @@ class _Session:
                 _tell(run, "on_epoch", epoch)
         run.finished = run.finished or bool(run.stopped)
 
+    @property
+    def _step(self) -> int:
+        return max(run.state.step for run in self.runs)
+
     def _next_batch(self) -> _Batch | None:
         parts = []
         for _ in range(self.config.gradient_accumulation_steps):
@@ -445,8 +457,8 @@ class _Session:
         )
         for run in self.runs:
             _check_batch(run, whole)
-        # The step's own stream is drawn in _turn; what is done to the batch is the same for all runs.
-        seed_step(self.config.seed, max(run.state.step for run in self.runs), stream=2)
+        # The step's own numbers are drawn in _loop; what is done to the batch is the same for all runs.
+        seed_step(self.config.seed, self._step, stream=2)
         return _Batch(self._prepared(whole))
 
     def _prepared(self, batch: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
@@ -486,9 +498,10 @@ class _Session:
             host, own = run.to_files()
             runs.append(host)
             arrays |= {f"{_part(i)}.{name}": a for name, a in own.items()}
-        step = max(run.state.step for run in self.runs)
         host = {"runs": runs, "source": position}
-        return checkpoint.save(self.directory, step, host, arrays, keep=self.config.keep_checkpoints)
+        path = checkpoint.save(self.directory, self._step, host, arrays, keep=self.config.keep_checkpoints)
+        self._saved_at = self._step
+        return path
 
     def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.clock is None else self.clock.part(part)

@@ -1,0 +1,453 @@
+"""What a run may be made of: optimisers, gradients, normalisation, modules and losses of one's own, many at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxsae import loss as L
+from mlxsae.data import ArraySource
+from mlxsae.metrics import evaluate
+from mlxsae.sae import SAE
+from mlxsae.train import (
+    OPTIMIZERS,
+    Callback,
+    Job,
+    LossConfig,
+    OptimizerConfig,
+    Run,
+    TrainConfig,
+    fit,
+    fit_many,
+)
+from mlxsae.train.gradients import recomputed
+from mlxsae.train.optimizers import Signum, split_schedule
+from mlxsae.train.randomness import kept_random_state, seed_step
+from test_train import D_SAE, D, StopAt, assert_same_bits, config, dictionary_data, new_sae, source, weights
+
+# ---- optimisers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_learns_and_resumes(name: str, tmp_path: Path) -> None:
+    rate = {"adadelta": 3.0, "adagrad": 0.05, "sgd": 0.3, "muon": 0.02}.get(name, 3e-3)
+    o = OptimizerConfig(name=name, learning_rate=rate, betas=(0.9, 0.99))
+    settings = config(optimizer=o, loss=LossConfig(auxk=None), engine="auto")
+    whole = fit(new_sae(), source(), settings)
+    assert whole.sae.metadata["training"]["engine"] == ("fused" if name == "adam" else "autodiff")
+    assert whole.history[-1]["fvu"] < 0.9 * whole.history[0]["fvu"]
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_sae(), source(), settings, callbacks=[StopAt(31)], checkpoint_dir=tmp_path)
+    resumed = fit(new_sae(), source(), settings, checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(resumed.sae), weights(whole.sae))
+
+
+def test_signum_by_hand() -> None:
+    optimizer = Signum(0.1, momentum=0.5, weight_decay=0.2)
+    w = {"w": mx.array([1.0, -2.0, 3.0])}
+    optimizer.init(w)
+    w = optimizer.apply_gradients({"w": mx.array([4.0, -4.0, 0.0])}, w)
+    np.testing.assert_allclose(np.array(w["w"]), [1 - 0.1 * 1.2, -2 + 0.1 * 1.4, 3 - 0.1 * 0.6], rtol=1e-6)
+    w = optimizer.apply_gradients({"w": mx.array([-3.0, 0.0, 0.0])}, w)  # m = (-0.5, -1, 0)
+    np.testing.assert_allclose(np.array(w["w"])[0], 0.88 + 0.1 - 0.1 * 0.2 * 0.88, rtol=1e-6)
+
+
+def test_the_schedule_of_an_optimizer_counts_the_steps_of_the_run(tmp_path: Path) -> None:
+    """Also one that branches in Python, and after a resume; the optimiser that was given stays as it was."""
+
+    def rate(step: Any) -> Any:
+        return 1e-3 * (step + 1) / 10 if step < 10 else 1e-3 * mx.cos(step / 100)
+
+    optimizer = optim.AdamW(learning_rate=rate, weight_decay=0.01)
+    settings = config(log_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            new_sae(), source(), settings, optimizer=optimizer, callbacks=[StopAt(7)], checkpoint_dir=tmp_path
+        )
+    result = fit(new_sae(), source(), settings, optimizer=optimizer, checkpoint_dir=tmp_path, resume=True)
+    wanted = [1e-3 * (i + 1) / 10 if i < 10 else 1e-3 * math.cos(i / 100) for i in range(60)]
+    np.testing.assert_allclose([r["lr"] for r in result.history], wanted, rtol=1e-5)
+    assert optimizer._schedulers
+    # A constant one follows a schedule that is given beside it.
+    half = fit(
+        new_sae(), source(), settings, optimizer=optim.SGD(0.25), schedule=lambda step: 0.5 ** (step // 30)
+    )
+    assert [r["lr"] for r in half.history] == [0.25] * 30 + [0.125] * 30
+    # Parts of a MultiOptimizer keep their own rates.
+    multi = optim.MultiOptimizer([optim.SGD(0.0), optim.SGD(0.1)], [lambda path, _: "encoder" in path])
+    sae = new_sae()
+    before = weights(sae)
+    fit(sae, source(), config(normalize="none"), optimizer=multi)
+    np.testing.assert_array_equal(weights(sae)["encoder.weight"], before["encoder.weight"])
+    assert (weights(sae)["decoder.weight"] != before["decoder.weight"]).any()
+    assert split_schedule(multi)[1](3) == 0.0
+
+
+def test_constant_and_stepwise_schedules() -> None:
+    shapes = {}
+    for name, o in {
+        "constant": OptimizerConfig(learning_rate=1e-3, warmup=5, shape="constant", decay=0.5),
+        "steps": OptimizerConfig(learning_rate=1e-3, warmup=6, decay=12),
+        "fractions": OptimizerConfig(learning_rate=1e-3, warmup=0.1, decay=0.2),
+    }.items():
+        shapes[name] = [r["lr"] for r in fit(new_sae(), source(), config(log_every=1, optimizer=o)).history]
+    np.testing.assert_allclose(shapes["constant"], [1e-3 * min(1, (i + 1) / 5) for i in range(60)], rtol=1e-5)
+    assert shapes["steps"] == shapes["fractions"]
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------
+
+
+def test_accumulation_takes_the_step_of_the_large_batch() -> None:
+    """For a loss that is a mean over rows; rows and steps are counted as those of the large batch."""
+    loss = LossConfig("mse", auxk=None)
+    large = config(loss=loss, engine="autodiff", batch_size=96, total_tokens=3840, log_every=1)
+    parts = replace(large, batch_size=24, gradient_accumulation_steps=4)
+    a = fit(new_sae(), ArraySource(dictionary_data(), batch_size=96), large)
+    b = fit(new_sae(), ArraySource(dictionary_data(), batch_size=24), parts)
+    assert (b.state.step, b.state.tokens) == (a.state.step, a.state.tokens) == (40, 3840)
+    for name, w in weights(a.sae).items():
+        np.testing.assert_allclose(weights(b.sae)[name], w, rtol=1e-3, atol=1e-5, err_msg=name)
+    # Counted from the end of the part in which a latent fired, not of the whole step.
+    later = np.array(b.state.tokens_since_fired) - np.array(a.state.tokens_since_fired)
+    assert ((later >= 0) & (later < 96)).all()
+    np.testing.assert_allclose([r["loss"] for r in a.history], [r["loss"] for r in b.history], rtol=1e-4)
+    # A stream that ends within a step: its rows still count as a mean.
+    short = fit(new_sae(), [mx.array(dictionary_data(n)) for n in (24, 24, 7)], replace(parts, sample_size=8))
+    assert (short.state.step, short.state.tokens) == (1, 55)
+
+
+def test_accumulation_holds_one_part_at_a_time() -> None:
+    peaks = {}
+    for parts in (1, 8):
+        module = Wide(D, 40_000)
+        x = [mx.random.normal((64 // parts, D), key=mx.random.key(i)) for i in range(2 * parts)]
+        mx.eval(module.parameters(), x)
+        settings = own(batch_size=64 // parts, gradient_accumulation_steps=parts, total_tokens=128)
+        mx.reset_peak_memory()
+        base = mx.get_active_memory()
+        fit(module, x, settings)
+        peaks[parts] = mx.get_peak_memory() - base
+    latents = 64 * 40_000 * 4
+    assert peaks[8] < peaks[1] - latents
+
+
+def test_mixed_precision_computes_low_and_keeps_masters() -> None:
+    seen = []
+
+    def loss(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> mx.array:
+        seen.append((x.dtype, x_recon.dtype, z.dtype))
+        return mx.square(x - x_recon.astype(mx.float32)).sum(axis=-1).mean()
+
+    result = fit(Wide(D, 64), source(), own(mixed_precision=True), loss=loss)
+    assert set(seen) == {(mx.float32, mx.bfloat16, mx.bfloat16)}
+    assert {a.dtype for _, a in tree_flatten(result.state.params)} == {mx.float32}
+    # Masters take steps far below bfloat16's resolution.
+    still = fit(
+        Wide(D, 64), source(), own(mixed_precision=True, optimizer=OptimizerConfig(learning_rate=1e-6))
+    )
+    moved = np.abs(weights(still.sae)["encoder.weight"] - weights(Wide(D, 64))["encoder.weight"]).max()
+    assert 1e-6 < moved < 1e-3
+    sae = new_sae()
+    low = fit(sae, source(), config(mixed_precision=True, total_tokens=400 * 64))
+    assert sae.metadata["training"]["engine"] == "autodiff"
+    full = fit(new_sae(), source(), config(total_tokens=400 * 64))
+    assert low.history[-1]["fvu"] < 1.5 * full.history[-1]["fvu"] + 0.02
+
+
+def test_checkpointing_saves_memory_and_changes_no_bit() -> None:
+    found = {}
+    for active in (False, True):
+        module = Deep(D, 2000, layers=6)
+        x = mx.random.normal((512, D), key=mx.random.key(0))
+        mx.eval(module.parameters(), x)
+        mx.reset_peak_memory()
+        base = mx.get_active_memory()
+        fit(module, [x], own(batch_size=512, total_tokens=512, gradient_checkpointing=active))
+        found[active] = mx.get_peak_memory() - base, weights(module)
+    assert_same_bits(found[True][1], found[False][1])
+    assert found[True][0] < found[False][0] - 4 * 512 * 2000 * 4
+    layer = Deep(D, 8, layers=1)
+    kind = type(layer.body.layers[0])
+    with recomputed(layer):
+        assert isinstance(layer.body.layers[0], kind)
+        assert type(layer.body.layers[0]) is not kind
+    assert type(layer.body.layers[0]) is kind
+
+
+# ---- modules and losses of one's own -----------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """The plainest autoencoder, with nothing of ours."""
+
+    def __init__(self, d: int, d_sae: int, noisy: bool = False):
+        super().__init__()
+        with kept_random_state():
+            mx.random.seed(1)
+            self.encoder, self.decoder = nn.Linear(d, d_sae), nn.Linear(d_sae, d)
+        self.drop = nn.Dropout(0.3 if noisy else 0.0)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        z = nn.relu(self.encoder(self.drop(x)))
+        return self.decoder(z), z
+
+
+class Deep(nn.Module):
+    def __init__(self, d: int, width: int, layers: int):
+        super().__init__()
+        with kept_random_state():
+            mx.random.seed(1)
+            pieces = [Block(width) for _ in range(layers)]
+            self.body = nn.Sequential(*pieces)
+            self.inward, self.outward = nn.Linear(d, width), nn.Linear(width, d)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        z = self.body(self.inward(x))
+        return self.outward(z), z
+
+
+class Block(nn.Module):
+    """Keeps much between forward and backward, by no weight of its own size."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = mx.ones(width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + mx.sin(mx.tanh(mx.exp(mx.sin(x * self.scale) - 1) * self.scale))
+
+
+def own(**changes: Any) -> TrainConfig:
+    return config(
+        **({"normalize": "none", "b_dec_init": "keep", "loss": LossConfig(dead_after=640)} | changes)
+    )
+
+
+def hoyer(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> tuple[mx.array, dict]:
+    """Branches on the step and returns Python numbers, as people do."""
+    recon = mx.mean((x - x_recon) ** 2)
+    weight = 1e-3 if step < 20 else 1e-3 * float(mx.log(mx.array(1 + step / 20)))
+    squared = mx.square(mx.abs(z).sum(axis=-1)) / (mx.square(z).sum(axis=-1) + 1e-8)
+    return recon + weight * squared.mean(), {"recon": recon, "hoyer": squared.mean(), "lambda": weight}
+
+
+def test_a_module_and_a_loss_of_ones_own(tmp_path: Path) -> None:
+    options = {"loss": hoyer, "optimizer": optim.AdamW(3e-3), "preprocess": noisy}
+    settings = own(total_tokens=120 * 64, validate_every=30, optimizer=OptimizerConfig(max_grad_norm=1.0))
+    whole = fit(Wide(D, 40, True), source(), settings, validation=dictionary_data(300, seed=5), **options)
+    first, last = whole.history[0], whole.history[-1]
+    assert last["recon"] < 0.5 * first["recon"]
+    assert {"loss", "hoyer", "lambda", "l0", "dead_fraction", "lr", "grad_norm"} <= last.keys()
+    assert last["lambda"] == pytest.approx(1e-3 * math.log(1 + 119 / 20), rel=1e-4)
+    assert [v["step"] for v in whole.validations] == [30, 60, 90, 120]
+    assert {"val_loss", "val_recon", "val_hoyer", "val_l0", "val_dead_fraction"} <= whole.validations[
+        0
+    ].keys()
+    # Dropout and noise are drawn again as they were.
+    with pytest.raises(KeyboardInterrupt):
+        fit(Wide(D, 40, True), source(), settings, callbacks=[StopAt(57)], checkpoint_dir=tmp_path, **options)
+    mx.random.seed(77)
+    resumed = fit(Wide(D, 40, True), source(), settings, checkpoint_dir=tmp_path, resume=True, **options)
+    assert_same_bits(weights(resumed.sae), weights(whole.sae))
+
+
+def noisy(x: mx.array) -> mx.array:
+    return x + 0.01 * mx.random.normal(x.shape)
+
+
+def test_a_loss_of_ones_own_on_our_sae() -> None:
+    sae = new_sae()
+    result = fit(sae, source(), config(total_tokens=200 * 64), loss=hoyer)
+    assert sae.metadata["training"]["engine"] == "module"
+    assert result.history[-1]["recon"] < 0.4 * result.history[0]["recon"]
+    np.testing.assert_allclose(np.linalg.norm(np.array(sae.W_dec), axis=1), 1, atol=1e-5)
+    assert result.history[-1]["l0"] <= 4
+
+
+def test_further_outputs_reach_the_loss() -> None:
+    class Gated(Wide):
+        def __call__(self, x: mx.array) -> Any:
+            x_recon, z = super().__call__(x)
+            return x_recon, z, mx.sigmoid(z), "name"
+
+    def loss(x: mx.array, x_recon: mx.array, z: mx.array, step: int, extra: tuple = ()) -> Any:
+        gate, name = extra
+        assert name == "name"
+        return mx.square(x - x_recon).mean() + 1e-3 * gate.mean(), {"gate": gate.mean()}
+
+    assert fit(Gated(D, 24), source(), own(), loss=loss).history[-1]["gate"] > 0.4
+
+
+def test_modules_that_do_not_fit_are_named() -> None:
+    class Lone(nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=r"\[fit\] the module must return \(x_recon, z\) but returned array"):
+        fit(Lone(D, D), source(), own())
+    with pytest.raises(ValueError, match=r"normalize must be none and b_dec_init keep for a module"):
+        fit(Wide(D, 8), source(), config())
+    with pytest.raises(ValueError, match=r"\[fit\] loss must be a function \(x, x_recon, z, step\)"):
+        fit(Wide(D, 8), source(), own(), loss=L.Loss({"mse": (1.0, L.mse)}))
+    with pytest.raises(
+        ValueError, match="engine must be autodiff for an optimizer of your own but got fused"
+    ):
+        fit(new_sae(), source(), config(engine="fused"), optimizer=optim.SGD(0.1))
+    with pytest.raises(ValueError, match="but got fused: the optimizer is lion"):
+        fit(new_sae(), source(), config(engine="fused", optimizer=OptimizerConfig(name="lion")))
+
+
+# ---- normalisation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d_out", [None, 9])
+def test_mean_and_deviation_fold_into_the_weights(d_out: int | None) -> None:
+    """The SAE that comes out does on raw activations what the trained one did on normalised ones."""
+    rng = np.random.default_rng(2)
+    stretch = np.exp(rng.normal(size=D)).astype(np.float32)
+    x = dictionary_data() * stretch * 10 + 3 * stretch
+    y = None if d_out is None else (np.maximum(x @ rng.normal(size=(D, 9)), 0) + 5).astype(np.float32)
+    sae = new_sae(d_out=d_out)
+    states = []
+
+    class Keep(Callback):
+        def on_step(self, run: Run) -> None:
+            states[:] = [run.state]
+
+    settings = config(normalize="mean_std", total_tokens=300 * 64, sample_size=6000)
+    fit(sae, ArraySource(x, y, batch_size=64), settings, callbacks=[Keep()])
+    mean, std = x.mean(0), x.std(0)
+    inside = new_sae(d_out=d_out)
+    inside.update(states[0].params)
+    rows = x[:200]
+    a, b = sae.encode(mx.array(rows)), inside.encode(mx.array((rows - mean) / std))
+    np.testing.assert_allclose(np.array(sae.to_dense(a)), np.array(inside.to_dense(b)), rtol=2e-3, atol=2e-4)
+    target = x if y is None else y
+    wanted = np.array(inside.decode(b)) * target.std(0) + target.mean(0)
+    np.testing.assert_allclose(np.array(sae.decode(a)), wanted, rtol=2e-3, atol=2e-2)
+    pair = mx.array(x[:2000]) if y is None else (mx.array(x[:2000]), mx.array(y[:2000]))
+    assert evaluate(sae, [pair])["fvu"] < 0.5
+
+
+# ---- many at once ------------------------------------------------------------------------------------------
+
+
+def sweep() -> list[Job]:
+    base = config()
+    faster = replace(base, optimizer=OptimizerConfig(learning_rate=1e-2))
+    return [
+        Job(SAE(D, D_SAE, k=2, seed=0), base, name="k2"),
+        Job(SAE(D, 96, k=4, seed=1), replace(base, seed=1), name="wide"),
+        Job(new_sae(), replace(faster, total_tokens=40 * 64), name="fast and short"),
+        Job(
+            new_sae(), replace(base, optimizer=OptimizerConfig(name="lion", learning_rate=1e-3)), name="lion"
+        ),
+    ]
+
+
+def test_many_saes_get_the_bits_that_they_get_alone(tmp_path: Path) -> None:
+    together = fit_many(sweep(), source())
+    for job, result in zip(sweep(), together, strict=True):
+        alone = fit(job.sae, source(), job.config)
+        assert_same_bits(weights(result.sae), weights(alone.sae))
+        assert [r["loss"] for r in result.history] == [r["loss"] for r in alone.history]
+    assert [r.state.step for r in together] == [60, 60, 40, 60]
+    # Interrupted and resumed, before and after one of them is done.
+    for stop in (23, 47):
+        jobs = [replace(job, callbacks=[StopAt(stop)] if job.name == "k2" else ()) for job in sweep()]
+        with pytest.raises(KeyboardInterrupt):
+            fit_many(jobs, source(), checkpoint_dir=tmp_path / str(stop))
+        resumed = fit_many(sweep(), source(), checkpoint_dir=tmp_path / str(stop), resume=True)
+        for a, b in zip(together, resumed, strict=True):
+            assert_same_bits(weights(a.sae), weights(b.sae))
+    with pytest.raises(ValueError, match="there must be 4 jobs as in the checkpoint but got 2"):
+        fit_many(sweep()[:2], source(), checkpoint_dir=tmp_path / "47", resume=True)
+
+
+def test_several_layers_from_one_batch() -> None:
+    """Fields of a batch may serve as input of one and target of another."""
+    x = dictionary_data()
+    y = (x @ np.random.default_rng(1).normal(size=(D, 9))).astype(np.float32)
+    jobs = [
+        Job(new_sae(), config(), (0,)),
+        Job(SAE(9, 32, k=4, seed=0), config(), (1,)),
+        Job(new_sae(d_out=9), config(), (0, 1)),
+        Job(new_sae(), config(normalize="mean_std"), (0,)),
+    ]
+    results = fit_many(jobs, ArraySource(x, y, batch_size=64))
+    alone = [
+        fit(new_sae(), ArraySource(x, batch_size=64), config()),
+        fit(SAE(9, 32, k=4, seed=0), ArraySource(y, batch_size=64), config()),
+        fit(new_sae(d_out=9), ArraySource(x, y, batch_size=64), config()),
+        fit(new_sae(), ArraySource(x, batch_size=64), config(normalize="mean_std")),
+    ]
+    for a, b in zip(results, alone, strict=True):
+        assert_same_bits(weights(a.sae), weights(b.sae))
+
+
+def test_what_is_shared_is_read_and_scaled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxsae.train import loop
+
+    read, medians = [], []
+    data = source()
+    next_batch, median = data.next_batch, loop.geometric_median
+    monkeypatch.setattr(data, "next_batch", lambda: read.append(1) or next_batch())
+    monkeypatch.setattr(loop, "geometric_median", lambda x: medians.append(1) or median(x))
+    seen: set[int] = set()
+
+    class Engine:
+        def __init__(self, inner: Any):
+            self.inner, self.name = inner, inner.name
+
+        def optimizer_state(self, params: Any) -> Any:
+            return self.inner.optimizer_state(params)
+
+        def step(self, arrays: Any, x: mx.array, y: mx.array, **rest: Any) -> Any:
+            seen.add(id(x))
+            assert y is x
+            return self.inner.step(arrays, x, y, **rest)
+
+    make = loop.make_engine
+    monkeypatch.setattr(loop, "make_engine", lambda *a: Engine(make(*a)))
+    fit_many([Job(SAE(D, D_SAE, k=k, seed=0), config(total_tokens=64)) for k in (1, 2, 4)], data)
+    assert (len(read), len(medians), len(seen)) == (1, 1, 1)
+
+
+def test_jobs_that_cannot_share_are_named() -> None:
+    two = [Job(new_sae(), config()), Job(new_sae(), config(batch_size=32))]
+    with pytest.raises(
+        ValueError, match=r"\[fit_many\] batch_size must be the same in all jobs but got 64 and 32"
+    ):
+        fit_many(two, source())
+    with pytest.raises(ValueError, match=r"names must differ but got \['a', 'a'\]"):
+        fit_many([Job(new_sae(), config(), name="a")] * 2, source())
+    with pytest.raises(ValueError, match="there must be at least one job"):
+        fit_many([], source())
+    with pytest.raises(ValueError, match=r"fields must be one or two numbers below 1 but got \(0, 1\)"):
+        fit_many([Job(new_sae(), config(), (0, 1))], source())
+
+
+# ---- randomness --------------------------------------------------------------------------------------------
+
+
+def test_steps_draw_their_own_numbers_and_leave_the_callers() -> None:
+    mx.random.seed(9)
+    mx.random.normal((3,))
+    before = np.array(mx.random.state[0])
+    fit(new_sae(), source(), config(total_tokens=640), preprocess=noisy)
+    np.testing.assert_array_equal(np.array(mx.random.state[0]), before)
+    draws = set()
+    with kept_random_state():
+        for key in [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 1, 1), (-1, 0, 0)]:
+            seed_step(*key)
+            draws.add(float(mx.random.uniform()))
+    assert len(draws) == 6

@@ -8,14 +8,15 @@ from __future__ import annotations
 from .evaluation import loss, token_losses
 from .families import FAMILIES, Family
 from .generation import GeneratedToken, generate, stream_generate
-from .hook_point import SITES, HookPoint, HookPointLike
-from .hooks import Edit, Edits, capture, only_at, run_with_capture, splice
+from .hook_point import SITES, ByPoint, HookPoint, HookPointLike, ModulePoint
+from .hooks import Edit, Edits, capture, capture_codes, only_at, run_with_capture, splice
 from .language_model import LanguageModel, load
 from .text import TokenBatch, in_heldout, read_texts, token_batches, tokenize, valid_rows
 
 __all__ = [
     "FAMILIES",
     "SITES",
+    "ByPoint",
     "Edit",
     "Edits",
     "Family",
@@ -23,8 +24,10 @@ __all__ = [
     "HookPoint",
     "HookPointLike",
     "LanguageModel",
+    "ModulePoint",
     "TokenBatch",
     "capture",
+    "capture_codes",
     "generate",
     "in_heldout",
     "load",

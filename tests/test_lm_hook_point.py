@@ -117,7 +117,7 @@ def test_a_dict_by_point_takes_every_spelling() -> None:
     assert "a.fc.input" not in found
     assert 7 not in found
     with pytest.raises(
-        KeyError, match="there is blocks.2.hook_mlp_out, blocks.3.hook_resid_post, a.fc.output"
+        KeyError, match=r"there is blocks.2.hook_mlp_out, blocks.3.hook_resid_post, a.fc.output"
     ):
         found["layers.3.mlp"]
     found[HookPoint(4, "mlp_out")] = 4

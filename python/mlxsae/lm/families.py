@@ -245,8 +245,8 @@ def resolve_all(model: nn.Module, specs: HookPointLike | Iterable[HookPointLike]
 
 def _module_point(model: nn.Module, spec: str) -> ModulePoint | None:
     """The module that `spec` names by its path or the end of it; None where none or several do."""
-    path, _, end = spec.rpartition(".")
-    for path, end in ((spec, "output"), (path, end)):
+    front, _, last = spec.rpartition(".")
+    for path, end in ((spec, "output"), (front, last)):
         if path and end in ("input", "output"):
             if submodule(model, path) is not None:
                 return ModulePoint(path, end)

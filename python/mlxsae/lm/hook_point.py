@@ -211,7 +211,8 @@ class ByPoint(dict[Point, T]):
         return super().__contains__(key) or self._find(key) is not None
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        found = key if super().__contains__(key) else self._find(key)
+        return default if found is None else self[found]
 
     def _find(self, key: Any) -> Point | None:
         if isinstance(key, str):

@@ -157,34 +157,53 @@ def network(model: nn.Module | LanguageModel) -> nn.Module:
     return model.model if isinstance(model, LanguageModel) else model
 
 
+class Hooks:
+    """Edits of a model, made ready once: `worn` while they may act, `active` while they do.
+
+    They act in the context that enters `active`, after those of the `with` blocks around it.
+    """
+
+    def __init__(self, model: nn.Module, edits: Mapping[Point, Edit]) -> None:
+        self._frame: _Frame = {}
+        self._modules: dict[int, nn.Module] = {}
+        for point, edit in edits.items():
+            module, kind, block = locate(model, point)
+            if kind == "mid":
+                self._add(block, "keep", edit, point)
+                self._add(module, kind, partial(_through_sum, family_of(model).add, edit), point)
+            else:
+                self._add(module, kind, edit, point)
+
+    def _add(self, module: nn.Module, kind: str, fn: _Hook, point: Point) -> None:
+        if kind != "keep" and kind in self._frame.get(id(module), {}):
+            raise ValueError(f"[hooks] {point} is computed by the same module as an earlier block's.")
+        self._frame.setdefault(id(module), {})[kind] = fn
+        self._modules[id(module)] = module
+
+    @contextmanager
+    def worn(self) -> Iterator[None]:
+        _wear(self._modules.values())
+        try:
+            yield
+        finally:
+            _undress(self._modules.values())
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        _frames.set((*_frames.get(), self._frame))
+        try:
+            yield
+        finally:
+            # By identity and not by token: a generator may leave in another context than it entered.
+            _frames.set(tuple(other for other in _frames.get() if other is not self._frame))
+
+
 @contextmanager
 def _hooks(model: nn.Module, edits: Mapping[Point, Edit]) -> Iterator[None]:
-    """Have `edits` act on `model` in this context, after those of the `with` blocks around this one."""
-    frame: _Frame = {}
-    modules: dict[int, nn.Module] = {}
-
-    def hook(module: nn.Module, kind: str, fn: _Hook, point: Point) -> None:
-        if kind != "keep" and kind in frame.get(id(module), {}):
-            raise ValueError(f"[hooks] {point} is computed by the same module as an earlier block's.")
-        frame.setdefault(id(module), {})[kind] = fn
-        modules[id(module)] = module
-
-    for point, edit in edits.items():
-        module, kind, block = locate(model, point)
-        if kind == "mid":
-            hook(block, "keep", edit, point)
-            hook(module, kind, partial(_through_sum, family_of(model).add, edit), point)
-        else:
-            hook(module, kind, edit, point)
-
-    _wear(modules.values())
-    _frames.set((*_frames.get(), frame))
-    try:
+    """Have `edits` act on `model` in this context."""
+    hooks = Hooks(model, edits)
+    with hooks.worn(), hooks.active():
         yield
-    finally:
-        # By identity and not by token: a generator may leave in another context than it entered.
-        _frames.set(tuple(other for other in _frames.get() if other is not frame))
-        _undress(modules.values())
 
 
 def _through_sum(
@@ -196,7 +215,7 @@ def _through_sum(
     return attn_out if edited is resid_mid else edited - resid_pre
 
 
-def _checked(hook_point: Point, edit: Edit) -> Edit:
+def _same_shape(hook_point: Point, edit: Edit) -> Edit:
     def fn(x: mx.array) -> mx.array:
         y = edit(x)
         if not isinstance(y, mx.array) or y.shape != x.shape:
@@ -232,18 +251,23 @@ def splice(model: nn.Module | LanguageModel, edits: Edits) -> Iterator[None]:
         A hook point that the model does not have, or, from the forward pass, an edit that changes the shape.
     """
     net = network(model)
+    with _hooks(net, checked(net, edits)):
+        yield
+
+
+def checked(model: nn.Module, edits: Edits) -> dict[Point, Edit]:
+    """`edits` by their points, each made to refuse what is not an activation of the shape it got."""
     parsed: dict[Point, Edit] = {}
     for spec, edit in edits.items():
-        hook_point = resolve(net, spec)
+        hook_point = resolve(model, spec)
         if hook_point in parsed:
             raise ValueError(f"[splice] each hook point must be given once but got {hook_point} twice.")
         if not callable(edit):
             raise ValueError(
                 f"[splice] the edit at {hook_point} must be callable but got {type(edit).__name__}."
             )
-        parsed[hook_point] = _checked(hook_point, edit)
-    with _hooks(net, parsed):
-        yield
+        parsed[hook_point] = _same_shape(hook_point, edit)
+    return parsed
 
 
 def _forward(

@@ -216,9 +216,11 @@ class ByPoint(dict[Point, T]):
 
     def _find(self, key: Any) -> Point | None:
         if isinstance(key, str):
-            for point in self:
-                if isinstance(point, ModulePoint) and key in (point.path, str(point)):
-                    return point
+            modules = [point for point in self if isinstance(point, ModulePoint)]
+            for fits in (str.__eq__, lambda name, key: name.endswith("." + key)):  # whole, or the end of one
+                named = [point for point in modules if fits(point.path, key) or fits(str(point), key)]
+                if named:
+                    return named[0] if len(named) == 1 else None
             if key in _ALIASES:
                 alone = [
                     point for point in self if isinstance(point, HookPoint) and point.site == _ALIASES[key]

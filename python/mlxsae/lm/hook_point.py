@@ -216,11 +216,17 @@ class ByPoint(dict[Point, T]):
 
     def _find(self, key: Any) -> Point | None:
         if isinstance(key, str):
-            modules = [point for point in self if isinstance(point, ModulePoint)]
-            for fits in (str.__eq__, lambda name, key: name.endswith("." + key)):  # whole, or the end of one
-                named = [point for point in modules if fits(point.path, key) or fits(str(point), key)]
-                if named:
-                    return named[0] if len(named) == 1 else None
+            names = {
+                name: point
+                for point in self
+                if isinstance(point, ModulePoint)
+                for name in ((str(point), point.path) if point.end == "output" else (str(point),))
+            }
+            if key in names:
+                return names[key]
+            ending = [point for name, point in names.items() if name.endswith("." + key)]
+            if ending:
+                return ending[0] if len(ending) == 1 else None
             if key in _ALIASES:
                 alone = [
                     point for point in self if isinstance(point, HookPoint) and point.site == _ALIASES[key]

@@ -13,6 +13,7 @@ from .hook_point import SITES, ByPoint, HookPoint, HookPointLike, ModulePoint
 from .hooks import Edit, Edits, capture, capture_codes, only_at, run_with_capture, splice
 from .language_model import LanguageModel, load
 from .text import (
+    Documents,
     TokenBatch,
     batches_by_length,
     in_heldout,
@@ -27,6 +28,7 @@ __all__ = [
     "FAMILIES",
     "SITES",
     "ByPoint",
+    "Documents",
     "Edit",
     "Edits",
     "Family",

@@ -77,6 +77,31 @@ class LanguageModel:
         _, found = run_with_capture(self.model, mx.zeros((1, 1), mx.int32), spec)
         return next(iter(found.values())).shape
 
+    def unembed(self, resid: mx.array) -> mx.array:
+        """Logits [..., vocab] of the last block's resid_post [..., d_model]: final norm, head, and what else comes
+        after the blocks. Of an earlier layer's, this is the logit lens.
+        """
+        from .hooks import splice
+
+        if resid.shape[-1:] != (self.d_model,):
+            raise ValueError(f"[unembed] resid must be [..., {self.d_model}] but has shape {resid.shape}.")
+        rows = resid.reshape(1, -1, self.d_model)
+        # The rest of the pass is replaced before anything of it is computed.
+        with splice(self.model, {HookPoint(self.n_layers - 1, "resid_post"): lambda x: rows}):
+            logits = self.model(mx.zeros(rows.shape[:2], mx.int32))
+        return logits.reshape(*resid.shape[:-1], -1)
+
+    @property
+    def context_size(self) -> int | None:
+        """The longest text that the model's config promises to read, where it states one."""
+        arguments = getattr(self.model, "args", None)
+        arguments = getattr(arguments, "text_config", None) or arguments
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            known = arguments.get(name) if isinstance(arguments, dict) else getattr(arguments, name, None)
+            if isinstance(known, int) and known >= 2:
+                return known
+        return None
+
     def hook_point(self, spec: Any, *, layer: int | None = None) -> HookPoint:
         """`HookPoint.parse`, checked against this model: layer in range, site there."""
         from .families import locate

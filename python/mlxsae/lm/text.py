@@ -81,6 +81,28 @@ def read_texts(source: str | os.PathLike[str], text_field: str | None = None) ->
     return itertools.chain((first,), documents)
 
 
+class Documents:
+    """The documents of `source`, walked through as often as it allows.
+
+    Parameters
+    ----------
+    source : str, path or iterable
+        What `read_texts` reads, anew on every walk; or strings, or objects (rows of a dataset) with a text.
+    text_field : str, optional
+        Where an object keeps its text; "text" by default.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | Iterable[Any], text_field: str | None = None) -> None:
+        self._source, self._field = source, text_field
+        self.once = not isinstance(source, (str, os.PathLike)) and iter(source) is source
+
+    def __iter__(self) -> Iterator[str]:
+        if isinstance(self._source, (str, os.PathLike)):
+            return read_texts(self._source, self._field)
+        field = self._field or "text"
+        return (_text_of(entry, field, f"entry {i} of the dataset") for i, entry in enumerate(self._source))
+
+
 def _text_of(entry: Any, field: str, where: str) -> str:
     if isinstance(entry, str):
         return entry

@@ -135,7 +135,8 @@ def _stream(
                     break
                 # The loop is one step ahead: it has just sent this very token through the model.
                 here = ByPoint(recorded)
-                mx.async_eval(list(here.values()))
+                if here:
+                    mx.async_eval(list(here.values()))
                 if pending is not None:
                     yield GeneratedToken(detokenizer.last_segment, *pending)
                 pending = (int(step[0]), step[1], here)

@@ -27,7 +27,7 @@ import numpy as np
 from mlxsae import io
 from mlxsae import lm as lm_room
 from mlxsae.analysis import steer as steering_edit
-from mlxsae.code import SparseCode, SparseCodeCSR
+from mlxsae.code import Code
 from mlxsae.data import ActivationSource, ShuffleBuffer
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io.collection import SAEs, load_saes
@@ -40,7 +40,6 @@ from mlxsae.sae import SAE
 from mlxsae.train import Callback, SAEConfig, fit
 
 Inputs = str | Sequence[Any] | mx.array
-Code = SparseCode | SparseCodeCSR
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
 _CONTEXT, _EPOCHS = 256, 10

@@ -385,6 +385,13 @@ def small(total_tokens: int = 2048, **fields: object) -> SAEConfig:
     )  # fmt: skip
 
 
+def test_epochs_are_walks_through_the_texts(model: InterpretableModel) -> None:
+    config = SAEConfig(expansion_factor=2, k=4, train=TrainConfig(epochs=1.5, batch_size=16, sample_size=64))
+    sae = model.train_sae(1, dataset=TEXTS * 20, config=config, progress=False)
+    valid = 20 * sum(len(model.lm.encode(text, bos=False)) for text in TEXTS)
+    assert sae.metadata["training"]["tokens"] == 1.5 * valid
+
+
 @pytest.mark.parametrize("component", ["mlp", "attn", "z", "mlp_post", "resid_mid"])
 def test_train_sae_at_every_width(model: InterpretableModel, component: str) -> None:
     sae = model.train_sae(1, component, TEXTS, config=small(), progress=False)

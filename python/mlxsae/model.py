@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -439,7 +440,7 @@ class InterpretableModel:
         dataset : texts, or a name
             A list of str; a file, folder or hub dataset (`mlxsae.lm.read_texts`); rows of a dataset that have a text;
             an :class:`~mlxsae.data.ActivationSource`, which is then read instead of the model. A one-way stream is
-            read once, everything else as often as `config.train.total_tokens` asks.
+            read once, everything else as often as `config.train.total_tokens`, or its `epochs`, asks.
         save_path : folder, optional
             Where to save it, as by :func:`mlxsae.io.save`.
         config : SAEConfig, optional
@@ -479,9 +480,12 @@ class InterpretableModel:
                 lm_room.token_batches, self.lm, documents, context_size=context_size, batch_size=lm_batch_size
             )
             train = chosen.train
-            if config is None and not documents.once:
-                there = _count(batches(), train.total_tokens // _EPOCHS)
-                train = replace(train, total_tokens=min(train.total_tokens, _EPOCHS * there))
+            if not documents.once and (epochs := _EPOCHS if config is None else train.epochs):
+                # Of a default run, no more is counted than tells that it is long enough.
+                there = _count(batches(), train.total_tokens // _EPOCHS if config is None else None)
+                total = math.ceil(epochs * there)
+                total = min(train.total_tokens, total) if config is None else total
+                train = replace(train, total_tokens=total, epochs=None)
                 chosen = replace(chosen, train=train)
             stream = ModelActivations(
                 self.lm,
@@ -634,11 +638,11 @@ def _encode_rows(sae: SAE, x: mx.array) -> Code:
     return sae.encode(x[0])
 
 
-def _count(batches: Iterable[lm_room.TokenBatch], enough: int) -> int:
+def _count(batches: Iterable[lm_room.TokenBatch], enough: int | None) -> int:
     """Valid tokens, counted no further than `enough`."""
     count = 0
     for batch in batches:
         count += int(np.count_nonzero(np.array(batch.valid)))
-        if count >= enough:
+        if enough is not None and count >= enough:
             break
     return count

@@ -165,8 +165,9 @@ def test_an_exception_in_an_edit_ends_generation_cleanly(toy: lm.LanguageModel) 
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
         ({"temperature": float("nan")}, "temperature must be >= 0"),
-        ({"positions": "some"}, "positions must be 'all', 'prompt', 'generated'"),
-        ({"positions": [-99]}, "a position must be an int >= -16"),
+        ({"positions": "some"}, r"\[positions\] must be 'all', 'prompt', 'generated'"),
+        ({"positions": [-99]}, r"\[positions\] must be ints >= -16"),
+        ({"positions": [1.5]}, r"\[positions\] must be ints but got"),
         ({"edits": {"layers.9.mlp": steer}}, r"layer must be in \[0, 3\]"),
         ({"edits": {"layers.1.mpl": steer}}, "component must be one of"),
         ({"edits": {"layers.1": steer, POINT: steer}}, "given once"),
@@ -185,3 +186,37 @@ def test_a_trained_model_tells_the_known_story_and_can_be_stopped(shared: Path) 
     )
     zeroed = lm.generate(model, "Once upon a time", max_tokens=20, edits={(2, "resid"): mx.zeros_like})
     assert "Lily" not in zeroed
+
+
+def test_an_edit_that_names_its_tokens_goes_before_the_callers_positions(toy: lm.LanguageModel) -> None:
+    def run(edit: lm.Edit, positions: str | list[int]) -> list[lm.GeneratedToken]:
+        return list(lm.stream_generate(toy, PROMPT, max_tokens=4, edits={POINT: edit}, positions=positions))
+
+    for a, b in zip(run(lm.interventions.at(steer, [2, -1]), "generated"), run(steer, [2, -1]), strict=True):
+        assert a.token == b.token
+        assert mx.array_equal(a.logprobs, b.logprobs)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 6])
+@pytest.mark.parametrize("prompt", [PROMPT, "d"])
+def test_what_is_recorded_is_the_new_tokens_own_activation(
+    toy: lm.LanguageModel, prompt: str, max_tokens: int
+) -> None:
+    record = {"layers.2.mlp": lambda x: {"twice": 2 * x[0, 0]}, POINT: lambda x: x[0, 0]}
+    steps = list(
+        lm.stream_generate(
+            toy, prompt, max_tokens=max_tokens, edits={POINT: steer}, record=record, temperature=1.0, seed=3
+        )
+    )
+    plain = lm.stream_generate(
+        toy, prompt, max_tokens=max_tokens, edits={POINT: steer}, temperature=1.0, seed=3
+    )
+    assert [s.token for s in plain] == [s.token for s in steps]  # recording changes nothing
+    ids = toy.encode(prompt)
+    n = len(ids)
+    with lm.splice(toy, {POINT: steer}):
+        whole = lm.capture(toy, mx.array([ids + [s.token for s in steps]]), [POINT, "layers.2.mlp"])
+    for i, step in enumerate(steps):
+        assert mx.allclose(step.recorded["layers.1"], whole[POINT][0, n + i], rtol=0, atol=1e-4)
+        twice = step.recorded["layers.2.mlp"]["twice"]
+        assert mx.allclose(twice, 2 * whole["layers.2.mlp"][0, n + i], rtol=0, atol=1e-4)

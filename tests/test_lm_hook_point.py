@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlxsae.lm import SITES, HookPoint
-from mlxsae.lm.hook_point import parse_all
+from mlxsae.lm import SITES, ByPoint, HookPoint, ModulePoint
+from mlxsae.lm.hook_point import listed
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -22,9 +22,12 @@ def test_the_name_is_transformer_lens() -> None:
     names = [str(HookPoint(3, site)) for site in SITES]
     assert names == [
         "blocks.3.hook_resid_pre",
+        "blocks.3.attn.hook_pattern",
+        "blocks.3.attn.hook_z",
         "blocks.3.hook_attn_out",
         "blocks.3.hook_resid_mid",
         "blocks.3.mlp.hook_in",
+        "blocks.3.mlp.hook_post",
         "blocks.3.hook_mlp_out",
         "blocks.3.hook_resid_post",
     ]
@@ -69,7 +72,7 @@ def test_paths(path: str, expected: HookPoint) -> None:
 
 @pytest.mark.parametrize("spec", ["mpl", "layers.2.norm", "blocks.1.hook_q", "", ("nose", 1), "layers.x.mlp"])
 def test_an_unknown_component_lists_what_there_is(spec: object) -> None:
-    with pytest.raises(ValueError, match=r"must be one of resid_pre, attn_out, .*resid_post"):
+    with pytest.raises(ValueError, match=r"must be one of resid_pre, attn_pattern, .*resid_post"):
         HookPoint.parse(spec, layer=None if not isinstance(spec, str) or "." in spec else 1)  # type: ignore[arg-type]
 
 
@@ -97,9 +100,32 @@ def test_layers_are_checked(spec: object, layer: int | None, message: str) -> No
 
 
 def test_one_spelling_or_several() -> None:
-    mlp, attn = HookPoint(2, "mlp_out"), HookPoint(2, "attn_out")
-    assert (
-        parse_all("layers.2.mlp") == parse_all(("mlp", 2)) == parse_all((2, "mlp")) == parse_all(mlp) == [mlp]
-    )
-    assert parse_all([("mlp", 2), "layers.2.attn", mlp]) == [mlp, attn]
-    assert parse_all(("layers.2.mlp", "layers.2.attn")) == [mlp, attn]
+    for one in ("layers.2.mlp", ("mlp", 2), (2, "mlp"), HookPoint(2, "mlp_out"), ModulePoint("fc")):
+        assert listed(one) == [one]
+    assert listed([("mlp", 2), "layers.2.attn"]) == [("mlp", 2), "layers.2.attn"]
+    assert listed(("layers.2.mlp", "layers.2.attn")) == ["layers.2.mlp", "layers.2.attn"]
+
+
+def test_a_dict_by_point_takes_every_spelling() -> None:
+    found = ByPoint({HookPoint(2, "mlp_out"): 1, HookPoint(3, "resid_post"): 2, ModulePoint("a.fc"): 3})
+    for key in ("layers.2.mlp", "model.model.layers.2.mlp", "blocks.2.hook_mlp_out", ("mlp", 2), "mlp"):
+        assert found[key] == 1
+        assert key in found
+    assert found["layers.3"] == found["residual"] == found[HookPoint(3, "resid_post")] == 2
+    assert found["a.fc"] == found["a.fc.output"] == found[ModulePoint("a.fc")] == 3
+    assert found.get("layers.3.mlp") is None
+    assert "a.fc.input" not in found
+    assert 7 not in found
+    with pytest.raises(
+        KeyError, match=r"there is blocks.2.hook_mlp_out, blocks.3.hook_resid_post, a.fc.output"
+    ):
+        found["layers.3.mlp"]
+    found[HookPoint(4, "mlp_out")] = 4
+    with pytest.raises(KeyError, match="at mlp"):  # of which layer?
+        found["mlp"]
+
+
+def test_a_module_point_has_two_ends() -> None:
+    assert str(ModulePoint("a.b")) == "a.b.output"
+    with pytest.raises(ValueError, match="end must be 'output' or 'input'"):
+        ModulePoint("a.b", "middle")

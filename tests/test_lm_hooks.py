@@ -347,3 +347,30 @@ def test_laws_on_trained_models(shared: Path, name: str) -> None:
         at = {site: found[HookPoint(layer, site)] for site in lm.SITES}
         assert mx.array_equal(at["resid_pre"] + at["attn_out"], at["resid_mid"])
         assert mx.array_equal(at["resid_mid"] + at["mlp_out"], at["resid_post"])
+
+
+def test_codes_instead_of_activations(model: nn.Module) -> None:
+    import mlxsae
+
+    tokens = tokens_of(2, 6)
+    valid = mx.array([[False, True, True, True, False, True], [False, True, False, False, False, False]])
+    sae = mlxsae.SAE(WIDTH, 4 * WIDTH, k=5, seed=0)
+    x = lm.capture(model, tokens, POST1)[POST1]
+    whole = lm.capture_codes(model, tokens, {"layers.1": sae.encode})[POST1]
+    assert whole.values.shape == (2, 6, 5)
+    assert all(map(mx.array_equal, whole, sae.encode(x)))
+    rows = lm.capture_codes(model, tokens, {POST1: sae.encode, "layers.2.mlp": mx.abs}, valid=valid)
+    assert all(map(mx.array_equal, rows[POST1], sae.encode(lm.valid_rows(x, valid))))
+    assert rows["layers.2.mlp"].shape == (5, WIDTH)
+
+
+def test_outliers_are_told_by_the_median_of_valid_tokens() -> None:
+    x = mx.ones((2, 6, 4)).at[0, 2].multiply(10.5).at[1, 0].multiply(1e6).at[1, 5].multiply(9.5)
+    valid = mx.ones((2, 6), mx.bool_).at[1, 0].add(False)
+    valid[1, :3] = False
+    kept = lm.without_outliers(x, valid)
+    assert kept.tolist() == [[True, True, False, True, True, True], [False, False, False, True, True, True]]
+    assert lm.without_outliers(x, valid, times_median=11).tolist() == valid.tolist()
+    assert not lm.without_outliers(x, mx.zeros((2, 6), mx.bool_)).any()
+    with pytest.raises(ValueError, match="times_median must be over 1"):
+        lm.without_outliers(x, valid, times_median=1)

@@ -322,3 +322,19 @@ def test_the_loss_of_a_trained_model_is_the_known_one(shared: Path) -> None:
         total, count = total + n * lm.loss(model, tokens, valid).item(), count + n
     assert count > 3_000
     assert total / count == pytest.approx(1.494, abs=0.15)
+
+
+def test_batches_by_length(toy: lm.LanguageModel) -> None:
+    texts = ["a" * n for n in (7, 1, 4, 9, 2, 2, 6)]
+    seen, lengths = [], []
+    for places, batch in lm.batches_by_length(toy, texts, batch_size=3):
+        expected = lm.tokenize(toy, [texts[i] for i in places])
+        assert all(map(mx.array_equal, batch, expected))
+        seen += places
+        lengths.append(batch.tokens.shape[1])
+    assert sorted(seen) == list(range(7))
+    assert lengths == [3, 8, 10]  # BOS included
+    ids = [[5, 6], [7]]
+    assert [p for p, _ in lm.batches_by_length(toy, ids, batch_size=1)] == [[1], [0]]
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        next(lm.batches_by_length(toy, texts, batch_size=0))

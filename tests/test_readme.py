@@ -1,4 +1,4 @@
-"""The README's example runs as it stands."""
+"""The examples of README and docs run as they stand."""
 
 from __future__ import annotations
 
@@ -16,3 +16,27 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert 0 < float(fvu) < 0.3
     assert shape == "(2048, 128)"
     assert {p.name for p in (tmp_path / "my_sae").iterdir()} >= {"cfg.json", "sae_weights.safetensors"}
+
+
+def test_the_example_of_language_models_runs(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (README.parent / "docs" / "language-models.md").read_text(), re.S
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(example, "language-models.md", "exec"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 10
+    assert names["pattern"].shape == (1, 4, 4, 4)
+    assert names["features"].values.shape == (1, 4, 32)
+    assert (tmp_path / "saes" / "2" / "cfg.json").is_file()
+
+
+def test_the_table_of_hook_points_is_the_codes():
+    from mlxsae.lm import SITES, HookPoint
+
+    text = (README.parent / "docs" / "language-models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|.*\|(.*)\|$", text, re.M)
+    assert {site: name for site, name, _ in rows} == SITES
+    for site, _, aliases in rows:
+        for alias in re.findall("`([^`]+)`", aliases):
+            assert HookPoint.parse(alias, layer=1) == HookPoint(1, site)

@@ -23,6 +23,9 @@ blas.enable()
 # Imported on first use: name -> the module that holds it. `lm` imports mlx-lm only when a model is loaded.
 _LAZY = {
     **{room: f"mlxsae.{room}" for room in ("data", "io", "lm", "loss", "metrics", "sae", "train")},
+    "InterpretableModel": "mlxsae.model",
+    "load_saes": "mlxsae.io",
+    "interventions": "mlxsae.lm",
     "SAE": "mlxsae.sae",
     "TopK": "mlxsae.sae",
     "SAEConfig": "mlxsae.train",

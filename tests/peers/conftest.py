@@ -14,7 +14,8 @@ os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read when sparsify is imported
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "peers: compares with SAELens, dictionary_learning, sparsify (make test-peers)"
+        "markers",
+        "peers: compares with SAELens, dictionary_learning, sparsify, transformers (make test-peers)",
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from mlxsae.lm import LanguageModel, TokenBatch, read_texts, token_batches
 
@@ -61,6 +60,4 @@ class TextSource:
 
 def default_context(lm: LanguageModel) -> int:
     """The model's context where its config states one, at most 256 tokens."""
-    arguments: Any = getattr(lm.model, "args", None)
-    known = getattr(arguments, "max_position_embeddings", None)
-    return min(DEFAULT_CONTEXT, known) if isinstance(known, int) and known >= 2 else DEFAULT_CONTEXT
+    return min(DEFAULT_CONTEXT, lm.context_size or DEFAULT_CONTEXT)

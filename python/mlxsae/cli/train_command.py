@@ -233,8 +233,8 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
     hook_point = lm.hook_point(options.component, layer=options.layer)
     config = _config(chosen)
     train = config.train
-    sae = config.build(lm.d_model)
-    fits = max(_BUFFER_BYTES // (4 * lm.d_model), train.batch_size)
+    sae = config.build(lm.shape_at(hook_point)[-1])
+    fits = max(_BUFFER_BYTES // (4 * sae.d_in), train.batch_size)
     buffer_tokens = max(chosen.get("buffer_tokens") or min(_BUFFER_TOKENS, fits), train.batch_size)
     text = TextSource(
         lm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlxsae.io.collection import SAEs, load_saes
 from mlxsae.io.native import load, save
 
-__all__ = ["load", "save"]
+__all__ = ["SAEs", "load", "load_saes", "save"]

@@ -5,17 +5,30 @@ mlx-lm is imported by `load` and by generation, never by importing this package.
 
 from __future__ import annotations
 
+from . import interventions
 from .evaluation import loss, token_losses
 from .families import FAMILIES, Family
 from .generation import GeneratedToken, generate, stream_generate
-from .hook_point import SITES, HookPoint, HookPointLike
-from .hooks import Edit, Edits, capture, only_at, run_with_capture, splice
+from .hook_point import SITES, ByPoint, HookPoint, HookPointLike, ModulePoint
+from .hooks import Edit, Edits, capture, capture_codes, only_at, run_with_capture, splice
 from .language_model import LanguageModel, load
-from .text import TokenBatch, in_heldout, read_texts, token_batches, tokenize, valid_rows
+from .text import (
+    Documents,
+    TokenBatch,
+    batches_by_length,
+    in_heldout,
+    read_texts,
+    token_batches,
+    tokenize,
+    valid_rows,
+    without_outliers,
+)
 
 __all__ = [
     "FAMILIES",
     "SITES",
+    "ByPoint",
+    "Documents",
     "Edit",
     "Edits",
     "Family",
@@ -23,10 +36,14 @@ __all__ = [
     "HookPoint",
     "HookPointLike",
     "LanguageModel",
+    "ModulePoint",
     "TokenBatch",
+    "batches_by_length",
     "capture",
+    "capture_codes",
     "generate",
     "in_heldout",
+    "interventions",
     "load",
     "loss",
     "only_at",
@@ -38,4 +55,5 @@ __all__ = [
     "token_losses",
     "tokenize",
     "valid_rows",
+    "without_outliers",
 ]

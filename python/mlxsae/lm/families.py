@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .hook_point import SITES, HookPoint
+from . import pattern
+from .hook_point import SITES, HookPoint, HookPointLike, ModulePoint, Point, listed
 
 
 def _add(x: mx.array, y: mx.array) -> mx.array:
@@ -26,17 +28,21 @@ def _add_clipped(x: mx.array, y: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Family:
-    """Names of a block's modules. A site whose module is None does not exist in the family.
+    """Paths of modules within a block. A site whose module is not there does not exist in the block.
 
-    `attn_out` and `mlp_out` name the module whose *output* is added to the residual stream, which is a
-    norm where the family normalises after the sublayer; `mlp` names the module whose *input* is `mlp_in`.
-    `parallel(block)` tells whether attention and MLP both read `resid_pre`, so that no `resid_mid` exists.
-    `add` is the family's residual addition.
+    `attn` is the attention module, for `attn_pattern`. `attn_out` and `mlp_out` name the module whose *output*
+    is added to the residual stream, which is a norm where the family normalises after the sublayer. `z`, `mlp`
+    and `mlp_post` name the modules whose *input* is `z`, `mlp_in` and `mlp_post`. `parallel(block)` tells
+    whether attention and MLP both read `resid_pre`, so that no `resid_mid` exists. `add` is the family's
+    residual addition.
     """
 
-    attn_out: str | None = None
-    mlp: str | None = None
-    mlp_out: str | None = None
+    attn: str = ""
+    z: str = ""
+    attn_out: str = ""
+    mlp: str = ""
+    mlp_post: str = ""
+    mlp_out: str = ""
     parallel: Callable[[nn.Module], bool] = lambda block: False
     add: Callable[[mx.array, mx.array], mx.array] = _add
 
@@ -49,10 +55,22 @@ def _as_configured(block: nn.Module) -> bool:
     return bool(block.use_parallel_residual)
 
 
-_PRE_NORM = Family("self_attn", "mlp", "mlp")
-_POST_NORM = Family("post_attention_layernorm", "mlp", "post_feedforward_layernorm")
-_PARALLEL = Family("self_attn", "mlp", "mlp", parallel=_always)
-_GEMMA3 = Family("post_attention_layernorm", "mlp", "post_feedforward_layernorm", add=_add_clipped)
+def _llama_like(
+    attn: str = "self_attn",
+    o_proj: str = "o_proj",
+    mlp: str = "mlp",
+    down_proj: str = "down_proj",
+    **changes: Any,
+) -> Family:
+    """Attention and MLP as in a llama, under these names."""
+    row = Family(attn, f"{attn}.{o_proj}", attn, mlp, f"{mlp}.{down_proj}", mlp)
+    return replace(row, **changes)
+
+
+_PRE_NORM = _llama_like()
+_POST_NORM = _llama_like(attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
+_PARALLEL = _llama_like(parallel=_always)
+_GEMMA3 = replace(_POST_NORM, add=_add_clipped)
 
 # Keyed by the module of mlx_lm.models that defines the model's class (a "mistral" config makes a llama).
 # Every row is tested on a random model of its class: the residual sums must come out bit for bit.
@@ -64,27 +82,27 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _POST_NORM,
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
-    "glm4": Family("post_self_attn_layernorm", "mlp", "post_mlp_layernorm"),
-    "gpt2": Family("attn", "mlp", "mlp"),
-    "gpt_neox": Family("attention", "mlp", "mlp", parallel=_as_configured),
+    "glm4": _llama_like(attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm"),
+    "gpt2": _llama_like("attn", "c_proj", "mlp", "c_proj"),
+    "gpt_neox": _llama_like("attention", "dense", "mlp", "dense_4h_to_h", parallel=_as_configured),
     "gpt_oss": _PRE_NORM,
     "llama": _PRE_NORM,
     "mamba": Family(),
     "mamba2": Family(),
-    "mixtral": Family("self_attn", "block_sparse_moe", "block_sparse_moe"),
-    "nanochat": Family("attn", "mlp", "mlp"),
+    "mixtral": _llama_like(mlp="block_sparse_moe"),
+    "nanochat": _llama_like("attn", "c_proj", "mlp", "c_proj"),
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
     "olmoe": _PRE_NORM,
-    "phi": _PARALLEL,
+    "phi": _llama_like("self_attn", "dense", "mlp", "fc2", parallel=_always),
     "phi3": _PRE_NORM,
     "qwen2": _PRE_NORM,
     "qwen2_moe": _PRE_NORM,
     "qwen3": _PRE_NORM,
     "qwen3_moe": _PRE_NORM,
     "smollm3": _PRE_NORM,
-    "stablelm": Family("self_attn", "mlp", "mlp", parallel=_as_configured),
-    "starcoder2": _PRE_NORM,
+    "stablelm": _llama_like(parallel=_as_configured),
+    "starcoder2": _llama_like(down_proj="c_proj"),
 }
 
 # A model that is not in the table still has blocks, and a block still has an input and an output.
@@ -92,7 +110,7 @@ RESIDUAL_ONLY = Family()
 
 
 class Place(NamedTuple):
-    """A hook point in a given model: `kind` ("before", "after", "mid") of one call of `module`."""
+    """A point in a given model: the module that is hooked, and how: the kinds stand in `hooks.py`."""
 
     module: nn.Module
     kind: str
@@ -122,55 +140,124 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(blocks)
 
 
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path inside `module`; None where there is none."""
+    found: Any = module
+    for part in path.split("."):
+        if isinstance(found, (list, tuple)):
+            found = found[int(part)] if part.isdecimal() and int(part) < len(found) else None
+        else:
+            found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _places(model: nn.Module, block: nn.Module) -> dict[str, Place]:
+    """The sites that `block` has, in the order of computation, and where they lie."""
+    family = family_of(model)
+
+    def at(path: str, kind: str) -> Place | None:
+        module = submodule(block, path) if path else None
+        return None if module is None else Place(module, kind, block)
+
+    attn = at(family.attn, "pattern")
+    found = {
+        "resid_pre": Place(block, "before", block),
+        "attn_pattern": attn if attn and pattern.is_open(type(attn.module)) else None,
+        "z": at(family.z, "before"),
+        "attn_out": at(family.attn_out, "after"),
+        "resid_mid": None if family.parallel(block) else at(family.attn_out, "mid"),
+        "mlp_in": at(family.mlp, "before"),
+        "mlp_post": at(family.mlp_post, "before"),
+        "mlp_out": at(family.mlp_out, "after"),
+        "resid_post": Place(block, "after", block),
+    }
+    return {site: place for site in SITES if (place := found[site]) is not None}
+
+
 def sites_of(model: nn.Module, layer: int = 0) -> tuple[str, ...]:
     """The sites that block `layer` of `model` has, in the order of computation."""
-    family, block = family_of(model), blocks_of(model)[layer]
-
-    def there(site: str) -> bool:
-        match site:
-            case "resid_pre" | "resid_post":
-                return True
-            case "resid_mid":
-                return there("attn_out") and there("mlp_out") and not family.parallel(block)
-            case "attn_out":
-                return family.attn_out is not None and family.attn_out in block
-            case "mlp_in":
-                return family.mlp is not None and family.mlp in block
-            case _:
-                return family.mlp_out is not None and family.mlp_out in block
-
-    return tuple(site for site in SITES if there(site))
+    return tuple(_places(model, blocks_of(model)[layer]))
 
 
-def locate(model: nn.Module, hook_point: HookPoint) -> Place:
-    """Where `hook_point` lies in `model`.
+def locate(model: nn.Module, point: Point) -> Place:
+    """Where `point` lies in `model`.
 
     Raises
     ------
     ValueError
-        Layer out of range (says the range), or a site that the block does not have (lists those it has).
+        Layer out of range (says the range), a site that the block does not have (lists those it has), a path
+        without a module (lists the nearest).
     """
+    if isinstance(point, ModulePoint):
+        module = submodule(model, point.path)
+        if module is None:
+            raise ValueError(_no_module(model, point.path))
+        return Place(module, point.end, module)
     blocks = blocks_of(model)
-    if hook_point.layer >= len(blocks):
+    if point.layer >= len(blocks):
         raise ValueError(
-            f"[hooks] layer must be in [0, {len(blocks) - 1}] for this model but got {hook_point.layer}."
+            f"[hooks] layer must be in [0, {len(blocks) - 1}] for this model but got {point.layer}."
         )
-    sites = sites_of(model, hook_point.layer)
-    if hook_point.site not in sites:
+    places = _places(model, blocks[point.layer])
+    if point.site not in places:
         raise ValueError(
-            f"[hooks] {family_name(model)} has no {hook_point.site} in block {hook_point.layer}; "
-            f"it has {', '.join(sites)}."
+            f"[hooks] {family_name(model)} has no {point.site} in block {point.layer}; it has {', '.join(places)}."
         )
-    family, block = family_of(model), blocks[hook_point.layer]
-    match hook_point.site:
-        case "resid_pre":
-            return Place(block, "before", block)
-        case "resid_post":
-            return Place(block, "after", block)
-        case "attn_out" | "resid_mid":
-            kind = "after" if hook_point.site == "attn_out" else "mid"
-            return Place(getattr(block, str(family.attn_out)), kind, block)
-        case "mlp_in":
-            return Place(getattr(block, str(family.mlp)), "before", block)
-        case _:
-            return Place(getattr(block, str(family.mlp_out)), "after", block)
+    return places[point.site]
+
+
+def resolve(model: nn.Module, spec: HookPointLike, *, layer: int | None = None) -> Point:
+    """The point of `model` that `spec` names, checked to be there.
+
+    A string is a hook point in any spelling (`HookPoint.parse`) or the path of a module, whole or the end of
+    one, optionally followed by `.input` or `.output`. For mlx-lm's models the hook point comes first, so that
+    `layers.3.mlp` is what is added to the residual stream; for others, of which only their modules are known,
+    the module does.
+
+    Raises
+    ------
+    ValueError
+        As `locate`, or a spelling that means nothing here; lists what there is.
+    """
+    if not isinstance(spec, str):
+        point = spec if isinstance(spec, ModulePoint) else HookPoint.parse(spec, layer=layer)
+        locate(model, point)
+        return point
+    ours = type(model).__module__.startswith("mlx_lm.models.")
+    if layer is None and not ours and (found := _module_point(model, spec)):
+        return found
+    try:
+        point = HookPoint.parse(spec, layer=layer)
+    except ValueError as error:
+        if layer is None and ours and (found := _module_point(model, spec)):
+            return found
+        if ours or getattr(model, "layers", None):
+            raise
+        raise ValueError(_no_module(model, spec)) from error
+    locate(model, point)
+    return point
+
+
+def resolve_all(model: nn.Module, specs: HookPointLike | Iterable[HookPointLike]) -> list[Point]:
+    """The distinct points of one spelling or of several, in the order given."""
+    return list(dict.fromkeys(resolve(model, spec) for spec in listed(specs)))
+
+
+def _module_point(model: nn.Module, spec: str) -> ModulePoint | None:
+    """The module that `spec` names by its path or the end of it; None where none or several do."""
+    front, _, last = spec.rpartition(".")
+    for path, end in ((spec, "output"), (front, last)):
+        if path and end in ("input", "output"):
+            if submodule(model, path) is not None:
+                return ModulePoint(path, end)
+            ending = [name for name, _ in model.named_modules() if name.endswith("." + path)]
+            if len(ending) == 1:
+                return ModulePoint(ending[0], end)
+    return None
+
+
+def _no_module(model: nn.Module, path: str) -> str:
+    names = sorted(name for name, _ in model.named_modules() if name)
+    near = difflib.get_close_matches(path, names, n=5, cutoff=0.3) or names[:8]
+    more = f" and {len(names) - len(near)} others" if len(names) > len(near) else ""
+    return f"[hooks] {type(model).__name__} has no module {path!r}; it has {', '.join(near) or 'none'}{more}."

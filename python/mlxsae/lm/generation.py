@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .hook_point import HookPoint
-from .hooks import Edit, Edits, splice
+from .families import resolve
+from .hook_point import ByPoint, Point
+from .hooks import Edits, Hooks, checked
+from .interventions import Positions, check_positions, place
 from .language_model import LanguageModel
-
-Positions = str | Sequence[int]
 
 
 class GeneratedToken(NamedTuple):
@@ -20,48 +21,7 @@ class GeneratedToken(NamedTuple):
     text: str  # what it adds to the text; may be empty while a character is incomplete
     token: int
     logprobs: mx.array  # [vocab], natural log, before temperature
-
-
-def _chosen(positions: Positions, n_prompt: int) -> Callable[[int], bool]:
-    """Whether the token at a position (counted from 0, BOS included) is to be edited."""
-    if isinstance(positions, str):
-        match positions:
-            case "all":
-                return lambda position: True
-            case "prompt":
-                return lambda position: position < n_prompt
-            case "generated":
-                return lambda position: position >= n_prompt
-        raise ValueError(
-            "[generate] positions must be 'all', 'prompt', 'generated' or a list of int "
-            f"but got {positions!r}."
-        )
-    wanted = set()
-    for position in positions:
-        if isinstance(position, bool) or not isinstance(position, int) or position < -n_prompt:
-            raise ValueError(
-                f"[generate] a position must be an int >= {-n_prompt} (the prompt has {n_prompt} tokens) "
-                f"but got {position!r}."
-            )
-        wanted.add(position if position >= 0 else n_prompt + position)
-    return lambda position: position in wanted
-
-
-def _positioned(edit: Edit, chosen: Callable[[int], bool]) -> Edit:
-    """`edit` at the chosen positions of a sequence that arrives in chunks [b, t, d], call after call."""
-    seen = 0
-
-    def fn(x: mx.array) -> mx.array:
-        nonlocal seen
-        here = [chosen(seen + i) for i in range(x.shape[1])]
-        seen += x.shape[1]
-        if not any(here):
-            return x
-        if all(here):
-            return edit(x)
-        return mx.where(mx.array(here)[None, :, None], edit(x).astype(x.dtype), x)
-
-    return fn
+    recorded: ByPoint[Any] = ByPoint()  # what `record` asked for, at this token
 
 
 def _sampler(temperature: float, seed: int | None) -> Callable[[mx.array], mx.array]:
@@ -86,6 +46,7 @@ def stream_generate(
     max_tokens: int,
     edits: Edits | None = None,
     positions: Positions = "all",
+    record: Mapping[Any, Callable[[mx.array], Any]] | None = None,
     temperature: float = 0.0,
     seed: int | None = None,
     prefill_step_size: int = 2048,
@@ -102,8 +63,12 @@ def stream_generate(
     edits : {hook point: function}, optional
         As for `splice`. A function gets whole chunks of the prompt at first and single tokens later.
     positions : "all", "prompt", "generated" or list of int
-        At which tokens the edits act. "generated" are the tokens that the model wrote itself, so the first
-        new token is still chosen without the edit; [-1] is the last token of the prompt.
+        At which tokens the edits act, where an edit does not say so itself (`interventions.at`). "generated"
+        are the tokens that the model wrote itself, so the first new token is still chosen without the edit;
+        [-1] is the last token of the prompt.
+    record : {hook point: function}, optional
+        What to make of the (edited) activation [1, 1, d] of each new token, such as `sae.encode`: arrays in any
+        tuples, lists and dicts, computed along with the next token. They come as `recorded` of that token.
     temperature : float
         0 takes the likeliest token; otherwise samples from softmax(logits / temperature).
     seed : int, optional
@@ -126,50 +91,61 @@ def stream_generate(
         raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
     if not temperature >= 0:
         raise ValueError(f"[generate] temperature must be >= 0 but got {temperature}.")
-    chosen = _chosen(positions, tokens.size)
-    parsed = {lm.hook_point(spec): edit for spec, edit in (edits or {}).items()}
-    if len(parsed) < len(edits or {}):
-        raise ValueError("[generate] each hook point must be given once in edits.")
-    return _stream(
-        lm,
-        tokens,
-        max_tokens,
-        {hook_point: _positioned(edit, chosen) for hook_point, edit in parsed.items()},
-        _sampler(temperature, seed),
-        prefill_step_size,
-    )
+    check_positions(positions, tokens.size)
+    placed = {spec: place(edit, [tokens.size], positions) for spec, edit in (edits or {}).items()}
+    edits = checked(lm.model, placed)
+    parsed = {resolve(lm.model, spec): fn for spec, fn in (record or {}).items()}
+    return _stream(lm, tokens, max_tokens, edits, parsed, _sampler(temperature, seed), prefill_step_size)
 
 
 def _stream(
     lm: LanguageModel,
     tokens: mx.array,
     max_tokens: int,
-    edits: dict[HookPoint, Edit],
+    edits: Edits,
+    record: dict[Point, Callable[[mx.array], Any]],
     sampler: Callable[[mx.array], mx.array],
     prefill_step_size: int,
 ) -> Iterator[GeneratedToken]:
     from mlx_lm.generate import generate_step
 
+    recorded: dict[Point, Any] = {}
+
+    def keep(point: Point, fn: Callable[[mx.array], Any], x: mx.array) -> mx.array:
+        if x.shape[-2] == 1:  # a token at a time; the prompt comes in chunks
+            recorded[point] = fn(x)
+        return x
+
+    edited = Hooks(lm.model, edits)
+    watched = Hooks(lm.model, {point: partial(keep, point, fn) for point, fn in record.items()})
     steps = generate_step(
         tokens, lm.model, max_tokens=max_tokens, sampler=sampler, prefill_step_size=prefill_step_size
     )
     detokenizer, eos = lm.tokenizer.detokenizer, lm.eos_ids
-    pending: tuple[int, mx.array] | None = None
-    try:
-        while True:
-            with splice(lm.model, edits):  # only while the loop itself runs, never across a yield
-                step = next(steps, None)
-            if step is None or int(step[0]) in eos:
-                break
+    pending: tuple[int, mx.array, ByPoint[Any]] | None = None
+    with edited.worn(), watched.worn():
+        try:
+            while True:
+                with (
+                    edited.active(),
+                    watched.active(),
+                ):  # only while the loop itself runs, never across a yield
+                    step = next(steps, None)
+                if step is None or int(step[0]) in eos:
+                    break
+                # The loop is one step ahead: it has just sent this very token through the model.
+                here = ByPoint(recorded)
+                if here:
+                    mx.async_eval(list(here.values()))
+                if pending is not None:
+                    yield GeneratedToken(detokenizer.last_segment, *pending)
+                pending = (int(step[0]), step[1], here)
+                detokenizer.add_token(pending[0])
             if pending is not None:
+                detokenizer.finalize()
                 yield GeneratedToken(detokenizer.last_segment, *pending)
-            pending = (int(step[0]), step[1])
-            detokenizer.add_token(pending[0])
-        if pending is not None:
-            detokenizer.finalize()
-            yield GeneratedToken(detokenizer.last_segment, *pending)
-    finally:
-        steps.close()
+        finally:
+            steps.close()
 
 
 def generate(
@@ -181,6 +157,7 @@ def generate(
     positions: Positions = "all",
     temperature: float = 0.0,
     seed: int | None = None,
+    prefill_step_size: int = 2048,
 ) -> str:
     """The continuation of `prompt`, without the prompt. Arguments as for `stream_generate`."""
     return "".join(
@@ -193,5 +170,6 @@ def generate(
             positions=positions,
             temperature=temperature,
             seed=seed,
+            prefill_step_size=prefill_step_size,
         )
     )

@@ -1,17 +1,21 @@
-"""Names of the places in a transformer block where activations are read and edited."""
+"""Names of the places where activations are read and edited: sites of a transformer block, and any module."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 # site -> suffix of its TransformerLens name, in the order in which a block computes them.
 SITES: dict[str, str] = {
     "resid_pre": "hook_resid_pre",
+    "attn_pattern": "attn.hook_pattern",
+    "z": "attn.hook_z",
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
     "mlp_in": "mlp.hook_in",
+    "mlp_post": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
 }
@@ -21,6 +25,10 @@ _ALIASES: dict[str, str] = {
     "attn": "attn_out",
     "attention": "attn_out",
     "self_attn": "attn_out",
+    "pattern": "attn_pattern",
+    "attn.pattern": "attn_pattern",
+    "attn.z": "z",
+    "heads": "z",
     "mlp": "mlp_out",
     "feed_forward": "mlp_out",
     "block_sparse_moe": "mlp_out",
@@ -56,13 +64,19 @@ class HookPoint:
     """One place in one block of a language model.
 
     =============  ==========================================================================
-    site           the activation [b, t, d_model] there
+    site           the activation there, [b, t, d_model] where no shape is named
     =============  ==========================================================================
     `resid_pre`    residual stream entering block `layer`
+    `attn_pattern` attention weights, after mask and softmax, [b, n_heads, t, keys]; float of the
+                   model's dtype. Computed beside the fused kernel, and only where it is asked for
+    `z`            outputs of the heads, side by side, as the output projection gets them
+                   [b, t, n_heads * d_head]; `z.reshape(b, t, n_heads, d_head)` tells them apart
     `attn_out`     attention's contribution, exactly as it is added to the residual stream
                    (after the post-norm in families that have one: gemma2, gemma3, olmo2)
     `resid_mid`    `resid_pre + attn_out`; parallel blocks (phi, gpt_neox, cohere) have none
     `mlp_in`       what the MLP module gets, after the norm
+    `mlp_post`     hidden units of the MLP, after the nonlinearity and the gate [b, t, d_mlp];
+                   a mixture of experts has none
     `mlp_out`      the MLP's contribution, exactly as it is added to the residual stream
     `resid_post`   residual stream leaving block `layer`, the `resid_pre` of `layer + 1`
     =============  ==========================================================================
@@ -90,7 +104,9 @@ class HookPoint:
         return f"blocks.{self.layer}.{SITES[self.site]}"
 
     @classmethod
-    def parse(cls, spec: HookPointLike, *, layer: int | None = None) -> HookPoint:
+    def parse(
+        cls, spec: HookPoint | str | tuple[str, int] | tuple[int, str], *, layer: int | None = None
+    ) -> HookPoint:
         """The hook point that `spec` names.
 
         Parameters
@@ -138,13 +154,88 @@ class HookPoint:
         return found
 
 
-HookPointLike = HookPoint | str | tuple[str, int] | tuple[int, str]
+@dataclass(frozen=True, order=True)
+class ModulePoint:
+    """Input or output of one module of any `mlx.nn` model, mlx-lm's or not.
+
+    Parameters
+    ----------
+    path : str
+        As `model.named_modules()` spells it, such as `encoder.layers.3.fc1`.
+    end : str
+        `output` or `input`: what the module returns (the first of it where that is a tuple), or its first
+        argument. An array of any shape.
+
+    `str(point)` is `path.end`.
+    """
+
+    path: str
+    end: str = "output"
+
+    def __post_init__(self) -> None:
+        if self.end not in ("output", "input"):
+            raise ValueError(f"[ModulePoint] end must be 'output' or 'input' but got {self.end!r}.")
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.end}"
 
 
-def parse_all(specs: HookPointLike | Iterable[HookPointLike]) -> list[HookPoint]:
-    """The distinct hook points of one spelling or of several, in the order given."""
-    one = isinstance(specs, (str, HookPoint)) or (
+Point = HookPoint | ModulePoint
+HookPointLike = HookPoint | ModulePoint | str | tuple[str, int] | tuple[int, str]
+
+
+def listed(specs: HookPointLike | Iterable[HookPointLike]) -> list[HookPointLike]:
+    """One spelling or several, as a list."""
+    one = isinstance(specs, (str, HookPoint, ModulePoint)) or (
         isinstance(specs, tuple) and len(specs) == 2 and any(isinstance(part, int) for part in specs)
     )
-    many: Iterable = (specs,) if one else specs  # type: ignore[assignment]
-    return list(dict.fromkeys(HookPoint.parse(spec) for spec in many))
+    return [specs] if one else list(specs)  # type: ignore[list-item, arg-type]
+
+
+T = TypeVar("T")
+
+
+class ByPoint(dict[Point, T]):
+    """A dict keyed by points whose `[...]`, `get` and `in` take every spelling of them.
+
+    A spelling without a layer (`mlp`) works where only one of the points has that site.
+    """
+
+    def __missing__(self, key: Any) -> T:
+        if (point := self._find(key)) is None:
+            there = ", ".join(map(str, self)) or "nothing"
+            raise KeyError(f"[hooks] there must be an activation at {key!s} but there is {there}.")
+        return self[point]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._find(key) is not None
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        found = key if super().__contains__(key) else self._find(key)
+        return default if found is None else self[found]
+
+    def _find(self, key: Any) -> Point | None:
+        if isinstance(key, str):
+            names = {
+                name: point
+                for point in self
+                if isinstance(point, ModulePoint)
+                for name in ((str(point), point.path) if point.end == "output" else (str(point),))
+            }
+            if key in names:
+                return names[key]
+            ending = [point for name, point in names.items() if name.endswith("." + key)]
+            if ending:
+                return ending[0] if len(ending) == 1 else None
+            if key in _ALIASES:
+                alone = [
+                    point for point in self if isinstance(point, HookPoint) and point.site == _ALIASES[key]
+                ]
+                return alone[0] if len(alone) == 1 else None
+        if isinstance(key, (str, tuple)):
+            try:
+                point = HookPoint.parse(key)  # type: ignore[arg-type]
+            except ValueError:
+                return None
+            return point if super().__contains__(point) else None
+        return None

@@ -1,4 +1,4 @@
-"""Read and edit activations of an mlx-lm model without touching its parameter tree.
+"""Read and edit activations of an MLX model without touching its parameter tree.
 
 A module is hooked by giving that one object a subclass of its own class whose `__call__` consults the hooks
 of the running context. Python looks `__call__` up on the type, so nothing lighter works; `isinstance`, the
@@ -16,22 +16,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .families import family_of, locate
-from .hook_point import HookPoint, HookPointLike, parse_all
+from .families import family_of, locate, resolve, resolve_all
+from .hook_point import ByPoint, HookPoint, HookPointLike, Point
+from .pattern import opened
+from .text import valid_rows
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
 
+Code = TypeVar("Code")
 Edit = Callable[[mx.array], mx.array]
 Edits = Mapping[Any, Edit]  # keys: HookPointLike, spelt Any as Mapping is invariant in its keys
-# The hooks of one `with` block: (id of a module, kind) -> function. "before" and "after" map what the module
-# gets and gives; "keep" has a block remember its input, for "mid" to map (resid_pre, attn_out) to attn_out.
-_Frame = dict[tuple[int, str], Callable[..., mx.array]]
+# The hooks of one `with` block: id of a module -> kind -> function. "before" and "after" map the activation
+# [b, t, d] that the module gets and gives, "input" and "output" an array of any shape; "pattern" maps the
+# attention pattern; "keep" has a block remember its input, for "mid" to map (resid_pre, attn_out) to attn_out.
+_Hook = Callable[..., mx.array]
+_Frame = dict[int, dict[str, _Hook]]
 
 _frames: ContextVar[tuple[_Frame, ...]] = ContextVar("mlxsae_lm_frames", default=())
 _resid_pre: ContextVar[mx.array | None] = ContextVar("mlxsae_lm_resid_pre", default=None)
@@ -41,10 +46,8 @@ class _Stop(BaseException):
     """Everything that was asked for is there; a BaseException, so that no model swallows it."""
 
 
-def _apply(fns: list[Callable[..., mx.array]], x: mx.array) -> mx.array:
+def _apply(fns: list[_Hook], x: mx.array) -> mx.array:
     """Run hook functions one after the other, with all hooks off: a function may itself call the model."""
-    if not fns:
-        return x
     token = _frames.set(())
     try:
         for fn in fns:
@@ -56,43 +59,59 @@ def _apply(fns: list[Callable[..., mx.array]], x: mx.array) -> mx.array:
 
 def _call(base: type, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`base.__call__(module, *args, **kwargs)` with the hooks of this context around it."""
-    frames, key = _frames.get(), id(module)
+    call: Callable[..., Any] = base.__call__  # type: ignore[attr-defined]
+    fns: dict[str, list[_Hook]] = {}
+    for frame in _frames.get():
+        for kind, fn in frame.get(id(module), {}).items():
+            fns.setdefault(kind, []).append(fn)
+    if not fns:
+        return call(module, *args, **kwargs)
 
-    def fns(kind: str) -> list[Callable[..., mx.array]]:
-        return [frame[key, kind] for frame in frames if (key, kind) in frame]
-
-    before, after, mid, keep = fns("before"), fns("after"), fns("mid"), fns("keep")
-    if not (before or after or mid or keep):
-        return base.__call__(module, *args, **kwargs)  # type: ignore[operator]
-
-    if before or keep:
-        if not args or not isinstance(args[0], mx.array) or args[0].ndim != 3:
-            got = f"shape {args[0].shape}" if args and isinstance(args[0], mx.array) else "no such argument"
+    if fns.keys() & {"before", "keep", "input"}:
+        x = args[0] if args else None
+        if not isinstance(x, mx.array) or (x.ndim != 3 and fns.keys() & {"before", "keep"}):
+            what = "an array" if fns.keys() <= {"input", "output"} else "its activation [b, t, d]"
+            got = f"shape {x.shape}" if isinstance(x, mx.array) else "no such argument"
             raise ValueError(
-                f"[hooks] {base.__module__}.{base.__name__} must get its activation [b, t, d] first "
-                f"but got {got}."
+                f"[hooks] {base.__module__}.{base.__name__} must get {what} first but got {got}."
             )
-        args = (_apply(before, args[0]), *args[1:])
-
-    if keep:  # resid_mid is made of the block's input and its attention's output
+        args = (_apply([*fns.get("before", ()), *fns.get("input", ())], x), *args[1:])
+    if "pattern" in fns:
+        call = opened(call, partial(_apply, fns["pattern"]))
+    if "keep" in fns:  # resid_mid is made of the block's input and its attention's output
         token = _resid_pre.set(args[0])
         try:
-            y = base.__call__(module, *args, **kwargs)  # type: ignore[operator]
+            y = call(module, *args, **kwargs)
         finally:
             _resid_pre.reset(token)
     else:
-        y = base.__call__(module, *args, **kwargs)  # type: ignore[operator]
+        y = call(module, *args, **kwargs)
 
-    if after or mid:
+    if fns.keys() & {"after", "mid"}:
         if not isinstance(y, mx.array) or y.ndim != 3:
             got = f"shape {y.shape}" if isinstance(y, mx.array) else type(y).__name__
             raise ValueError(
                 f"[hooks] {base.__module__}.{base.__name__} must return [b, t, d] but gave {got}."
             )
-        y = _apply(after, y)
-    if mid:
-        y = _apply([partial(fn, _resid_pre.get()) for fn in mid], y)
+        y = _apply([*fns.get("after", ()), *(partial(fn, _resid_pre.get()) for fn in fns.get("mid", ()))], y)
+    if "output" in fns:
+        y = _map_first(partial(_apply, fns["output"]), y, base)
     return y
+
+
+def _map_first(fn: _Hook, y: Any, base: type) -> Any:
+    """`fn` of what a module returns, or of the first where it returns several."""
+    if isinstance(y, mx.array):
+        return fn(y)
+    if isinstance(y, (tuple, list)) and y and isinstance(y[0], mx.array):
+        first = fn(y[0])
+        if hasattr(y, "_replace"):  # a NamedTuple
+            return type(y)(first, *y[1:])
+        return type(y)([first, *y[1:]])
+    raise ValueError(
+        f"[hooks] {base.__module__}.{base.__name__} must return an array, or several, "
+        f"but gave {type(y).__name__}."
+    )
 
 
 @cache
@@ -138,32 +157,53 @@ def network(model: nn.Module | LanguageModel) -> nn.Module:
     return model.model if isinstance(model, LanguageModel) else model
 
 
-@contextmanager
-def _hooks(model: nn.Module, edits: Mapping[HookPoint, Edit]) -> Iterator[None]:
-    """Have `edits` act on `model` in this context, after those of the `with` blocks around this one."""
-    frame: _Frame = {}
-    modules: dict[int, nn.Module] = {}
-    add = family_of(model).add
-    for hook_point, edit in edits.items():
-        module, kind, block = locate(model, hook_point)
-        fn: Callable[..., mx.array] = edit
-        if kind == "mid":
-            fn = partial(_through_sum, add, edit)
-            frame[id(block), "keep"] = edit
-            modules[id(block)] = block
-        if (id(module), kind) in frame:
-            raise ValueError(f"[hooks] {hook_point} is computed by the same module as an earlier block's.")
-        frame[id(module), kind] = fn
-        modules[id(module)] = module
+class Hooks:
+    """Edits of a model, made ready once: `worn` while they may act, `active` while they do.
 
-    _wear(modules.values())
-    _frames.set((*_frames.get(), frame))
-    try:
+    They act in the context that enters `active`, after those of the `with` blocks around it.
+    """
+
+    def __init__(self, model: nn.Module, edits: Mapping[Point, Edit]) -> None:
+        self._frame: _Frame = {}
+        self._modules: dict[int, nn.Module] = {}
+        for point, edit in edits.items():
+            module, kind, block = locate(model, point)
+            if kind == "mid":
+                self._add(block, "keep", edit, point)
+                self._add(module, kind, partial(_through_sum, family_of(model).add, edit), point)
+            else:
+                self._add(module, kind, edit, point)
+
+    def _add(self, module: nn.Module, kind: str, fn: _Hook, point: Point) -> None:
+        if kind != "keep" and kind in self._frame.get(id(module), {}):
+            raise ValueError(f"[hooks] {point} is computed by the same module as an earlier block's.")
+        self._frame.setdefault(id(module), {})[kind] = fn
+        self._modules[id(module)] = module
+
+    @contextmanager
+    def worn(self) -> Iterator[None]:
+        _wear(self._modules.values())
+        try:
+            yield
+        finally:
+            _undress(self._modules.values())
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        _frames.set((*_frames.get(), self._frame))
+        try:
+            yield
+        finally:
+            # By identity and not by token: a generator may leave in another context than it entered.
+            _frames.set(tuple(other for other in _frames.get() if other is not self._frame))
+
+
+@contextmanager
+def _hooks(model: nn.Module, edits: Mapping[Point, Edit]) -> Iterator[None]:
+    """Have `edits` act on `model` in this context."""
+    hooks = Hooks(model, edits)
+    with hooks.worn(), hooks.active():
         yield
-    finally:
-        # By identity and not by token: a generator may leave in another context than it entered.
-        _frames.set(tuple(other for other in _frames.get() if other is not frame))
-        _undress(modules.values())
 
 
 def _through_sum(
@@ -175,7 +215,7 @@ def _through_sum(
     return attn_out if edited is resid_mid else edited - resid_pre
 
 
-def _checked(hook_point: HookPoint, edit: Edit) -> Edit:
+def _same_shape(hook_point: Point, edit: Edit) -> Edit:
     def fn(x: mx.array) -> mx.array:
         y = edit(x)
         if not isinstance(y, mx.array) or y.shape != x.shape:
@@ -192,11 +232,11 @@ def splice(model: nn.Module | LanguageModel, edits: Edits) -> Iterator[None]:
 
     Parameters
     ----------
-    model : LanguageModel or an mlx-lm model
+    model : LanguageModel, an mlx-lm model, or any `mlx.nn` module
     edits : {hook point: function}
         Each function gets the activation [b, t, d] and returns the one that takes its place, of the same
         shape; the result is cast to the activation's dtype. With a KV cache, t counts the new tokens only.
-        Hook points in any spelling that names the layer.
+        Hook points in any spelling that names the layer, or modules by their path (`resolve`).
 
     Inside, the plain `model(tokens, cache=...)` is edited, and so is everything built on it, such as mlx-lm's
     `generate`. Blocks nest: an inner one sees what the outer one left. An exception leaves the model as it
@@ -211,41 +251,42 @@ def splice(model: nn.Module | LanguageModel, edits: Edits) -> Iterator[None]:
         A hook point that the model does not have, or, from the forward pass, an edit that changes the shape.
     """
     net = network(model)
-    parsed: dict[HookPoint, Edit] = {}
+    with _hooks(net, checked(net, edits)):
+        yield
+
+
+def checked(model: nn.Module, edits: Edits) -> dict[Point, Edit]:
+    """`edits` by their points, each made to refuse what is not an activation of the shape it got."""
+    parsed: dict[Point, Edit] = {}
     for spec, edit in edits.items():
-        hook_point = HookPoint.parse(spec)
+        hook_point = resolve(model, spec)
         if hook_point in parsed:
             raise ValueError(f"[splice] each hook point must be given once but got {hook_point} twice.")
         if not callable(edit):
             raise ValueError(
                 f"[splice] the edit at {hook_point} must be callable but got {type(edit).__name__}."
             )
-        parsed[hook_point] = _checked(hook_point, edit)
-    with _hooks(net, parsed):
-        yield
+        parsed[hook_point] = _same_shape(hook_point, edit)
+    return parsed
 
 
 def _forward(
     model: nn.Module | LanguageModel,
-    tokens: mx.array,
+    tokens: Any,
     hook_points: HookPointLike | Iterable[HookPointLike],
     kv_cache: list[Any] | None,
     stop: bool,
-) -> tuple[mx.array | None, dict[HookPoint, mx.array]]:
+) -> tuple[Any, ByPoint[mx.array]]:
     """Logits (None where the pass was cut short) and captured activations, all lazy."""
-    net, wanted = network(model), parse_all(hook_points)
-    if not isinstance(tokens, mx.array) or tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
-        got = (
-            f"{tokens.dtype} of shape {tokens.shape}"
-            if isinstance(tokens, mx.array)
-            else type(tokens).__name__
-        )
-        raise ValueError(f"[capture] tokens must be integers of shape [b, t] but got {got}.")
+    net = network(model)
+    wanted = resolve_all(net, hook_points)
     if not wanted:
         raise ValueError("[capture] hook_points must name at least one hook point but got none.")
-    found: dict[HookPoint, mx.array] = {}
+    if any(isinstance(point, HookPoint) for point in wanted):
+        _check_tokens(tokens)
+    found: dict[Point, mx.array] = {}
 
-    def keep(hook_point: HookPoint, x: mx.array) -> mx.array:
+    def keep(hook_point: Point, x: mx.array) -> mx.array:
         if hook_point in found:
             raise RuntimeError(f"[capture] {hook_point} was computed twice in one forward pass.")
         found[hook_point] = x
@@ -254,37 +295,49 @@ def _forward(
         return x
 
     logits = None
+    inputs = tokens if isinstance(tokens, tuple) else (tokens,)
     with _hooks(net, {hook_point: partial(keep, hook_point) for hook_point in wanted}), suppress(_Stop):
-        logits = net(tokens) if kv_cache is None else net(tokens, cache=kv_cache)
+        logits = net(*inputs) if kv_cache is None else net(*inputs, cache=kv_cache)  # type: ignore[operator]
     if missing := [str(hook_point) for hook_point in wanted if hook_point not in found]:
         raise RuntimeError(f"[capture] the forward pass never reached {', '.join(missing)}.")
-    return logits, {hook_point: found[hook_point] for hook_point in wanted}
+    return logits, ByPoint((hook_point, found[hook_point]) for hook_point in wanted)
+
+
+def _check_tokens(tokens: Any) -> None:
+    if not isinstance(tokens, mx.array) or tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+        got = (
+            f"{tokens.dtype} of shape {tokens.shape}"
+            if isinstance(tokens, mx.array)
+            else type(tokens).__name__
+        )
+        raise ValueError(f"[capture] tokens must be integers of shape [b, t] but got {got}.")
 
 
 def capture(
     model: nn.Module | LanguageModel,
-    tokens: mx.array,
+    tokens: mx.array | tuple[mx.array, ...],
     hook_points: HookPointLike | Iterable[HookPointLike],
     *,
     cache: list[Any] | None = None,
-) -> dict[HookPoint, mx.array]:
+) -> ByPoint[mx.array]:
     """Activations at `hook_points`, from one forward pass that ends as soon as it has them all.
 
     Parameters
     ----------
-    model : LanguageModel or an mlx-lm model
+    model : LanguageModel, an mlx-lm model, or any `mlx.nn` module
     tokens : int [b, t]
-        Pad short rows on the right: attention is causal, so padding changes nothing to its left.
+        Pad short rows on the right: attention is causal, so padding changes nothing to its left. For a module
+        that is no language model, its argument, or a tuple of them.
     hook_points : one or several
-        Any spelling that names the layer, see `HookPoint.parse`.
+        Any spelling that names the layer, see `HookPoint.parse`, or the path of a module, see `resolve`.
     cache : list, optional
         mlx-lm's prompt cache. The pass then runs to the end, for a cache must be filled in every layer.
 
     Returns
     -------
-    dict of HookPoint to array [b, t, d]
-        In the order asked for, in the model's dtype, evaluated, holding on to nothing else of the pass.
-        Under `splice` they are the edited activations.
+    dict of point to array
+        In the order asked for, in the model's dtype, evaluated, holding on to nothing else of the pass. It
+        takes every spelling of its keys. Under `splice` they are the edited activations.
 
     Raises
     ------
@@ -296,13 +349,40 @@ def capture(
     return found
 
 
-def run_with_capture(
+def capture_codes(
     model: nn.Module | LanguageModel,
     tokens: mx.array,
+    encoders: Mapping[Any, Callable[[mx.array], Code]],
+    *,
+    valid: mx.array | None = None,
+) -> ByPoint[Code]:
+    """As `capture`, but gives what `encoders` make of the activations, which are themselves dropped.
+
+    Parameters
+    ----------
+    encoders : {hook point: function}
+        Such as `{"blocks.3.hook_resid_post": sae.encode}`; gets the activation [b, t, d], or the rows [n, d]
+        of valid tokens where `valid` is given.
+    valid : bool [b, t], optional
+        As `token_batches` and `tokenize` give it: no other token is encoded.
+    """
+    points = {resolve(network(model), spec): encode for spec, encode in encoders.items()}
+    _, found = _forward(model, tokens, list(points), None, stop=True)
+    codes: ByPoint[Code] = ByPoint()
+    for point, encode in points.items():
+        x = found.pop(point)
+        codes[point] = encode(x if valid is None else valid_rows(x, valid))
+    mx.eval(list(codes.values()))
+    return codes
+
+
+def run_with_capture(
+    model: nn.Module | LanguageModel,
+    tokens: mx.array | tuple[mx.array, ...],
     hook_points: HookPointLike | Iterable[HookPointLike],
     *,
     cache: list[Any] | None = None,
-) -> tuple[mx.array, dict[HookPoint, mx.array]]:
+) -> tuple[mx.array, ByPoint[mx.array]]:
     """Logits [b, t, vocab] and the activations at `hook_points`, from one whole forward pass.
 
     As `capture`; the logits are the plain model's, bit for bit. Everything is lazy, so that it can be
@@ -319,5 +399,9 @@ def only_at(edit: Edit, where: mx.array) -> Edit:
     For edits that make no sense on padding, BOS or special tokens, such as an SAE that never saw any:
     `splice(lm, {"blocks.2.hook_resid_post": only_at(sae, valid)})`.
     """
-    keep = where[..., None]
-    return lambda x: mx.where(keep, edit(x).astype(x.dtype), x)
+    return lambda x: mx.where(of_tokens(where, x), edit(x).astype(x.dtype), x)
+
+
+def of_tokens(where: mx.array, x: mx.array) -> mx.array:
+    """`where` [b, t] or [1, t] shaped to choose tokens of an activation [b, t, d] or a pattern [b, heads, t, n]."""
+    return where[:, None, :, None] if x.ndim == 4 else where[..., None]

@@ -48,14 +48,9 @@ class LanguageModel:
     family: Family = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        from .hooks import run_with_capture
-
         object.__setattr__(self, "n_layers", len(blocks_of(self.model)))
         object.__setattr__(self, "family", family_of(self.model))
-        # Configs spell the width in many ways; the graph of a forward pass knows it, and nothing is computed.
-        point = HookPoint(0, "resid_pre")
-        _, found = run_with_capture(self.model, mx.zeros((1, 1), mx.int32), [point])
-        object.__setattr__(self, "d_model", found[point].shape[-1])
+        object.__setattr__(self, "d_model", self.shape_at(HookPoint(0, "resid_pre"))[-1])
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Logits [b, t, vocab] of tokens [b, t]."""
@@ -65,6 +60,47 @@ class LanguageModel:
     def sites(self) -> tuple[str, ...]:
         """The sites that this model's blocks have."""
         return sites_of(self.model)
+
+    @cached_property
+    def n_heads(self) -> int | None:
+        """Number of query heads; None where the blocks have no attention that can be looked into."""
+        point = HookPoint(0, "attn_pattern")
+        return self.shape_at(point)[1] if point.site in self.sites else None
+
+    def shape_at(self, spec: Any) -> tuple[int, ...]:
+        """Shape of the activation at a hook point for one token, such as (1, 1, d_model).
+
+        Configs spell widths in many ways; the graph of a forward pass knows them, and nothing is computed.
+        """
+        from .hooks import run_with_capture
+
+        _, found = run_with_capture(self.model, mx.zeros((1, 1), mx.int32), spec)
+        return next(iter(found.values())).shape
+
+    def unembed(self, resid: mx.array) -> mx.array:
+        """Logits [..., vocab] of the last block's resid_post [..., d_model]: final norm, head, and what else comes
+        after the blocks. Of an earlier layer's, this is the logit lens.
+        """
+        from .hooks import splice
+
+        if resid.shape[-1:] != (self.d_model,):
+            raise ValueError(f"[unembed] resid must be [..., {self.d_model}] but has shape {resid.shape}.")
+        rows = resid.reshape(1, -1, self.d_model)
+        # The rest of the pass is replaced before anything of it is computed.
+        with splice(self.model, {HookPoint(self.n_layers - 1, "resid_post"): lambda x: rows}):
+            logits = self.model(mx.zeros(rows.shape[:2], mx.int32))
+        return logits.reshape(*resid.shape[:-1], -1)
+
+    @property
+    def context_size(self) -> int | None:
+        """The longest text that the model's config promises to read, where it states one."""
+        arguments = getattr(self.model, "args", None)
+        arguments = getattr(arguments, "text_config", None) or arguments
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            known = arguments.get(name) if isinstance(arguments, dict) else getattr(arguments, name, None)
+            if isinstance(known, int) and known >= 2:
+                return known
+        return None
 
     def hook_point(self, spec: Any, *, layer: int | None = None) -> HookPoint:
         """`HookPoint.parse`, checked against this model: layer in range, site there."""

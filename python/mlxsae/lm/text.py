@@ -81,6 +81,28 @@ def read_texts(source: str | os.PathLike[str], text_field: str | None = None) ->
     return itertools.chain((first,), documents)
 
 
+class Documents:
+    """The documents of `source`, walked through as often as it allows.
+
+    Parameters
+    ----------
+    source : str, path or iterable
+        What `read_texts` reads, anew on every walk; or strings, or objects (rows of a dataset) with a text.
+    text_field : str, optional
+        Where an object keeps its text; "text" by default.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | Iterable[Any], text_field: str | None = None) -> None:
+        self._source, self._field = source, text_field
+        self.once = not isinstance(source, (str, os.PathLike)) and iter(source) is source
+
+    def __iter__(self) -> Iterator[str]:
+        if isinstance(self._source, (str, os.PathLike)):
+            return read_texts(self._source, self._field)
+        field = self._field or "text"
+        return (_text_of(entry, field, f"entry {i} of the dataset") for i, entry in enumerate(self._source))
+
+
 def _text_of(entry: Any, field: str, where: str) -> str:
     if isinstance(entry, str):
         return entry
@@ -174,6 +196,25 @@ def tokenize(
     if not rows or not all(rows):
         raise ValueError("[tokenize] texts must hold at least one text, each of at least one token.")
     return _batch(rows, max(map(len, rows)), lm.special_ids)
+
+
+def batches_by_length(
+    lm: LanguageModel, texts: Sequence[str] | Sequence[Sequence[int]], *, batch_size: int
+) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Prompts in batches of like lengths, shortest first, so that little is padded.
+
+    Yields
+    ------
+    (list of int, TokenBatch)
+        Places in `texts` of the batch's rows, and the rows as `tokenize` makes them.
+    """
+    if batch_size < 1:
+        raise ValueError(f"[batches_by_length] batch_size must be at least 1 but got {batch_size}.")
+    rows = [lm.encode(text) if isinstance(text, str) else list(text) for text in texts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for begin in range(0, len(order), batch_size):
+        places = order[begin : begin + batch_size]
+        yield places, tokenize(lm, [rows[i] for i in places])
 
 
 def _batch(rows: list[list[int]], width: int, special_ids: frozenset[int]) -> TokenBatch:
@@ -339,3 +380,26 @@ def valid_rows(activation: mx.array, valid: mx.array) -> mx.array:
         )
     kept = np.flatnonzero(np.array(valid))
     return mx.take(activation.reshape(-1, activation.shape[-1]), mx.array(kept, dtype=mx.uint32), axis=0)
+
+
+def without_outliers(activation: mx.array, valid: mx.array, *, times_median: float = 10.0) -> mx.array:
+    """`valid` less the tokens whose activation is out of all proportion, as at attention sinks.
+
+    Parameters
+    ----------
+    activation : [b, t, d]
+    valid : bool [b, t]
+    times_median : float
+        How many times the median norm of the valid tokens of this very batch is too much.
+
+    Returns
+    -------
+    bool [b, t]
+    """
+    if not times_median > 1:
+        raise ValueError(f"[without_outliers] times_median must be over 1 but got {times_median}.")
+    norms = np.array(mx.linalg.norm(activation.astype(mx.float32), axis=-1))
+    mask = np.array(valid)
+    if not mask.any():
+        return valid
+    return mx.array(mask & (norms <= times_median * np.median(norms[mask])))

@@ -40,9 +40,10 @@ def evaluate_in_model(
         No valid token, an SAE whose width is not the model's.
     """
     hook_point = lm.hook_point(hook_point)
-    if not (sae.d_in == sae.d_out == lm.d_model):
+    width = lm.shape_at(hook_point)[-1]
+    if not (sae.d_in == sae.d_out == width):
         raise ValueError(
-            f"[evaluate_in_model] the SAE must have d_in = d_out = {lm.d_model}, the model's width, "
+            f"[evaluate_in_model] the SAE must have d_in = d_out = {width}, the model's width there, "
             f"but has d_in={sae.d_in} and d_out={sae.d_out}."
         )
     kept: list[tuple[TokenBatch, mx.array]] = []

@@ -1,0 +1,8 @@
+"""Puts the harness on the path: `import msl`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

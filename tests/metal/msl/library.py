@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import toolchain
-from .counts import COUNTS, Counts
+from .counts import Counts, RawCounts
 from .errors import BY_KIND, Divergence, KernelError, LaunchError
 from .frontend import Parameter, Program, rewrite
 
@@ -227,9 +227,9 @@ class Library:
         self._refuse_mixed_meetings(name, outcome)
         counts = None
         if self.mode == "counted":
-            raw = COUNTS()
+            raw = RawCounts()
             self._dll.msl_counts(ctypes.byref(raw))
-            counts = Counts.of(name, raw, {i: a.name for i, a in signature.buffers.items()})
+            counts = Counts.of(raw, {i: a.name for i, a in signature.buffers.items()})
         return Report(outcome.switches, outcome.accesses, outcome.threadgroup_bytes, counts)
 
     # ------------------------------------------------------------------ bindings

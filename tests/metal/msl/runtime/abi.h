@@ -38,25 +38,24 @@ struct Thread {
   uint32_t index, lane, simdgroup, simdgroups;
 };
 
-// One buffer's counted traffic. A transaction is one 128-byte line touched by one access of one simdgroup.
+// One buffer's counted traffic. A transaction is one 128-byte line touched by one access of one simdgroup; an access of all
+// lanes to one address is scalar and counts apart.
 struct Traffic {
-  uint64_t read_bytes, write_bytes;                // distinct bytes of each simdgroup access, summed
-  uint64_t read_transactions, write_transactions;  // of accesses in which lanes differ in address
-  uint64_t uniform_reads, uniform_bytes;           // accesses with one address for all lanes: a scalar load
-  uint64_t varied_bytes;                           // bytes of the accesses that the transactions belong to
-  uint64_t group_lines;                            // distinct lines of each threadgroup, summed
-  uint64_t read_lines, written_lines;              // distinct lines of the whole dispatch
+  uint64_t read_bytes, write_bytes;  // distinct bytes of each simdgroup access, summed
+  uint64_t read_transactions, write_transactions;
+  uint64_t scalar_accesses, scalar_bytes;
+  uint64_t group_lines;                // distinct lines of each threadgroup, summed
+  uint64_t read_lines, written_lines;  // distinct lines of the whole dispatch
   uint64_t atomics;
 };
 
 struct Counts {
   Traffic buffers[max_buffers];
   uint64_t threadgroup_read_bytes, threadgroup_write_bytes;
-  uint64_t threadgroup_cycles, threadgroup_ideal_cycles;  // 32 banks of 4 bytes; see README
+  uint64_t threadgroup_cycles, threadgroup_ideal_cycles;  // of 32 banks of 4 bytes, with and without conflicts
   uint64_t threadgroup_atomics;
   uint64_t threadgroup_barriers, simdgroup_barriers;  // executed, per threadgroup and per simdgroup
-  uint64_t simd_operations;                           // per simdgroup
-  uint64_t matrix_multiplies;                         // 8x8x8, per simdgroup
+  uint64_t simd_operations, matrix_multiplies;        // executed, per simdgroup
   uint64_t threadgroups, threads;
 };
 

@@ -248,10 +248,11 @@ class FrontEnd:
                     plain.append(t[k])
                     k += 1
             texts = [x.text for x in plain]
-            text, name = spell(plain), plain[-1].text
+            extent = texts.index("[") if "[" in texts else len(texts)
+            text, name = spell(plain), texts[extent - 1]
             space = next((x for x in texts if x in ADDRESS_SPACES), "")
-            pointer, reference = "*" in texts, "&" in texts
-            constant = space == "constant" or "const" in texts[: texts.index("*") if pointer else len(texts)]
+            pointer, reference = "*" in texts or extent < len(texts), "&" in texts
+            constant = space == "constant" or "const" in texts[: texts.index("*") if "*" in texts else len(texts)]
             optional = next((a for n, a in attributes if n == "function_constant"), None)
             source, index = "", -1
             for attribute, argument in attributes:
@@ -467,7 +468,10 @@ class FrontEnd:
                 break
         key: list[str] = []
         for x in texts[:end]:
-            x = "const" if x == "constant" else x
+            if x == "constant":  # behind a parameter list it says where the object lives, before it that it does not change
+                x = "" if key[-1:] == [")"] else "const"
+            if not x:
+                continue
             if (
                 x in ADDRESS_SPACES
                 or x in ("METAL_FUNC", "inline")
@@ -507,7 +511,7 @@ class FrontEnd:
             token = t[i]
             if token.kind != "name" or token.text not in ADDRESS_SPACES:
                 continue
-            if token.text != "constant":
+            if token.text != "constant" or t.text(i - 1) == ")":
                 token.text = ""
                 continue
             a = b = i
@@ -552,6 +556,8 @@ class FrontEnd:
         while i < end:
             if (after := self._attribute_at(i)) is not None:
                 i = after
+            elif t.text(i) == "operator":
+                return "operator"
             elif t.text(i) == "<":
                 i = t.after_angles(i)
             elif t.text(i) == "(":

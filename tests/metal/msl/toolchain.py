@@ -104,12 +104,16 @@ metal_type_traits metal_types metal_limits metal_array metal_config metal_utilit
 """
 
 
+# MLX's overloads for bfloat call internals of Apple's compiler; the runtime has these functions for bfloat.
+_STUBS_OF_MLX = "mlx/backend/metal/kernels/bf16_math.h"
+
+
 @functools.cache
 def _stubs() -> Path:
     """A folder of empty files in the place of Metal's headers: the runtime includes what they declare."""
     folder = cache_dir() / "stubs"
-    folder.mkdir(exist_ok=True)
-    for name in _STUBS.split():
+    for name in [*_STUBS.split(), _STUBS_OF_MLX]:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).touch()
     return folder
 

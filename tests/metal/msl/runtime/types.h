@@ -111,7 +111,6 @@ using std::remove_reference;
 using std::remove_reference_t;
 using std::true_type;
 using std::underlying_type_t;
-using std::void_t;
 template <class... T>
 using _disjunction = std::disjunction<T...>;
 template <class T, T... I>

@@ -28,6 +28,9 @@ from .errors import (
     Uninitialised,
 )
 from .library import Argument, Library, Report, Signature, load
+from .lint import Finding, lint
+from .mutate import Mutant, mutants, survivors
+from .strict import strict
 
 __all__ = [
     "Argument",
@@ -35,6 +38,7 @@ __all__ = [
     "Counts",
     "DataRace",
     "Divergence",
+    "Finding",
     "FrontEndError",
     "Hang",
     "KernelError",
@@ -43,6 +47,7 @@ __all__ = [
     "MSLError",
     "Misaligned",
     "Misuse",
+    "Mutant",
     "OutOfBounds",
     "ReadOnlyWrite",
     "Report",
@@ -51,5 +56,9 @@ __all__ = [
     "ToolMissing",
     "Uninitialised",
     "bfloat16",
+    "lint",
     "load",
+    "mutants",
+    "strict",
+    "survivors",
 ]

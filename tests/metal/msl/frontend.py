@@ -75,8 +75,8 @@ class Program:
 class FrontEnd:
     """One pass over the tokens for each construct; `target` is 'exec' (C++) or 'strict' (OpenCL C++ address spaces)."""
 
-    def __init__(self, preprocessed: str, target: str = "exec") -> None:
-        self.tokens = Tokens(preprocessed)
+    def __init__(self, preprocessed: str | Tokens, target: str = "exec") -> None:
+        self.tokens = Tokens(preprocessed) if isinstance(preprocessed, str) else preprocessed
         self.target = target
         self.program = Program("")
         self.slots = 0
@@ -252,7 +252,9 @@ class FrontEnd:
             text, name = spell(plain), texts[extent - 1]
             space = next((x for x in texts if x in ADDRESS_SPACES), "")
             pointer, reference = "*" in texts or extent < len(texts), "&" in texts
-            constant = space == "constant" or "const" in texts[: texts.index("*") if "*" in texts else len(texts)]
+            constant = (
+                space == "constant" or "const" in texts[: texts.index("*") if "*" in texts else len(texts)]
+            )
             optional = next((a for n, a in attributes if n == "function_constant"), None)
             source, index = "", -1
             for attribute, argument in attributes:
@@ -468,7 +470,9 @@ class FrontEnd:
                 break
         key: list[str] = []
         for x in texts[:end]:
-            if x == "constant":  # behind a parameter list it says where the object lives, before it that it does not change
+            if (
+                x == "constant"
+            ):  # behind a parameter list it says where the object lives, before it that it does not change
                 x = "" if key[-1:] == [")"] else "const"
             if not x:
                 continue
@@ -569,6 +573,6 @@ class FrontEnd:
         return ""
 
 
-def rewrite(preprocessed: str, target: str = "exec") -> Program:
+def rewrite(preprocessed: str | Tokens, target: str = "exec") -> Program:
     """The front end on preprocessed text."""
     return FrontEnd(preprocessed, target).run()

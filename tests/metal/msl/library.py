@@ -7,7 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -433,21 +433,37 @@ def source_of(path_or_text: str | os.PathLike) -> tuple[str, str, list[str]]:
     return path.read_text(), str(path), [str(path.parent)]
 
 
-def front_end(
+def expand(
     path_or_text: str | os.PathLike,
     *,
     include: Sequence[str | os.PathLike] = (),
     defines: Mapping[str, object] | None = None,
     compiler: str | None = None,
-    target: str = "exec",
-) -> Program:
-    """Preprocesses and rewrites a source."""
+) -> str:
+    """The source with macros and includes expanded."""
     text, name, folder = source_of(path_or_text)
     compiler = compiler or toolchain.default_compiler()
-    text = toolchain.preprocess(
+    return toolchain.preprocess(
         text, include=[*folder, *include], defines=dict(defines or {}), compiler=compiler, name=name
     )
-    return rewrite(text, target)
+
+
+def compile_program(
+    program: Program, *, mode: str, compiler: str | None, kernels: Sequence[str] | None
+) -> Library:
+    """The library of a rewritten program, or of some of its kernels."""
+    if mode not in toolchain.MODES:
+        raise ValueError(f"[load] mode must be one of {toolchain.MODES} but got {mode!r}.")
+    if kernels is not None:
+        if missing := set(kernels) - set(program.entries):
+            raise LaunchError(
+                f"[load] kernels must be of {sorted(program.entries)} but got {sorted(missing)}."
+            )
+        program = replace(program, entries={n: program.entries[n] for n in kernels})
+    text = '#include "metal.h"\n' + program.text + _wrappers(program)
+    key = toolchain.digest(text)
+    _programs.setdefault(key, program)
+    return _loaded(text, key, mode, compiler or toolchain.default_compiler())
 
 
 def load(
@@ -457,17 +473,13 @@ def load(
     mode: str = "fast",
     defines: Mapping[str, object] | None = None,
     compiler: str | None = None,
+    kernels: Sequence[str] | None = None,
 ) -> Library:
     """Compiles the kernels of a .metal file, or of a text with MSL, for this CPU.
 
     `include`: folders of headers. `mode`: 'fast' (no checks but divergence), 'checked', 'counted'. `defines`: macros.
-    `compiler`: a clang++ or g++; by default $MSL_CXX, else the newest found. What was built once is cached by content.
+    `compiler`: a clang++ or g++; by default $MSL_CXX, else the newest found. `kernels`: only these host names, which is quicker.
+    What was built once is cached by content.
     """
-    if mode not in toolchain.MODES:
-        raise ValueError(f"[load] mode must be one of {toolchain.MODES} but got {mode!r}.")
-    compiler = compiler or toolchain.default_compiler()
-    program = front_end(path_or_text, include=include, defines=defines, compiler=compiler)
-    text = '#include "metal.h"\n' + program.text + _wrappers(program)
-    key = toolchain.digest(text)
-    _programs.setdefault(key, program)
-    return _loaded(text, key, mode, compiler)
+    program = rewrite(expand(path_or_text, include=include, defines=defines, compiler=compiler))
+    return compile_program(program, mode=mode, compiler=compiler, kernels=kernels)

@@ -38,8 +38,8 @@ struct Thread {
   uint32_t index, lane, simdgroup, simdgroups;
 };
 
-// One buffer's counted traffic. A transaction is one 128-byte line touched by one access of one simdgroup; an access of all
-// lanes to one address is scalar and counts apart.
+// One buffer's counted traffic. A transaction is one 128-byte line touched by one access of one simdgroup; an access of
+// all lanes to one address is scalar and counts apart.
 struct Traffic {
   uint64_t read_bytes, write_bytes;  // distinct bytes of each simdgroup access, summed
   uint64_t read_transactions, write_transactions;

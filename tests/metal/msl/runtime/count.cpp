@@ -1,7 +1,7 @@
 // The counted mode's observer: what the lanes of a simdgroup access together, in 128-byte lines and memory banks.
 //
-// Lanes run one after another here, so an access of a simdgroup is put together again: the n-th time that each lane reaches
-// one load or store between two meetings of the simdgroup. That is exact where lanes loop alike.
+// Lanes run one after another here, so an access of a simdgroup is put together again: the n-th time that each lane
+// reaches one load or store between two meetings of the simdgroup. That is exact where lanes loop alike.
 #include <string.h>
 
 #include <algorithm>

@@ -23,6 +23,8 @@ dispatch_simdgroups_per_threadgroup threads_per_simdgroup thread_index_in_quadgr
 quadgroup_index_in_threadgroup quadgroups_per_threadgroup
 """
 BUILTINS = frozenset(_BUILTINS.split())
+_COMPONENTS = ("x", "y", "z", "w")
+_SWIZZLE = re.compile(r"[xyzw]{2,4}")
 _REAL = re.compile(r"(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+")
 _SHORT_REAL = re.compile(r"((?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?)([hH]|bf|BF)")
 
@@ -97,6 +99,7 @@ class FrontEnd:
         self._threadgroup_variables()
         self._literals()
         if self.target == "exec":
+            self._components_of_swizzles()
             self._address_spaces()
         self.program.text = t.render()
         return self.program
@@ -496,6 +499,18 @@ class FrontEnd:
             elif short := _SHORT_REAL.fullmatch(t.text):
                 digits = short[1] if re.search(r"[.eE]", short[1]) else short[1] + "."
                 t.text = f"{'half' if short[2] in 'hH' else 'bfloat'}({digits}f)"
+
+    def _components_of_swizzles(self) -> None:
+        """`v.wzy.x` becomes `v.wzy[0]`: a swizzle has no members, and what has them has [] too."""
+        t = self.tokens
+        for i in range(len(t) - 3):
+            if (
+                t[i].text == "."
+                and t[i + 2].text == "."
+                and _SWIZZLE.fullmatch(t[i + 1].text)
+                and t[i + 3].text in _COMPONENTS
+            ):
+                t[i + 2].text, t[i + 3].text = "", f"[{'xyzw'.index(t[i + 3].text)}]"
 
     def _address_spaces(self) -> None:
         """`constant` reads const unless a const stands beside it; the others vanish."""

@@ -37,6 +37,7 @@ class _Launch(ctypes.Structure):
         ("group", _U3),
         ("schedule", ctypes.c_uint32),
         ("allow_uninitialised", ctypes.c_uint32),
+        ("stacks", ctypes.c_void_p),
         ("seconds", ctypes.c_double),
     ]
 
@@ -164,6 +165,8 @@ class Library:
     One launch runs at a time in a process; launches of several libraries are independent.
     """
 
+    _stacks: int | None = None  # of the threads of a threadgroup, made by the first library for all
+
     def __init__(self, program: Program, path: Path, mode: str) -> None:
         self.mode = mode
         self.path = path
@@ -178,6 +181,11 @@ class Library:
             self.kernels[name] = Signature(name, arguments)
             self._run[name] = table[k].run
         self.constants = dict(program.constants)
+        if Library._stacks is None:
+            self._dll.msl_make_stacks.restype = ctypes.c_void_p
+            Library._stacks = self._dll.msl_make_stacks()
+            if not Library._stacks:
+                raise MemoryError("[load] no address space for the threads of a threadgroup")
         self._dll.msl_set_constant.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
 
     @staticmethod
@@ -211,14 +219,18 @@ class Library:
         signature = self.kernels.get(name)
         if signature is None:
             raise LaunchError(f"[launch] kernel must be one of {sorted(self.kernels)} but got '{name}'.")
-        launch = _Launch()
+        launch = _Launch(stacks=self._stacks)
         launch.schedule, launch.allow_uninitialised, launch.seconds = schedule, allow_uninitialised, seconds
         self._bind_sizes(name, launch, grid, groups, threadgroup)
         keep = self._bind_buffers(signature, launch, buffers, undefined)
         self._bind_threadgroup(signature, launch, threadgroup_memory or {})
         self._bind_constants(signature, constants or {})
         outcome = _Outcome()
-        self._dll.msl_run(ctypes.c_void_p(self._run[name]), ctypes.byref(launch), ctypes.byref(outcome))
+        if (
+            self._dll.msl_run(ctypes.c_void_p(self._run[name]), ctypes.byref(launch), ctypes.byref(outcome))
+            < 0
+        ):
+            raise MemoryError(f"[launch] {name}: no memory for a copy of the buffers")
         for target, copy in keep:
             if copy is not target:
                 target[...] = copy

@@ -40,14 +40,8 @@ _WORDS = {
 _RULE_OF = {"new": "heap", "delete": "heap", "malloc": "heap", "free": "heap"} | dict.fromkeys(
     ("throw", "try", "catch"), "exceptions"
 )
-_CONTROL = frozenset(
-    "if for while switch return do else case default break continue sizeof alignof decltype".split(" ")
-)
-_TYPES = frozenset(
-    "auto void char short int long unsigned signed float half bfloat bool uchar ushort uint ulong size_t".split(
-        " "
-    )
-)
+_CONTROL_WORDS = "if for while switch return do else case default break continue sizeof alignof decltype"
+_CONTROL = frozenset(_CONTROL_WORDS.split())
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,16 @@ def preprocess(
     return run([*command, "-"], f'# 1 "{name}"\n{source}')
 
 
-_COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-ffp-contract=fast", "-g1")
+# A tail call would hide where a barrier was called from.
+_COMMON = (
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-ffp-contract=fast",
+    "-g1",
+    "-fno-optimize-sibling-calls",
+)
 _OBSERVED = ("-O1", "-fsanitize=thread")
 _MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # flags of the kernels, sources of the runtime
     "fast": (("-O2",), ("machine.cpp",)),
@@ -163,8 +172,9 @@ def _kernel_flags(compiler: str, mode: str) -> list[str]:
         if mode != "fast":
             flags += ["-fno-vectorize", "-fno-slp-vectorize", "-fno-unroll-loops"]
             flags += ["-mllvm", "-tsan-instrument-func-entry-exit=0"]
-    else:
-        flags += ["-w"]
+            flags += ["-mllvm", "-tsan-instrument-read-before-write=1"]
+    else:  # a barrier in each branch stays two barriers
+        flags += ["-w", "-fno-crossjumping", "-fno-tree-tail-merge"]
     return flags
 
 

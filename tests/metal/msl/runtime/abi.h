@@ -29,6 +29,7 @@ struct Launch {
   U3 grid, group;                 // in threads
   uint32_t schedule;              // 0: in order; odd: random order; even: random priorities of simdgroups
   uint32_t allow_uninitialised;   // reads of threadgroup memory that nobody wrote pass
+  char* stacks;                   // of msl_make_stacks: one for all libraries of a process
   double seconds;                 // a launch that takes longer hangs
 };
 

@@ -38,9 +38,11 @@ int is_defined(const T& constant) {
 }  // namespace msl
 
 #define MSL_SITE __builtin_return_address(0)
-#define MSL_NOINLINE __attribute__((noinline))
+// Calls of synchronising functions keep their place: those of two branches do not become one.
 #ifdef __clang__
-#define MSL_UNCHECKED __attribute__((noinline, disable_sanitizer_instrumentation))
+#define MSL_NOINLINE __attribute__((noinline, nomerge, convergent))
+#define MSL_UNCHECKED __attribute__((noinline, nomerge, convergent, disable_sanitizer_instrumentation))
 #else
+#define MSL_NOINLINE __attribute__((noinline))
 #define MSL_UNCHECKED __attribute__((noinline, no_sanitize("thread")))
 #endif

@@ -104,7 +104,6 @@ size_t arena_bytes;
 
 static Fiber fibers[max_threads];
 static int threads;
-static char* stacks;
 static void* scheduler_stack;
 static void (*kernel)();
 static uint64_t random_state;
@@ -404,7 +403,7 @@ static void run_group(uint32_t index, U3 groups) {
     Fiber& f = fibers[i];
     uint32_t u = (uint32_t)i;
     U3 position = {u % size.x, u / size.x % size.y, u / size.x / size.y};
-    char* stack = stacks + size_t(i) * stack_bytes;
+    char* stack = launch.stacks + size_t(i) * stack_bytes;
     f = Fiber{};
     f.thread = {position, at, size, groups, launch.grid, full, u, u % simd_width, u / simd_width, simdgroups};
     f.stack = stack;
@@ -419,11 +418,13 @@ static void run_group(uint32_t index, U3 groups) {
 struct Guarded {
   char* memory = nullptr;
   size_t bytes = 0;
-  void take_in(const Launch& given) {
+  bool take_in(const Launch& given) {
     bytes = buffer_gap;
     for (auto& b : given.buffers)
       if (b.data) bytes += (b.size + 4095) / 4096 * 4096 + buffer_gap;
-    memory = (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* m = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (m == MAP_FAILED) return false;
+    memory = (char*)m;
     char* at = memory + buffer_gap;
     for (int i = 0; i < max_buffers; ++i) {
       Buffer& b = launch.buffers[i];
@@ -432,6 +433,7 @@ struct Guarded {
       b.data = at;
       at += (b.size + 4095) / 4096 * 4096 + buffer_gap;
     }
+    return true;
   }
   void give_back(const Launch& given) {
     for (int i = 0; i < max_buffers; ++i)
@@ -529,15 +531,16 @@ MSL_PUBLIC int msl_set_constant(int index, const void* value, int bytes) {
   }
   return size;
 }
+// A stack for each thread of a threadgroup with an inaccessible page below; null where there is no memory.
+MSL_PUBLIC char* msl_make_stacks() {
+  size_t bytes = max_threads * stack_bytes;
+  void* m = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (m == MAP_FAILED) return nullptr;
+  for (size_t i = 0; i < max_threads; ++i) mprotect((char*)m + i * stack_bytes, 4096, PROT_NONE);
+  return (char*)m;
+}
 MSL_PUBLIC int msl_run(void (*run)(), const Launch* given, Outcome* result) {
-  if (!stacks) {
-    void* m = mmap(nullptr, max_threads * stack_bytes, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (m == MAP_FAILED) return -1;
-    stacks = (char*)m;
-    for (int i = 0; i < max_threads; ++i) mprotect(stacks + size_t(i) * stack_bytes, 4096, PROT_NONE);
-    dl_iterate_phdr(find_module, nullptr);
-  }
+  if (!module_high) dl_iterate_phdr(find_module, nullptr);
   memset(result, 0, sizeof *result);
   outcome = result;
   launch = *given;
@@ -552,7 +555,7 @@ MSL_PUBLIC int msl_run(void (*run)(), const Launch* given, Outcome* result) {
   if (given->schedule)
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);
   Guarded guarded;
-  if constexpr (observed) guarded.take_in(*given);
+  if (observed && !guarded.take_in(*given)) return -1;
   if constexpr (observed) observer::begin();
   for (auto initialise : derived()) initialise();
   for (size_t i = 0; i < order.size() && !result->failed; ++i) run_group(order[i], groups);

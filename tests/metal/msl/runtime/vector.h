@@ -34,9 +34,11 @@ struct Word<16> {
 template <class T, int N, int... I>
 struct swizzle {
   T d[N];
+  static constexpr int index[] = {I...};
   constexpr operator vec<T, (int)sizeof...(I)>() const { return vec<T, (int)sizeof...(I)>(d[I]...); }
+  constexpr T operator[](int i) const { return d[index[i]]; }
+  constexpr T& operator[](int i) { return d[index[i]]; }
   swizzle& operator=(const vec<T, (int)sizeof...(I)>& v) {
-    const int index[] = {I...};
     for (int i = 0; i < (int)sizeof...(I); ++i) d[index[i]] = v.d[i];
     return *this;
   }

@@ -17,80 +17,119 @@ TG, DEV = "threadgroup_barrier(mem_flags::mem_threadgroup);", "threadgroup_barri
 BAD = {
     "device write beyond the end": (msl.OutOfBounds, "o[i + 1] = 0.0; // 0"),
     "device read before the start": (msl.OutOfBounds, "o[i] =\n x[int(t) - 1]; // 0"),
-    "vector read across the end": (msl.OutOfBounds, "float4 v = *(const device float4*)(x + 4 * (t / 2) + 96); // any\n o[i] = v.x;"),
-    "threadgroup write beyond the end": (msl.OutOfBounds, "threadgroup float s[63];\n s[t] = 1.0; // 0\n" + TG + "o[i] = s[0];"),
+    "vector read across the end": (
+        msl.OutOfBounds,
+        "float4 v = *(const device float4*)(x + 4 * (t / 2) + 96); // any\n o[i] = v.x;",
+    ),
+    "threadgroup write beyond the end": (
+        msl.OutOfBounds,
+        "threadgroup float s[63];\n s[t] = 1.0; // 0\n" + TG + "o[i] = s[0];",
+    ),
     "threadgroup write into its neighbour": (
-        msl.OutOfBounds, "threadgroup float a[8], b[8]; if (t < 8) { a[t] = b[t] = 0.0; }" + TG + "\n if (t == 0) a[8] = 1.0; // 0\n o[i] = b[0];",
-    ),  # fmt: skip
+        msl.OutOfBounds,
+        "threadgroup float a[8], b[8]; if (t < 8) { a[t] = b[t] = 0.0; }"
+        + TG
+        + "\n if (t == 0) a[8] = 1.0; // 0\n o[i] = b[0];",
+    ),
     "another thread's memory": (
         msl.OutOfBounds,
-        "threadgroup ulong at[1]; float mine[2]; mine[t & 1] = t; if (t == 0) at[0] = (ulong)&mine[0];" + TG +
-        "\n o[i] = mine[0] + ((thread float*)at[0])[0]; // 0",
-    ),  # fmt: skip
+        "threadgroup ulong at[1]; float mine[2]; mine[t & 1] = t; if (t == 0) at[0] = (ulong)&mine[0];"
+        + TG
+        + "\n o[i] = mine[0] + ((thread float*)at[0])[0]; // 0",
+    ),
     "helper called with a bad index": (msl.OutOfBounds, "o[i] = helper(x, i + 64);"),
     "write to a const buffer": (msl.ReadOnlyWrite, "const_cast<device float*>(x)[t] = 1.0; // 0"),
-    "unaligned vector": (msl.Misaligned, "if (i == 0)\n *(device float4*)o = // any\n *(const device float4*)(x + 1); // any"),
+    "unaligned vector": (
+        msl.Misaligned,
+        "if (i == 0)\n *(device float4*)o = // any\n *(const device float4*)(x + 1); // any",
+    ),
     "uninitialised threadgroup memory": (
-        msl.Uninitialised, "threadgroup float s[64]; if (t < 63) s[t] = 1.0;" + TG + "\n o[i] = s[t]; // 0",
-    ),  # fmt: skip
+        msl.Uninitialised,
+        "threadgroup float s[64]; if (t < 63) s[t] = 1.0;" + TG + "\n o[i] = s[t]; // 0",
+    ),
     "threadgroup memory of the group before": (
-        msl.Uninitialised, "threadgroup float s[64]; if (g == 0) s[t] = 1.0;" + TG + "\n o[i] = s[t]; // 0",
-    ),  # fmt: skip
+        msl.Uninitialised,
+        "threadgroup float s[64]; if (g == 0) s[t] = 1.0;" + TG + "\n o[i] = s[t]; // 0",
+    ),
     "race in threadgroup memory": (
-        msl.DataRace, "threadgroup float s[64];\n s[t] = 1.0; // 1\n\n o[i] = s[t / 2]; // 0",
-    ),  # fmt: skip
+        msl.DataRace,
+        "threadgroup float s[64];\n s[t] = 1.0; // 1\n\n o[i] = s[t / 2]; // 0",
+    ),
     "race within a simdgroup": (
-        msl.DataRace, "threadgroup float s[64];\n s[t] = x[i]; // 1\n simd_sum(1.0);\n o[i] = s[t ^ 1]; // 0",
-    ),  # fmt: skip
+        msl.DataRace,
+        "threadgroup float s[64];\n s[t] = x[i]; // 1\n simd_sum(1.0);\n o[i] = s[t ^ 1]; // 0",
+    ),
     "write after read in a loop": (
         msl.DataRace,
-        "threadgroup float s[64]; float a = 0.0;\n for (uint k = 0; k < 2; ++k) {\n s[t] = k; // any\n" + TG + "\n a += s[(t + 40) % 64]; // any\n }\n o[i] = a;",
-    ),  # fmt: skip
+        "threadgroup float s[64]; float a = 0.0;\n for (uint k = 0; k < 2; ++k) {\n s[t] = k; // any\n"
+        + TG
+        + "\n a += s[(t + 40) % 64]; // any\n }\n o[i] = a;",
+    ),
     "barrier for the other kind of memory": (
-        msl.DataRace, "threadgroup float s[64];\n s[t] = 1.0; // 1\n" + DEV + "\n o[i] = s[63 - t]; // 0",
-    ),  # fmt: skip
+        msl.DataRace,
+        "threadgroup float s[64];\n s[t] = 1.0; // 1\n" + DEV + "\n o[i] = s[63 - t]; // 0",
+    ),
     "simdgroup barrier across simdgroups": (
-        msl.DataRace, "threadgroup float s[64];\n s[t] = 1.0; // 1\n simdgroup_barrier(mem_flags::mem_threadgroup);\n o[i] = s[63 - t]; // 0",
-    ),  # fmt: skip
+        msl.DataRace,
+        "threadgroup float s[64];\n s[t] = 1.0; // 1\n simdgroup_barrier(mem_flags::mem_threadgroup);\n o[i] = s[63 - t]; // 0",
+    ),
     "race in device memory": (msl.DataRace, "o[i] = t;\n float a = o[i ^ 1]; // any\n" + DEV + "o[i] = a;"),
     "race across threadgroups": (msl.DataRace, "if (t == 0)\n o[0] += x[g]; // any"),
-    "read of what another threadgroup wrote": (msl.DataRace, "o[i] = 1.0;" + DEV + "\n float a = o[(i + 64) % n]; // any\n" + DEV + "o[i] = a;"),
+    "read of what another threadgroup wrote": (
+        msl.DataRace,
+        "o[i] = 1.0;" + DEV + "\n float a = o[(i + 64) % n]; // any\n" + DEV + "o[i] = a;",
+    ),
     "plain read beside an atomic": (
         msl.DataRace,
         "device atomic_uint* a = (device atomic_uint*)o;\n if (t == 0) atomic_fetch_add_explicit(a, 1u, memory_order_relaxed);\n"
         " float v = o[0]; // any\n" + DEV + "o[i] = v;",
-    ),  # fmt: skip
-    "barrier in a branch": (msl.Divergence, "if (t < 32)\n threadgroup_barrier(mem_flags::mem_threadgroup); // 0\n o[i] = 1.0;"),
-    "barrier after an early return": (msl.Divergence, "if (t >= 40) return;\n threadgroup_barrier(mem_flags::mem_none); // 0\n o[i] = 1.0;"),
+    ),
+    "barrier in a branch": (
+        msl.Divergence,
+        "if (t < 32)\n threadgroup_barrier(mem_flags::mem_threadgroup); // 0\n o[i] = 1.0;",
+    ),
+    "barrier after an early return": (
+        msl.Divergence,
+        "if (t >= 40) return;\n threadgroup_barrier(mem_flags::mem_none); // 0\n o[i] = 1.0;",
+    ),
     "barriers in both branches": (
         msl.Divergence,
         "if (t < 32)\n threadgroup_barrier(mem_flags::mem_threadgroup); // any\n else\n threadgroup_barrier(mem_flags::mem_threadgroup); // any",
-    ),  # fmt: skip
+    ),
     "two kinds of barrier": (
-        msl.Divergence, "if (t < 32)\n threadgroup_barrier(mem_flags::mem_threadgroup); // any\n else\n threadgroup_barrier(mem_flags::mem_device); // any",
-    ),  # fmt: skip
+        msl.Divergence,
+        "if (t < 32)\n threadgroup_barrier(mem_flags::mem_threadgroup); // any\n else\n threadgroup_barrier(mem_flags::mem_device); // any",
+    ),
     "simd operation in a branch": (msl.Divergence, "if (t % 32 < 7)\n o[i] = simd_sum(1.0); // any\n " + TG),
     "simd operations in both branches": (
-        msl.Divergence, "if (t % 32 < 7)\n o[i] = simd_sum(1.0); // any\n else\n o[i] = simd_sum(2.0); // any",
-    ),  # fmt: skip
+        msl.Divergence,
+        "if (t % 32 < 7)\n o[i] = simd_sum(1.0); // any\n else\n o[i] = simd_sum(2.0); // any",
+    ),
     "two simd operations": (
-        msl.Divergence, "if (t % 32 < 7)\n o[i] = simd_sum(1.0); // any\n else\n o[i] = simd_max(2.0); // any",
-    ),  # fmt: skip
+        msl.Divergence,
+        "if (t % 32 < 7)\n o[i] = simd_sum(1.0); // any\n else\n o[i] = simd_max(2.0); // any",
+    ),
     "simdgroup barrier with exited lanes": (
-        msl.Divergence, "if (t % 32 > 20) return;\n simdgroup_barrier(mem_flags::mem_none); // 0\n o[i] = 1.0;",
-    ),  # fmt: skip
-    "shuffle from an inactive lane": (msl.Misuse, "if (t % 32 >= 16) return;\n o[i] = simd_shuffle(1.0, 20); // 0"),
+        msl.Divergence,
+        "if (t % 32 > 20) return;\n simdgroup_barrier(mem_flags::mem_none); // 0\n o[i] = 1.0;",
+    ),
+    "shuffle from an inactive lane": (
+        msl.Misuse,
+        "if (t % 32 >= 16) return;\n o[i] = simd_shuffle(1.0, 20); // 0",
+    ),
     "matrix without all lanes": (
         msl.Misuse,
         "if (t % 32 >= 16) return;\n simdgroup_float8x8 m = simdgroup_float8x8(1), d;\n simdgroup_multiply(d, m, m); // 0\n simdgroup_store(d, o);",
-    ),  # fmt: skip
+    ),
     "too much threadgroup memory": (
-        msl.ThreadgroupMemory, "threadgroup float s[4096], r[4097]; s[t] = r[t] = 1.0; o[i] = s[t];",
-    ),  # fmt: skip
+        msl.ThreadgroupMemory,
+        "threadgroup float s[4096], r[4097]; s[t] = r[t] = 1.0; o[i] = s[t];",
+    ),
     "a loop that waits for ever": (
-        msl.Hang, "device atomic_uint* a = (device atomic_uint*)o;\n while (atomic_load_explicit(a, memory_order_relaxed) != 7u) {}",
-    ),  # fmt: skip
-}  # fmt: skip
+        msl.Hang,
+        "device atomic_uint* a = (device atomic_uint*)o;\n while (atomic_load_explicit(a, memory_order_relaxed) != 7u) {}",
+    ),
+}
 
 
 def _source(bodies: dict[str, str]) -> str:

@@ -248,10 +248,10 @@ class Library:
 
     @staticmethod
     def _three(what: str, v: Sequence[int]) -> tuple[int, int, int]:
-        full = (*map(int, v), 1, 1)[:3]
-        if len(v) > 3 or min(full) < 1 or max(full) >= 2**32:
+        x, y, z = (*map(int, v), 1, 1)[:3]
+        if len(v) > 3 or min(x, y, z) < 1 or max(x, y, z) >= 2**32:
             raise LaunchError(f"[launch] {what} must be one to three positive numbers but got {tuple(v)}.")
-        return full
+        return x, y, z
 
     def _bind_sizes(self, name, launch, grid, groups, threadgroup) -> None:
         if (grid is None) == (groups is None):
@@ -320,7 +320,10 @@ class Library:
         elif isinstance(value, np.ndarray | np.generic):
             array = np.asarray(value)
         elif expected is not None and isinstance(value, int | float) and a.element != "bfloat16":
-            array = np.asarray(value, expected)
+            try:
+                array = np.asarray(value, expected)
+            except OverflowError:
+                raise LaunchError(f"{where} cannot hold {value}.") from None
             if array != value and expected.kind in "iu":
                 raise LaunchError(f"{where} cannot hold {value}.")
         else:
@@ -419,12 +422,12 @@ class Library:
         """Lanes that met in one operation from different lines took different branches."""
         for k in range(outcome.meetings):
             pair = toolchain.places(self.path, list(outcome.meeting[2 * k : 2 * k + 2]))
-            if pair[0] and pair[1] and pair[0] != pair[1]:
-                (f, i), (g, j) = pair
+            a, b = pair
+            if a and b and a != b:
+                lines = " and ".join(f"{os.path.basename(file)}:{line}" for file, line in (a, b))
                 raise Divergence(
-                    f"[{name}] threads reach one barrier or simd operation from different lines: {os.path.basename(f)}:{i} and "
-                    f"{os.path.basename(g)}:{j}",
-                    (pair[0], pair[1]),
+                    f"[{name}] threads reach one barrier or simd operation from different lines: {lines}",
+                    (a, b),
                 )
 
 
@@ -440,8 +443,8 @@ _programs: dict[str, Program] = {}
 def source_of(path_or_text: str | os.PathLike) -> tuple[str, str, list[str]]:
     """(text, name for messages, folder of the file) of a path, or of a text that holds MSL itself."""
     if isinstance(path_or_text, str) and ("\n" in path_or_text or "{" in path_or_text):
-        return path_or_text, "inline.metal", []
-    path = Path(path_or_text)
+        return path_or_text, toolchain.INLINE, []
+    path = Path(path_or_text).resolve()
     return path.read_text(), str(path), [str(path.parent)]
 
 
@@ -460,12 +463,16 @@ def expand(
     )
 
 
+def _refuse_unknown(mode: str) -> None:
+    if mode not in toolchain.MODES:
+        raise ValueError(f"[load] mode must be one of {toolchain.MODES} but got {mode!r}.")
+
+
 def compile_program(
     program: Program, *, mode: str, compiler: str | None, kernels: Sequence[str] | None
 ) -> Library:
     """The library of a rewritten program, or of some of its kernels."""
-    if mode not in toolchain.MODES:
-        raise ValueError(f"[load] mode must be one of {toolchain.MODES} but got {mode!r}.")
+    _refuse_unknown(mode)
     if kernels is not None:
         if missing := set(kernels) - set(program.entries):
             raise LaunchError(
@@ -493,5 +500,6 @@ def load(
     `compiler`: a clang++ or g++; by default $MSL_CXX, else the newest found. `kernels`: only these host names, which is quicker.
     What was built once is cached by content.
     """
+    _refuse_unknown(mode)
     program = rewrite(expand(path_or_text, include=include, defines=defines, compiler=compiler))
     return compile_program(program, mode=mode, compiler=compiler, kernels=kernels)

@@ -67,6 +67,8 @@ def _spell_constructors(text: str) -> str:
             ):
                 names.add(t[i + 1].text)
     for i in range(len(t)):
+        if t[i].text == "simd_vote" and t.text(i + 1) == "::" and t.text(i + 2) == "vote_t":
+            t[i].text, t[i + 1].text, t[i + 2].text = "ulong", "", ""
         name, end = t[i].text, i + 1
         maker = "make_matrix" if name in _MATRICES else "make" if name == "vec" or name in names else ""
         maker = "make_packed" if name.startswith("packed_") and name[7:] in _VECTORS else maker

@@ -119,6 +119,7 @@ def _stubs() -> Path:
 
 
 METAL_VERSION = 320
+INLINE = "inline.metal"  # names a source that is not a file
 
 
 def preprocess(
@@ -251,7 +252,7 @@ def places(library: Path, addresses: Sequence[int]) -> list[tuple[str, int] | No
                 file, _, number = line.split(" (discriminator")[0].rpartition(":")
                 if not file or file == "??" or Path(file).parent == RUNTIME or not number.isdigit():
                     continue
-                place = (file, int(number))
+                place = (INLINE if file.endswith(f"/{INLINE}") else file, int(number))
                 break
         found.append(place)
     return found

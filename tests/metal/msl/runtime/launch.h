@@ -1,8 +1,8 @@
 // From a launch's bindings to the arguments of a kernel function, and the description of each argument's type for
 // Python.
 #pragma once
+#include "atomic.h"
 #include "hooks.h"
-#include "vector.h"
 
 namespace msl {
 

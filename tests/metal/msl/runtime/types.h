@@ -11,7 +11,11 @@ typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+typedef __fp16 half;  // computes in float and rounds when stored
+#else
 typedef _Float16 half;
+#endif
 
 struct bfloat {
   uint16_t bits;

@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 
 from benchmarks.shapes import Shape, Weights
 from mlxsae import SAE, SparseCode, ops
+from mlxsae.sae import Rule, TopK
 from mlxsae.train import LossConfig, OptimizerConfig, TrainConfig
 from mlxsae.train.engine import make_engine
 
@@ -25,10 +26,11 @@ class OurStep:
 
     ``b_dec_path`` lets ``b_dec`` learn through the encoder too, as SAELens and dictionary_learning do; ``clip_norm``
     clips by the global gradient norm; ``auxk`` adds dictionary_learning's AuxK with ``k_aux = d_in / 2`` over a fixed
-    twentieth of the features, dead by decree: real ones would come back to life while they are timed.
+    twentieth of the features, dead by decree: real ones would come back to life while they are timed. ``certified``
+    screens the encoder's product in bfloat16 and keeps its shadow up to date.
     """
 
-    def __init__(self, shape: Shape, start: Weights):
+    def __init__(self, shape: Shape, start: Weights, *, certified: bool = False):
         self.shape = shape
         self.params = ops.Params(*(mx.array(a) for a in start))
         self.m = ops.Params(*(mx.zeros_like(p) for p in self.params))
@@ -36,7 +38,8 @@ class OurStep:
         self.tokens_since_fired = mx.zeros(shape.d_sae, mx.int32)
         self.dead = mx.arange(shape.d_sae) % 20 == 7
         self.count = 0
-        mx.eval(self.params, self.m, self.v, self.tokens_since_fired, self.dead)
+        self.shadow = ops.encoder_shadow(self.params.w_enc) if certified else None
+        mx.eval(self.params, self.m, self.v, self.tokens_since_fired, self.dead, self.shadow)
 
     def step(
         self, x: mx.array, *, b_dec_path: bool = True, clip_norm: float = 0.0, auxk: bool = False
@@ -48,7 +51,7 @@ class OurStep:
         mx.eval(centred, terms, loss, fired)
         self._update(centred, terms, loss, b_dec_path, clip_norm)
         self.tokens_since_fired = fired
-        mx.eval(self.params, self.m, self.v)
+        mx.eval(self.params, self.m, self.v, self.shadow)
         return loss.item()
 
     def phases(self, x: mx.array) -> dict[str, float]:
@@ -88,8 +91,11 @@ class OurStep:
     def _encode(self, x: mx.array, auxk: bool) -> tuple[mx.array, tuple[SparseCode, ...]]:
         centred, w, b, k = x - self.params.b_dec, self.params.w_enc, self.params.b_enc, self.shape.k
         if not auxk:
-            return centred, (ops.topk_encode(centred, w, b, k=k),)
-        return centred, ops.topk_encode_masked(centred, w, b, mask=self.dead, k=k, k_aux=self.shape.d_in // 2)
+            return centred, (ops.topk_encode(centred, w, b, k=k, shadow=self.shadow),)
+        k_aux = self.shape.d_in // 2
+        return centred, ops.topk_encode_masked(
+            centred, w, b, mask=self.dead, k=k, k_aux=k_aux, shadow=self.shadow
+        )
 
     def _forward(self, codes: tuple[SparseCode, ...], x: mx.array) -> tuple[list[ops.Term], mx.array]:
         residual, square = ops.decode_residual(codes[0], self.params.w_dec, x, self.params.b_dec)
@@ -106,9 +112,9 @@ class OurStep:
     ) -> None:
         self.count += 1
         # The state leaves self before it goes in: a second reference would make the update copy it.
-        params, m, v = self.params, self.m, self.v
-        del self.params, self.m, self.v
-        self.params, self.m, self.v, *_ = ops.feature_update(
+        params, m, v, shadow = self.params, self.m, self.v, self.shadow
+        del self.params, self.m, self.v, self.shadow
+        self.params, self.m, self.v, _, self.shadow = ops.feature_update(
             centred,
             terms,
             params,
@@ -121,6 +127,7 @@ class OurStep:
             eps=EPS,
             b_dec_to_input=b_dec_path,
             clip_norm=clip_norm,
+            shadow=shadow,
         )
 
     def parameters(self) -> dict[str, np.ndarray]:
@@ -130,11 +137,12 @@ class OurStep:
 class TrainerStep:
     """The same step as ``mlxsae.fit`` makes it: the engine that it chooses for a mean squared error."""
 
-    def __init__(self, shape: Shape, start: Weights, *, clip_norm: float | None = None):
+    def __init__(self, shape: Shape, start: Weights, *, rule: type[Rule] = TopK, precision: str = "float32"):
         w_enc, b_enc, w_dec, b_dec = (mx.array(a) for a in start)
-        sae = SAE.from_weights(w_enc.T, w_dec, b_enc, b_dec, k=shape.k)
+        sae = SAE.from_weights(w_enc.T, w_dec, b_enc, b_dec, rule=rule(shape.k))
         config = TrainConfig(
-            optimizer=OptimizerConfig(learning_rate=LR, betas=BETAS, eps=EPS, max_grad_norm=clip_norm),
+            precision=precision,
+            optimizer=OptimizerConfig(learning_rate=LR, betas=BETAS, eps=EPS),
             loss=LossConfig(reconstruction="mse", auxk=None),
         )
         self.engine = make_engine("auto", sae, config.loss.build(sae), config)
@@ -144,6 +152,7 @@ class TrainerStep:
             "optimizer": self.engine.optimizer_state(params),
             "tokens_since_fired": mx.zeros(shape.d_sae, mx.int32),
             "failed": mx.array([-1, 0], mx.int32),
+            "rule": sae.rule.initial_state(),
         }
         mx.eval(self.arrays)
         # The engine needs the module for its structure; its weights are the state's.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.peers.contest import CONTESTANTS
+from benchmarks.peers.contest import CONTESTANTS, MODES
 from benchmarks.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +28,7 @@ PRODUCTS = {
     "NumPy (OpenBLAS)": ("numpy: OpenBLAS", "numpy: OpenBLAS, transposed weights"),
     "MLX on mlxsae's BLAS": ("ours: matmul",),
 }
+_TORCH_AND_NUMPY = {library: turns for library, turns in PRODUCTS.items() if "mlxsae" not in library}
 HEADLINE = "trainer: step"
 
 
@@ -93,8 +94,53 @@ def update_bandwidth_share(block: dict, shape: Shape) -> float:
     return statistics.median(shares)
 
 
+def modes_bars(entry: dict, float32: dict[str, float | None]) -> Iterator[Bar]:
+    """The promises for certified bfloat16, BatchTopK and AVX2. A peer was timed beside the float32 step only: its ratio
+    to the certified one is that ratio times float32 over certified, taken in the contest of our own ways.
+    """
+    block = entry["modes"]
+    one = {"modes": block}
+    best, mkl = (
+        fastest_product(one, library) for library in (_TORCH_AND_NUMPY, {"MKL": PRODUCTS["PyTorch (MKL)"]})
+    )
+    assert best is not None
+    assert mkl is not None
+    step, certified = HEADLINE, "trainer-certified: step"
+    yield Bar(
+        "certified: step / PyTorch's float32 matmul alone", 0.36, True, quotient(block, certified, mkl[1])
+    )
+    encode = quotient(block, "ours-certified: encode", best[1])
+    yield Bar("certified: encode with selection / fastest float32 matmul alone", 0.62, True, encode)
+    gain = quotient(block, step, certified)
+    for peer, limit in (
+        ("sparsify", 7),
+        ("SAELens float32", 22),
+        ("SAELens bf16 autocast", 12),
+        ("hand-tuned PyTorch", 2.8),
+    ):
+        ratio = float32.get(f"{peer} / step")
+        yield Bar(f"certified: {peer} / step", limit, False, ratio and ratio * gain)
+    plain = "ours-certified: step without the b_dec path"
+    yield Bar(
+        "certified: step with AuxK and b_dec path / without both",
+        1.35,
+        True,
+        quotient(block, "ours-certified: step with AuxK", plain),
+    )
+    clipping = quotient(block, "ours-certified: step with clipping", "ours-certified: step")
+    yield Bar("certified: step with exact clipping / without", 1.35, True, clipping)
+    yield Bar("BatchTopK step / TopK step", 1.10, True, quotient(block, "trainer-batchtopk: step", step))
+    yield Bar(
+        "certified: BatchTopK step / TopK step",
+        1.10,
+        True,
+        quotient(block, "trainer-batchtopk-certified: step", certified),
+    )
+    yield Bar("AVX2 step / AVX-512 step", 2.2, True, quotient(block, "trainer-avx2: step", step))
+
+
 def bars(results: dict, name: str) -> list[Bar]:
-    """The promises of a shape in float32."""
+    """The promises of a shape."""
     blocks, shape = results["shapes"][name]["blocks"], Shape(**results["shapes"][name]["shape"])
     mkl = fastest_product(blocks, {"PyTorch": PRODUCTS["PyTorch (MKL)"]})
     best = fastest_product(blocks)
@@ -144,6 +190,9 @@ def bars(results: dict, name: str) -> list[Bar]:
             b / (4 * a) for a, b in zip(scaling["samples"]["S1"], scaling["samples"]["S1x4"], strict=True)
         )
         made.append(Bar("step of 4,096 tokens / 4 steps of 1,024", 1.0, True, ratio))
+    entry = results["shapes"][name]
+    if "modes" in entry:
+        made += modes_bars(entry, {bar.what: bar.value for bar in made})
     return made
 
 
@@ -158,6 +207,21 @@ def rows(results: dict, name: str) -> Iterator[list[str]]:
         return
     extra = statistics.median(b["memory"]["trainer"]["extra"] for b in blocks.values())
     yield ["**mlxsae**", ms(step), f"{step / floor:.2f}", "1", mebibytes(extra), *gate(gates, "trainer")]
+    modes = results["shapes"][name].get("modes")
+    for mode in () if modes is None else MODES:
+        if mode.startswith("trainer-"):
+            turn = f"{mode}: step"
+            # Beside the float32 step of the same contest, and scaled to the time of the row above.
+            part = quotient(modes, turn, HEADLINE)
+            extra = modes["memory"].get(mode, {}).get("extra")
+            yield [
+                CONTESTANTS[mode].title,
+                ms(step * part),
+                f"{step * part / floor:.2f}",
+                f"{part:.2f}",
+                "" if extra is None else mebibytes(extra),
+                *gate(gates, mode),
+            ]
     for peer in sorted(blocks, key=lambda p: quotient(blocks[p], f"{p}: step", HEADLINE)):
         block, turn = blocks[peer], f"{peer}: step"
         yield [

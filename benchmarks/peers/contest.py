@@ -33,11 +33,11 @@ class Peer(NamedTuple):
     env: Mapping[str, str] = MappingProxyType({})
 
 
-def _mlx(kind: str) -> Callable[[Shape, Weights], Any]:
+def _mlx(kind: str, **options: Any) -> Callable[[Shape, Weights], Any]:
     def make(shape: Shape, start: Weights) -> Any:
         from benchmarks.peers import ours
 
-        return getattr(ours, kind)(shape, start)
+        return getattr(ours, kind)(shape, start, **options)
 
     return make
 
@@ -58,10 +58,25 @@ _QUIET_MALLOC = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
+_OURS = ("mlxsae", "mlx", "scipy-openblas32")
 CONTESTANTS: dict[str, Peer] = {
-    "ours": Peer("mlxsae, composed of ops", _mlx("Ours"), ("mlxsae", "mlx", "scipy-openblas32"), True),
-    "trainer": Peer(
-        "mlxsae, its trainer's step", _mlx("Trainer"), ("mlxsae", "mlx", "scipy-openblas32"), True
+    "ours": Peer("mlxsae, composed of ops", _mlx("Ours"), _OURS, True),
+    "trainer": Peer("mlxsae, its trainer's step", _mlx("Trainer"), _OURS, True),
+    "ours-certified": Peer("mlxsae, composed of ops, certified", _mlx("Ours", certified=True), _OURS, True),
+    "trainer-certified": Peer(
+        "mlxsae, certified bfloat16", _mlx("Trainer", precision="certified"), _OURS, True
+    ),
+    "trainer-batchtopk": Peer("mlxsae, BatchTopK", _mlx("batchtopk"), _OURS, True, loss="mse of BatchTopK"),
+    "trainer-batchtopk-certified": Peer(
+        "mlxsae, BatchTopK, certified bfloat16",
+        _mlx("batchtopk", precision="certified"),
+        _OURS,
+        True,
+        loss="mse of BatchTopK",
+    ),
+    "trainer-avx2": Peer("mlxsae, AVX2 only", _mlx("Trainer"), _OURS, True, env={"MLXSAE_CPU_ISA": "avx2"}),
+    "trainer-one-thread": Peer(
+        "mlxsae, one thread", _mlx("Trainer"), _OURS, True, env={"MLXSAE_NUM_THREADS": "1"}
     ),
     "mlx-dense": Peer(
         "plain MLX ops, dense decode", _mlx("PlainDense"), ("mlx",), True, note="MLX over mlxsae's BLAS"
@@ -129,5 +144,7 @@ CONTESTANTS: dict[str, Peer] = {
     "probe": Peer("bandwidth probe", _torch("floors", "Probe"), (), True),
 }
 OURS = ("ours", "trainer")
+MODES = tuple(name for name in CONTESTANTS if name.startswith(tuple(f"{own}-" for own in OURS)))
+"""Our own step in its other ways: precision, rule, instruction set, threads."""
 FLOORS = ("torch", "numpy", "probe")
-PEERS = tuple(name for name in CONTESTANTS if name not in OURS + FLOORS)
+PEERS = tuple(name for name in CONTESTANTS if name not in OURS + MODES + FLOORS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from benchmarks.shapes import Shape, Weights
 from benchmarks.steps import OurStep, PlainStep, TrainerStep
 from mlxsae import ops
+from mlxsae.sae import BatchTopK
 
 
 def _batch(x: np.ndarray) -> mx.array:
@@ -19,8 +21,8 @@ def _batch(x: np.ndarray) -> mx.array:
 
 
 class Ours:
-    def __init__(self, shape: Shape, start: Weights):
-        self._step = OurStep(shape, start)
+    def __init__(self, shape: Shape, start: Weights, *, certified: bool = False):
+        self._step = OurStep(shape, start, certified=certified)
         self._shape = shape
         self.timed = {
             "step": self._step.step,
@@ -40,8 +42,8 @@ class Ours:
 
 
 class Trainer(TrainerStep):
-    def __init__(self, shape: Shape, start: Weights):
-        super().__init__(shape, start)
+    def __init__(self, shape: Shape, start: Weights, **options: Any):
+        super().__init__(shape, start, **options)
         self._k = shape.k
         self.timed = {"step": self.step}
 
@@ -53,6 +55,10 @@ class Trainer(TrainerStep):
         return np.array(
             ops.topk_encode(centred, p["encoder"]["weight"], p["encoder"]["bias"], k=self._k).indices
         )
+
+
+def batchtopk(shape: Shape, start: Weights, *, precision: str = "float32") -> Trainer:
+    return Trainer(shape, start, rule=BatchTopK, precision=precision)
 
 
 class _Plain(PlainStep):

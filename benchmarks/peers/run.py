@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.peers.contest import CONTESTANTS, OURS, PEERS
+from benchmarks.peers.contest import CONTESTANTS, MODES, OURS, PEERS
 from benchmarks.shapes import SHAPES, Shape, batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +42,10 @@ class Player:
 
     def __init__(self, name: str, shape: str, threads: int):
         peer = CONTESTANTS[name]
-        environment = {k: v for k, v in os.environ.items() if k not in machine.FORCED} | {**peer.env}
+        environment = {k: v for k, v in os.environ.items() if k not in machine.FORCED}
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MLXSAE_NUM_THREADS"):
             environment[variable] = str(threads)
+        environment |= peer.env
         self.name = name
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.peers.worker", name, shape, str(threads)],
@@ -170,6 +171,36 @@ def block(shape: str, peer: str, *, threads: int, rounds: int, quiet: float | No
         }
 
 
+def modes_block(shape: str, *, threads: int, rounds: int, quiet: float | None, patience: int) -> dict:
+    """Our step in all its ways, beside the products: every sample, in seconds."""
+    turns = [("trainer", "step"), *((name, "step") for name in MODES)]
+    turns += [
+        ("ours-certified", what)
+        for what in ("step without the b_dec path", "step with clipping", "step with AuxK")
+    ]
+    turns += [("ours-certified", "encode"), *((w, what) for w, what in TURNS if w in ("torch", "numpy"))]
+    with ExitStack() as stack:
+        names = dict.fromkeys(who for who, _ in turns)
+        players = {name: stack.enter_context(player(name, shape, threads)) for name in names}
+        made = {name: p("make") for name, p in players.items()}
+        samples: dict[str, list] = {f"{who}: {what}": [] for who, what in turns}
+        for who, what in turns:
+            turn(players[who], what, 0)
+            turn(players[who], what, 1)
+        busy = wait_until_quiet(quiet)
+        memory = {name: players[name]("memory") for name in MODES if made[name]["can_reset_peak"]}
+        for index in range(2, 2 + rounds):
+            for who, what in turns:
+                samples[f"{who}: {what}"].append(turn(players[who], what, index, patience)[0])
+        return {
+            "rounds": rounds,
+            "others_busy_cores": round(busy, 3),
+            "date": machine.describe(threads)["date"],
+            "samples": samples,
+            "memory": memory,
+        }
+
+
 def turn(who: Player, what: str, index: int, patience: int = 0) -> tuple[Any, float]:
     """One timed call, and what part of it its threads waited for a core.
 
@@ -258,6 +289,7 @@ def main() -> None:
         "--patience", type=int, default=3, help="times to repeat a call that others disturbed"
     )
     parser.add_argument("--no-gate", action="store_true", help="keep stored exactness and determinism")
+    parser.add_argument("--modes", action="store_true", help="also our step in its other ways")
     parser.add_argument("--scaling", action="store_true", help="also S1 with 4096 tokens against 1024")
     parser.add_argument(
         "--out", type=Path, default=RESULTS / f"step-cpu-{machine.slug(machine.cpu_name())}.json"
@@ -275,6 +307,18 @@ def main() -> None:
     if arguments.scaling:
         results["scaling"] = scaling_block(
             arguments.threads, arguments.rounds, arguments.quiet, arguments.patience
+        )
+        write(arguments.out, results)
+    if arguments.modes:
+        for name in MODES if not arguments.no_gate else ():
+            if name.startswith("trainer-"):
+                gates[name] = gate(name, arguments.threads)
+        here["modes"] = modes_block(
+            arguments.shape,
+            threads=arguments.threads,
+            rounds=arguments.rounds,
+            quiet=arguments.quiet,
+            patience=arguments.patience,
         )
         write(arguments.out, results)
     peers = [name for name in arguments.peers.split(",") if name]

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from mlxsae.train.activations import train_sae_from_activations
 from mlxsae.train.callbacks import Callback, ProgressBar
-from mlxsae.train.config import LossConfig, OptimizerConfig, SAEConfig, TrainConfig
+from mlxsae.train.config import (
+    CrosscoderConfig,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    SAEConfig,
+    TrackingConfig,
+    TrainConfig,
+    TranscoderConfig,
+)
+from mlxsae.train.flat_names import DEFAULT_CROSSCODER_CONFIG, DEFAULT_SAE_CONFIG, DEFAULT_TRANSCODER_CONFIG
 from mlxsae.train.initial import geometric_median
 from mlxsae.train.loop import FitResult, Job, NonFiniteError, Run, fit, fit_many
 from mlxsae.train.optimizers import OPTIMIZERS, Signum
+from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import warmup_decay
 from mlxsae.train.state import TrainState
 from mlxsae.train.tracking import Experiment, TensorBoardCallback, WandbCallback
 from mlxsae.train.watchers import CheckpointCallback, EarlyStoppingCallback
 
 __all__ = [
+    "DEFAULT_CROSSCODER_CONFIG",
+    "DEFAULT_SAE_CONFIG",
+    "DEFAULT_TRANSCODER_CONFIG",
     "OPTIMIZERS",
     "Callback",
     "CheckpointCallback",
+    "CrosscoderConfig",
+    "DataConfig",
+    "DeadNeuronCallback",
     "EarlyStoppingCallback",
     "Experiment",
     "FitResult",
@@ -29,8 +46,10 @@ __all__ = [
     "SAEConfig",
     "Signum",
     "TensorBoardCallback",
+    "TrackingConfig",
     "TrainConfig",
     "TrainState",
+    "TranscoderConfig",
     "WandbCallback",
     "fit",
     "fit_many",

@@ -61,3 +61,19 @@ def column_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
     mean = x.mean(axis=0)
     std = mx.sqrt(mx.square(x - mean).mean(axis=0))
     return mean, mx.where(std > 0, std, mx.ones_like(std))
+
+
+def source_statistics(
+    x: mx.array, n_sources: int, weights: list[float] | None = None
+) -> tuple[mx.array, mx.array]:
+    """Centre 0 and a scale for each source of ``x [n, n_sources * d]``: its rows come to norm ``sqrt(d)`` on average, times
+    the root of its weight, so that its squared error counts ``weight`` times. Float32 ``[n_sources * d]`` each.
+    """
+    apart = x.astype(mx.float32).reshape(x.shape[0], n_sources, -1)
+    d = apart.shape[-1]
+    norms = mx.linalg.norm(apart, axis=-1).mean(axis=0)
+    if not bool((norms > 0).all()):
+        raise ValueError(f"[fit] every source must have a positive mean norm but got {norms.tolist()}.")
+    weight = mx.ones(n_sources) if weights is None else mx.array(weights)
+    scale = mx.repeat(norms / (math.sqrt(d) * mx.sqrt(weight)), d)
+    return mx.zeros_like(scale), scale

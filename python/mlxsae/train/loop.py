@@ -28,10 +28,17 @@ from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
 from mlxsae.train.config import TrainConfig, default_learning_rate
 from mlxsae.train.engine import Engine, make_engine, substituted
-from mlxsae.train.initial import column_statistics, expected_norm_scale, finite_rows, geometric_median
+from mlxsae.train.initial import (
+    column_statistics,
+    expected_norm_scale,
+    finite_rows,
+    geometric_median,
+    source_statistics,
+)
 from mlxsae.train.module_engine import LossFunction, ModuleEngine, forward
 from mlxsae.train.optimizers import split_schedule
 from mlxsae.train.randomness import kept_random_state, seed_step
+from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import Schedule, warmup_decay
 from mlxsae.train.state import ACTIVATIONS, TrainState, flat, scaled_params, unnormalized
 
@@ -133,6 +140,7 @@ class Run:
     metrics: dict[str, mx.array] = field(default_factory=dict)
     watchers: list[Callback] = field(default_factory=list)
     _save: Callable[[], Path] | None = None
+    _sample: Callable[[Run, int], tuple[mx.array, mx.array]] | None = None
 
     @property
     def epoch(self) -> float | None:
@@ -145,6 +153,15 @@ class Run:
         sae = copy.deepcopy(self.sae)
         _write_back(sae, self.state)
         return sae
+
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """The SAE with the weights of this moment, in the scaled space of the run, for the length of a block."""
+        return substituted(self.module, self.state.params)
+
+    def sample(self, n: int) -> tuple[mx.array, mx.array]:
+        """Up to ``n`` rows of the data as the SAE sees them, ``(x, y)``; the batches to come are not disturbed."""
+        assert self._sample is not None
+        return self._sample(self, n)
 
     def stop(self, reason: str) -> None:
         """End the run in order after this step."""
@@ -354,7 +371,10 @@ class _Session:
         run.checkpoint_dir = self.directory
         run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
+        run._sample = lambda run, n: _Batch(self._prepared(self.source.sample(n))).pair(run)
         run.watchers = [as_callback(c) for c in job.callbacks]
+        if run.config.resample_every is not None:
+            run.watchers.insert(0, DeadNeuronCallback(resample_every=run.config.resample_every))
         return run
 
     # ---- training ------------------------------------------------------------------------------------------
@@ -606,8 +626,19 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     if config.normalize == "mean_std":
         for name, which in (("in", 0), *((("out", 1),) if len(fields) > 1 else ())):
             norm[f"mean_{name}"], norm[f"std_{name}"] = start.of(column_statistics, fields, which)
+    if norm and "weight" not in sae.parameters().get("decoder", {}):
+        raise ValueError("[fit] normalize must not be mean_std where the decoder is tied to the encoder.")
+    ranked = getattr(sae, "rank_by_decoder_norm", False)
+    if norm and ranked:
+        raise ValueError("[fit] normalize must not be mean_std where latents are ranked by decoder norm.")
+    # Sources of a crosscoder get a scale each. Folding that changes decoder norms, so not where they rank latents.
+    apart = getattr(sae, "n_sources", 1) > 1 and not ranked and config.normalize == "expected_norm"
+    if apart:
+        weights = sae.metadata.get("source_weights")
+        mean, std = source_statistics(start.rows(fields)[0], sae.n_sources, weights)
+        norm = {"mean_in": mean, "std_in": std}
     if saved is None:
-        if config.normalize == "expected_norm":
+        if config.normalize == "expected_norm" and not apart:
             s_in = start.of(expected_norm_scale, fields, 0)
             same = sae.apply_b_dec_to_input or len(fields) == 1
             scale = (s_in, s_in if same else start.of(expected_norm_scale, fields, 1))

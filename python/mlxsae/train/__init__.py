@@ -14,10 +14,12 @@ from mlxsae.train.config import (
     TrainConfig,
     TranscoderConfig,
 )
+from mlxsae.train.doors import SAETrainer, train_crosscoder, train_sae, train_transcoder
 from mlxsae.train.flat_names import DEFAULT_CROSSCODER_CONFIG, DEFAULT_SAE_CONFIG, DEFAULT_TRANSCODER_CONFIG
 from mlxsae.train.initial import geometric_median
 from mlxsae.train.loop import FitResult, Job, NonFiniteError, Run, fit, fit_many
 from mlxsae.train.optimizers import OPTIMIZERS, Signum
+from mlxsae.train.profi import ProfiSAETrainer
 from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import warmup_decay
 from mlxsae.train.state import TrainState
@@ -41,9 +43,11 @@ __all__ = [
     "LossConfig",
     "NonFiniteError",
     "OptimizerConfig",
+    "ProfiSAETrainer",
     "ProgressBar",
     "Run",
     "SAEConfig",
+    "SAETrainer",
     "Signum",
     "TensorBoardCallback",
     "TrackingConfig",
@@ -54,6 +58,9 @@ __all__ = [
     "fit",
     "fit_many",
     "geometric_median",
+    "train_crosscoder",
+    "train_sae",
     "train_sae_from_activations",
+    "train_transcoder",
     "warmup_decay",
 ]

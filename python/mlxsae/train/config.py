@@ -452,6 +452,15 @@ class CrosscoderConfig(SAEConfig):
         return made
 
 
+C = TypeVar("C", bound=SAEConfig)
+
+
+def overruled(config: C, options: dict[str, Any]) -> C:
+    """``config`` with ``options`` in place of what it says: its own fields, or flat names."""
+    names = [f.name for f in dataclasses.fields(config)]
+    return type(config)(**({name: getattr(config, name) for name in names} | options))
+
+
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` laid upon ``base``, object by object."""
     found = dict(base)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxsae.io import arrays, atomic
-from mlxsae.sae import RULES, SAE, BatchTopK, JumpReLU, Rule, TopK
+from mlxsae.sae import RULES, SAE, BatchTopK, Gated, JumpReLU, ReLU, Rule, TopK
 
 WEIGHTS, CONFIG, METADATA = "sae_weights.safetensors", "cfg.json", "metadata.json"
 FORMAT_VERSION = 1
@@ -90,7 +90,13 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
         config["d_out"] = sae.d_out
     if function == "topk":
         config["rescale_acts_by_decoder_norm"] = False
-    weights = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    bias = _ENCODER_BIAS.get(function, "b_enc")
+    weights = {
+        "W_enc": sae.encoder.weight.T,
+        "W_dec": sae.decoder.weight,
+        bias: sae.b_enc,
+        "b_dec": sae.decoder.bias,
+    }
     rule = {"architecture": sae.rule.architecture} | sae.rule.config()
     ours = {"format": "mlxsae", "format_version": FORMAT_VERSION, "rule": rule, "metadata": known}
     atomic.write_files(
@@ -125,7 +131,8 @@ def load(directory: str | os.PathLike) -> SAE:
     _check_config(config, {"d_out"} if function != name else set(), _FUNCTIONS[function].arguments)
     d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
     weights = arrays.read(directory / WEIGHTS)
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,)}
+    bias = _ENCODER_BIAS.get(function, "b_enc")
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), bias: (d_sae,), "b_dec": (d_out,)}
     shapes |= {key: (d_sae,) for key in _FUNCTIONS[function].extra}
     if weights.keys() != shapes.keys():
         raise ValueError(
@@ -147,7 +154,7 @@ def load(directory: str | os.PathLike) -> SAE:
     dtype = _DTYPES[config["dtype"]]
     ours = _metadata(_read_json(directory / METADATA)) if (directory / METADATA).exists() else {}
     sae = SAE.from_weights(
-        *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", "b_enc", "b_dec")),
+        *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", bias, "b_dec")),
         rule=_rule(function, config, weights, ours.get("rule", {})),
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
     )
@@ -167,7 +174,11 @@ class _Function(NamedTuple):
 _FUNCTIONS = {
     "topk": _Function({"k"}, ()),
     "jumprelu": _Function(set(), ("threshold",)),
+    "standard": _Function(set(), ()),
+    "gated": _Function(set(), ("r_mag", "b_mag")),
 }
+# Gated SAEs have no b_enc: the encoder's bias is the gate's.
+_ENCODER_BIAS = {"gated": "b_gate"}
 
 
 def _transcoder(function: str) -> str:
@@ -186,25 +197,32 @@ def _function(rule: Rule, d_sae: int) -> tuple[str, dict[str, Any], dict[str, mx
                 "[save] a BatchTopK rule must have a threshold but has none: train the SAE, or mlxsae.sae.calibrate it."
             )
         return "jumprelu", {}, {"threshold": mx.full(d_sae, rule.threshold, mx.float32)}
+    if isinstance(rule, ReLU):
+        return "standard", {}, {}
+    if isinstance(rule, Gated):
+        return "gated", {}, {"r_mag": rule.r_mag, "b_mag": rule.b_mag}
+    known = ["batchtopk", "gated", "jumprelu", "relu", "topk"]
     raise ValueError(
-        f"[save] rule must be one of {sorted(RULES)} but got {type(rule).__name__}; "
+        f"[save] rule must be one of {known} but got {type(rule).__name__}; "
         "save its parameters with sae.save_weights."
     )
 
 
 def _rule(function: str, config: dict[str, Any], weights: dict[str, mx.array], ours: dict[str, Any]) -> Rule:
     """The rule of a function; the one it was trained by where our own metadata remember that."""
-    threshold = weights.get("threshold")
     options = {key: value for key, value in ours.items() if key != "architecture"}
-    rule_type = RULES.get(ours.get("architecture", function), RULES[function])
+    rule_type = RULES.get(ours.get("architecture", function), JumpReLU)
     if unknown := sorted(options.keys() - set(rule_type.PARAMETERS)):
         raise ValueError(f"[load] the rule in {METADATA} must have only known keys but has {unknown}.")
     if function == "topk":
         return TopK(config["k"])
-    if rule_type is BatchTopK:
-        return BatchTopK(**options)
-    assert threshold is not None
-    return JumpReLU.of(threshold, **options)
+    if function == "standard":
+        return ReLU()
+    if function == "gated":
+        rule = Gated()
+        rule.r_mag, rule.b_mag = weights["r_mag"], weights["b_mag"]
+        return rule
+    return BatchTopK(**options) if rule_type is BatchTopK else JumpReLU.of(weights["threshold"], **options)
 
 
 def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> None:

@@ -16,7 +16,13 @@ from mlxsae.train.config import (
 )
 from mlxsae.train.doors import SAETrainer, train_crosscoder, train_sae, train_transcoder
 from mlxsae.train.flat_names import DEFAULT_CROSSCODER_CONFIG, DEFAULT_SAE_CONFIG, DEFAULT_TRANSCODER_CONFIG
-from mlxsae.train.initial import geometric_median
+from mlxsae.train.initial import (
+    directions,
+    geometric_median,
+    initialize,
+    initialize_decoder_from_pca,
+    initialize_encoder_as_transpose,
+)
 from mlxsae.train.loop import FitResult, Job, NonFiniteError, Run, fit, fit_many
 from mlxsae.train.optimizers import OPTIMIZERS, Signum
 from mlxsae.train.profi import ProfiSAETrainer
@@ -55,9 +61,13 @@ __all__ = [
     "TrainState",
     "TranscoderConfig",
     "WandbCallback",
+    "directions",
     "fit",
     "fit_many",
     "geometric_median",
+    "initialize",
+    "initialize_decoder_from_pca",
+    "initialize_encoder_as_transpose",
     "train_crosscoder",
     "train_sae",
     "train_sae_from_activations",

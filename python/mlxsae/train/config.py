@@ -172,7 +172,8 @@ class TrainConfig(_Config):
     ``normalize`` is folded into the weights of the SAE that comes out: ``expected_norm`` scales activations so that
     their mean norm is ``sqrt(d_in)``, ``mean_std`` brings each coordinate to mean 0 and standard deviation 1.
     ``b_dec_init`` is ``geometric_median``, ``mean`` or ``keep``; both normalisation and initial ``b_dec`` come from
-    ``sample_size`` rows. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
+    ``sample_size`` rows, and so do the dictionary's first directions where ``decoder_init`` is ``pca``, ``data`` or
+    ``random`` (:func:`~mlxsae.train.initialize`) and not ``keep``. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
     ``engine`` is ``auto``, ``autodiff`` or ``fused``.
 
     ``precision`` is that of the encoder's product: ``float32``, or ``certified``, which multiplies in bfloat16,
@@ -196,6 +197,7 @@ class TrainConfig(_Config):
     epochs: float | None = None
     normalize: str = "expected_norm"
     b_dec_init: str = "geometric_median"
+    decoder_init: str = "keep"
     sample_size: int = 8192
     normalize_decoder: bool = True
     engine: str = "auto"
@@ -230,6 +232,7 @@ class TrainConfig(_Config):
         for name, values in (
             ("normalize", ("expected_norm", "mean_std", "none")),
             ("b_dec_init", ("geometric_median", "mean", "keep")),
+            ("decoder_init", ("keep", "data", "pca", "random")),
             ("engine", ("auto", "autodiff", "fused")),
         ):
             _require(name, getattr(self, name), getattr(self, name) in values, f"be one of {list(values)}")

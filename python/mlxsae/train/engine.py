@@ -168,6 +168,8 @@ class FusedEngine:
         """Why the pass cannot make this run's steps; empty where it can."""
         if config.autodiff_only:
             return config.autodiff_only
+        if type(sae).learn is not SAE.learn or sae.rank_by_decoder_norm:
+            return f"the {type(sae).__name__} chooses latents in a way of its own"
         rule = type(sae.rule)
         if not rule.fused or tree_flatten(sae.rule.parameters()):
             return f"the rule {rule.__name__} has no fused op"
@@ -177,8 +179,6 @@ class FusedEngine:
             return f"the loss has the terms {sorted(loss.terms)}"
         if loss.auxk is not None and not loss.auxk[1].fused:
             return f"the AuxK preset {loss.auxk[1].preset} has no fused form"
-        if type(sae).learn is not SAE.learn or sae.rank_by_decoder_norm:
-            return f"the {type(sae).__name__} chooses latents in a way of its own"
         trained = {name for name, _ in tree_flatten(sae.parameters())}
         if trained != {f"{part}.{name}" for part, name in _PLACES}:
             return "encoder and decoder are not all of its parameters, or are tied"

@@ -33,6 +33,7 @@ from mlxsae.train.initial import (
     expected_norm_scale,
     finite_rows,
     geometric_median,
+    initialize,
     source_statistics,
 )
 from mlxsae.train.module_engine import LossFunction, ModuleEngine, forward
@@ -572,11 +573,10 @@ class _Batch:
         """``(x, y)`` in the run's scaled space; one array where the target is the input."""
         i, j = _places(run.fields, len(self.arrays))
         state = run.state
-        x = self._scaled(i, state, 0)
-        return x, x if i == j else self._scaled(j, state, 1)
+        x = self.scaled(i, state.norm, state.scale[0], 0)
+        return x, x if i == j else self.scaled(j, state.norm, state.scale[1], 1)
 
-    def _scaled(self, i: int, state: TrainState, side: int) -> mx.array:
-        scale, norm = state.scale[side], state.norm
+    def scaled(self, i: int, norm: dict[str, mx.array], scale: float, side: int) -> mx.array:
         # Runs that start from one sample hold the very same statistics.
         key = i, scale, id(norm["mean_in"]) if norm else None, side if norm else 0
         if key not in self._made:
@@ -652,6 +652,12 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     working.set_dtype(mx.float32)
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
+    if saved is None and config.decoder_init != "keep":
+        batch = _Batch(tuple(start.rows(fields)))
+        seen = [batch.scaled(place, norm, scale[place], place) for place in range(len(fields))]
+        if centre is not None:
+            working.decoder.bias = centre * scale[1]
+        initialize(working, *seen, how=config.decoder_init, seed=config.seed)
     params = _tree(working.trainable_parameters())
     if not params:
         raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")

@@ -14,6 +14,7 @@ from mlxsae.train.config import (
     TrainConfig,
     TranscoderConfig,
 )
+from mlxsae.train.diagnosis import Finding, diagnose
 from mlxsae.train.doors import SAETrainer, train_crosscoder, train_sae, train_transcoder
 from mlxsae.train.flat_names import DEFAULT_CROSSCODER_CONFIG, DEFAULT_SAE_CONFIG, DEFAULT_TRANSCODER_CONFIG
 from mlxsae.train.initial import (
@@ -44,6 +45,7 @@ __all__ = [
     "DeadNeuronCallback",
     "EarlyStoppingCallback",
     "Experiment",
+    "Finding",
     "FitResult",
     "Job",
     "LossConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "TrainState",
     "TranscoderConfig",
     "WandbCallback",
+    "diagnose",
     "directions",
     "fit",
     "fit_many",

@@ -288,13 +288,13 @@ class TrainConfig(_Config):
 class DataConfig(_Config):
     """How text becomes activations where a door reads it.
 
-    ``validation_split`` of the documents, chosen by a hash of their text, is never trained on; the activations of at most
-    ``validation_tokens`` of theirs serve for validation. ``context_size`` is that of the model, at most 256, unless
+    ``validation_split`` of the documents, chosen by a hash of their text, is never trained on (none by default); the
+    activations of at most ``validation_tokens`` of theirs serve for validation. ``context_size`` is that of the model, at most 256, unless
     given; ``lm_batch_size`` rows go through the model at once; ``buffer_tokens`` activations are held for shuffling
     (131,072, or what fits in 1 GiB).
     """
 
-    validation_split: float = 0.1
+    validation_split: float = 0.0
     validation_tokens: int = 20_000
     context_size: int | None = None
     lm_batch_size: int = 16

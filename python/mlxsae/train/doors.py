@@ -16,7 +16,7 @@ import numpy as np
 from mlxsae import lm as lm_room
 from mlxsae.data import ActivationSource, ArraySource, Chunk, ShuffleBuffer
 from mlxsae.io import native
-from mlxsae.lm import HookPoint, LanguageModel, TokenBatch
+from mlxsae.lm import Documents, HookPoint, LanguageModel, TokenBatch
 from mlxsae.lm.hook_point import SITES
 from mlxsae.train.callbacks import Callback
 from mlxsae.train.config import CrosscoderConfig, SAEConfig, TrackingConfig, TranscoderConfig, overruled
@@ -211,6 +211,8 @@ class SAETrainer:
             raise ValueError("[train] layer must be given but is None.")
         else:
             points = [lms[0].hook_point(component or "mlp", layer=layer)]
+        if any(point.site == "attn_pattern" for point in points):
+            raise ValueError("[train] component must have one width but attn_pattern has as many as keys.")
         task = _Task(lms, points, config, dataset, text_field)
         lengthless = not self._explicit and not flat.keys() & set(_LENGTHS)
         config, source, validation = task.data(_EPOCHS if lengthless else None)
@@ -263,10 +265,10 @@ class _Task:
 
     @property
     def context_size(self) -> int:
-        return self.config.data.context_size or min(_CONTEXT, _context_of(self.lms[0]) or _CONTEXT)
+        return self.config.data.context_size or min(_CONTEXT, self.lms[0].context_size or _CONTEXT)
 
     def build(self, config: Any) -> Any:
-        widths = [_width(lm, point) for lm in self.lms for point in self.points]
+        widths = [lm.shape_at(point)[-1] for lm in self.lms for point in self.points]
         if self.crosses:
             if len(set(widths)) > 1:
                 raise ValueError(f"[train] sources of a crosscoder must have one width but have {widths}.")
@@ -288,19 +290,20 @@ class _Task:
                 train.batch_size, hook_points=tuple(names) if n > 1 else names[0], seed=train.seed
             )
             return config, _Joined(source) if self.crosses else source, None
-        texts = _Texts(dataset, self.text_field)
+        texts = Documents(dataset, self.text_field)
         split = 0.0 if texts.once else config.data.validation_split
         held_out = self._held_out(texts, split) if split else None
         # A validation split into which no document falls leaves all of them to training, by the same hash.
         batches = self._batches(texts, "train" if split else None, split)
-        if not texts.once and (train.epochs is not None or epochs is not None):
-            there = sum(int(b.valid.sum()) for b in batches())
-            tokens = min(train.total_tokens, (epochs or 0) * there)
-            if train.epochs is not None:
-                tokens = math.ceil(train.epochs * there)
+        if not texts.once and train.epochs is not None:
+            tokens = math.ceil(train.epochs * _count(batches()))
             train = replace(train, total_tokens=max(1, tokens), epochs=None)
-            config = replace(config, train=train)
-        width = sum(_width(lm, point) for lm in self.lms for point in self.points)
+        elif not texts.once and epochs is not None:
+            # No more is counted than tells that the run is long enough.
+            there = _count(batches(), enough=train.total_tokens / epochs)
+            train = replace(train, total_tokens=min(train.total_tokens, epochs * there))
+        config = replace(config, train=train)
+        width = sum(lm.shape_at(point)[-1] for lm in self.lms for point in self.points)
         fits = max(_BUFFER_BYTES // (4 * width), train.batch_size)
         capacity = max(config.data.buffer_tokens or min(_BUFFER_TOKENS, fits), train.batch_size)
         stream = _Stream(
@@ -340,7 +343,9 @@ class _Task:
             return Chunk(mx.concatenate([a.astype(mx.float32) for a in arrays], axis=-1), valid=batch.valid)
         return Chunk(*arrays, valid=batch.valid)
 
-    def _batches(self, texts: _Texts, split: str | None, share: float) -> Callable[..., Iterator[TokenBatch]]:
+    def _batches(
+        self, texts: Documents, split: str | None, share: float
+    ) -> Callable[..., Iterator[TokenBatch]]:
         def walk(**more: Any) -> Iterator[TokenBatch]:
             return lm_room.token_batches(
                 self.lms[0],
@@ -354,14 +359,14 @@ class _Task:
 
         return walk
 
-    def _held_out(self, texts: _Texts, split: float) -> tuple[np.ndarray, ...] | None:
+    def _held_out(self, texts: Documents, split: float) -> tuple[np.ndarray, ...] | None:
         if not any(lm_room.in_heldout(text, split) for text in texts if text.strip()):
             return None
         return self._collected(self._batches(texts, "heldout", split))
 
     def all_rows(self) -> tuple[np.ndarray, ...]:
         """The activations of the dataset's texts, at most ``validation_tokens``."""
-        return self._collected(self._batches(_Texts(self.dataset, self.text_field), None, 0.0))
+        return self._collected(self._batches(Documents(self.dataset, self.text_field), None, 0.0))
 
     def _collected(self, batches: Callable[..., Iterator[TokenBatch]]) -> tuple[np.ndarray, ...]:
         parts = []
@@ -413,26 +418,18 @@ class _Joined:
         return (_side_by_side(self._source.sample(n)),)
 
 
-class _Texts:
-    """Documents, walked through as often as their source allows."""
-
-    def __init__(self, source: Any, text_field: str | None):
-        self._source, self._field = source, text_field
-        self.once = not isinstance(source, (str, os.PathLike)) and iter(source) is source
-
-    def __iter__(self) -> Iterator[str]:
-        if isinstance(self._source, (str, os.PathLike)):
-            yield from lm_room.read_texts(self._source, self._field)
-            return
-        for entry in self._source:
-            text = entry.get(self._field or "text") if isinstance(entry, dict) else entry
-            if not isinstance(text, str):
-                raise ValueError(f"[train] dataset must hold texts but holds {type(text).__name__}.")
-            yield text
-
-
 def _side_by_side(batch: tuple[mx.array, ...]) -> mx.array:
     return batch[0] if len(batch) == 1 else mx.concatenate([a.astype(mx.float32) for a in batch], axis=-1)
+
+
+def _count(batches: Iterable[TokenBatch], enough: float = math.inf) -> int:
+    """Valid tokens, counted no further than ``enough``."""
+    count = 0
+    for batch in batches:
+        count += int(np.count_nonzero(np.array(batch.valid)))
+        if count >= enough:
+            break
+    return count
 
 
 def _language_model(model: Any) -> LanguageModel:
@@ -444,16 +441,6 @@ def _language_model(model: Any) -> LanguageModel:
             f"[train] model must be a path, a name or a LanguageModel but got {type(model).__name__}."
         )
     return found
-
-
-def _width(lm: LanguageModel, point: HookPoint) -> int:
-    # The graph of a forward pass knows every width, and nothing is computed.
-    return lm_room.capture(lm, mx.zeros((1, 1), mx.int32), [point])[point].shape[-1]
-
-
-def _context_of(lm: LanguageModel) -> int | None:
-    known = getattr(getattr(lm.model, "args", None), "max_position_embeddings", None)
-    return known if isinstance(known, int) and known >= 2 else None
 
 
 def _same_tokenizer(a: LanguageModel, b: LanguageModel) -> None:

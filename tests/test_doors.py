@@ -129,7 +129,9 @@ def test_defaults_of_the_plans() -> None:
 
 
 def test_train_sae_in_one_call(model: lm.LanguageModel, texts: list[str], tmp_path: Path) -> None:
-    sae = train_sae(model, 1, "residual", texts, tmp_path / "sae", total_tokens=12_000, **SMALL)
+    sae = train_sae(
+        model, 1, "residual", texts, tmp_path / "sae", total_tokens=12_000, validation_split=0.2, **SMALL
+    )
     assert sae.metadata["hook_name"] == "blocks.1.hook_resid_post"
     assert sae.metadata["model_name"] == model.name
     assert sae.metadata["training"]["tokens"] >= 12_000
@@ -139,7 +141,7 @@ def test_train_sae_in_one_call(model: lm.LanguageModel, texts: list[str], tmp_pa
     x = mx.concatenate([lm.valid_rows(lm.capture(model, b.tokens, point)[point], b.valid) for b in batches])
     assert evaluate(sae, [x])["fvu"] < 0.5
     # The same by configuration, on an instance and on the class; and interrupted.
-    config = SAEConfig(k=4, expansion_factor=2, batch_size=128, total_tokens=12_000)
+    config = SAEConfig(k=4, expansion_factor=2, batch_size=128, total_tokens=12_000, validation_split=0.2)
     trainer = SAETrainer(config)
     for again in (
         trainer.train(model, layer=1, component="resid", dataset=texts, progress=False),
@@ -214,7 +216,7 @@ def test_doors_name_what_is_missing(model: lm.LanguageModel, texts: list[str]) -
         train_sae(3, 1, dataset=texts)
     with pytest.raises(ValueError, match="layer must be given"):
         SAETrainer.train(model, dataset=texts)
-    with pytest.raises(ValueError, match="dataset must hold texts but holds int"):
+    with pytest.raises(ValueError, match="entry 0 of the dataset must be a string or an object but is int"):
         train_sae(model, 1, dataset=[1, 2], validation_split=0.0)
 
 

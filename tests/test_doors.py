@@ -30,6 +30,7 @@ from mlxsae.train import (
     TrainConfig,
     TranscoderConfig,
     fit,
+    train_crosscoder,
     train_sae,
     train_sae_from_activations,
     train_transcoder,
@@ -466,3 +467,98 @@ def test_resampling_by_configuration() -> None:
         dictionary_data(), config, dead_neuron_threshold=0.01, use_ghost_grads=False
     )
     assert result.state.step == 32
+
+
+# ---- crosscoders -------------------------------------------------------------------------------------------
+
+
+def sources(n: int = 6000) -> np.ndarray:
+    """Two activations that vie for latents, the second a hundred times as large as the first."""
+    a, b = dictionary_data(n), dictionary_data(n, seed=1)
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(16, 16)))[0]
+    return np.concatenate([a, 100 * (b @ turn)], axis=1).astype(np.float32)
+
+
+def shares_of_error(coder: Any, x: np.ndarray) -> np.ndarray:
+    """FVU of each source."""
+    rows = mx.array(x)
+    error = np.array(rows - coder(rows)).reshape(len(x), 2, 16)
+    centred = (x - x.mean(0)).reshape(len(x), 2, 16)
+    return (error**2).sum((0, 2)) / (centred**2).sum((0, 2))
+
+
+def test_sources_get_a_scale_each_and_their_weights() -> None:
+    x = sources()
+    fvus = {}
+    for name, options in {
+        "even": {},
+        "weighed": {"component_weights": (1.0, 100.0)},
+        "ranked": {"rank_by_decoder_norm": True},
+    }.items():
+        config = CrosscoderConfig(
+            k=2,
+            d_sae=48,
+            batch_size=64,
+            total_tokens=400 * 64,
+            learning_rate=3e-3,
+            use_ghost_grads=False,
+            **options,
+        )
+        coder = config.build(16, 2)
+        result = fit(coder, ArraySource(x, batch_size=64), config.train)
+        fvus[name] = shares_of_error(coder, x[:1000])
+        if name == "even":
+            # What the run measured on scaled activations is the mean of what the raw ones show.
+            assert result.history[-1]["fvu"] == pytest.approx(fvus[name].mean(), rel=0.3)
+    assert 0.5 < fvus["even"][0] / fvus["even"][1] < 2
+    assert fvus["weighed"][1] < 0.8 * fvus["even"][1]
+    assert fvus["even"][0] < 0.8 * fvus["weighed"][0]
+    assert fvus["ranked"][1] < fvus["ranked"][0]  # one scale for all: the large source rules
+    with pytest.raises(ValueError, match="source_weights must be 3 numbers"):
+        CrosscoderConfig(source_weights=(1.0, 2.0)).build(16, 3)
+    bad = CrosscoderConfig(k=2, d_sae=48, rank_by_decoder_norm=True, normalize_activations="mean_std")
+    with pytest.raises(ValueError, match="normalize must not be mean_std where latents are ranked"):
+        fit(bad.build(16, 2), ArraySource(x, batch_size=64), bad.train)
+
+
+def test_train_crosscoder(model: lm.LanguageModel, texts: list[str], tmp_path: Path) -> None:
+    coder = train_crosscoder(
+        model,
+        layer=1,
+        components=["mlp", "attn"],
+        dataset=texts,
+        save_path=tmp_path / "c",
+        total_tokens=4000,
+        **SMALL,
+    )
+    assert (coder.n_sources, coder.d_source, coder.d_sae) == (2, model.d_model, 2 * model.d_model)
+    assert coder.metadata["sources"] == ["blocks.1.hook_mlp_out", "blocks.1.hook_attn_out"]
+    assert_same_bits(weights(io.load(tmp_path / "c")), weights(coder))
+    assert sum(coder.sharing().values()) >= coder.d_sae
+    over = train_crosscoder(
+        model, layers=[0, 1, 2], component="residual", dataset=texts, total_tokens=500, **SMALL
+    )
+    assert over.n_sources == 3
+    twins = train_crosscoder(model, 1, ["mlp"], texts, models=[model], total_tokens=500, **SMALL)
+    assert twins.n_sources == 2
+    for bad, said in (
+        ({"layer": 1, "layers": [1]}, "either layer or layers"),
+        ({}, "either layer or layers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train_crosscoder(model, dataset=texts, **bad)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_normalisation_of_a_transcoder_folds(skip: bool) -> None:
+    x = dictionary_data()
+    y = (np.maximum(x @ np.random.default_rng(3).normal(size=(16, 5)), 0) * 40 + 3).astype(np.float32)
+    settings = TranscoderConfig(
+        k=4, d_sae=48, skip=skip, batch_size=64, total_tokens=300 * 64, normalize_activations="mean_std"
+    )
+    coder = settings.build(16, 5)
+    result = fit(coder, ArraySource(x, y, batch_size=64), settings.train, validation=(x[:640], y[:640]))
+    got = evaluate(coder, [(mx.array(x[:640]), mx.array(y[:640]))])["fvu"]
+    # Per coordinate the errors weigh differently, so the numbers agree roughly, and exactly in what the run saw.
+    assert got == pytest.approx(result.validations[-1]["val_fvu"], rel=0.5)
+    assert ("W_skip" in coder) == skip

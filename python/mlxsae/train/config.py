@@ -24,7 +24,7 @@ from mlxsae.loss import (
     RandomPrefixes,
 )
 from mlxsae.loss.compose import Weight
-from mlxsae.sae import RULES, SAE, Rule
+from mlxsae.sae import RULES, SAE, Crosscoder, Rule
 from mlxsae.train.flat_names import nested
 from mlxsae.train.optimizers import OPTIMIZERS, WITH_WEIGHT_DECAY
 from mlxsae.train.schedules import in_steps
@@ -441,7 +441,6 @@ class CrosscoderConfig(SAEConfig):
             raise ValueError(
                 f"[CrosscoderConfig] source_weights must be {n_sources} numbers but got {self.source_weights}."
             )
-        from mlxsae.sae import Crosscoder  # type: ignore[attr-defined]
 
         made = Crosscoder(
             d_in,

@@ -745,7 +745,7 @@ def _evaluate(run: Run, x: mx.array, y: mx.array) -> tuple[dict[str, mx.array], 
     assert run.loss is not None
     with substituted(run.module, run.state.params) as sae:
         code = sae.encode(x)
-        total, terms = run.loss(Forward(sae, x, y, code, sae.decode(code)))
+        total, terms = run.loss(Forward(sae, x, y, code, sae.decode(code, x)))
         return terms | {"loss": total, "l0": l0(code)}, fire_counts(code, run.widths.d_sae)
 
 

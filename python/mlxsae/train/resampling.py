@@ -69,7 +69,7 @@ class DeadNeuronCallback(Callback):
         with run.current() as sae:
             for i in range(0, x.shape[0], _BATCH):
                 code = sae.encode(x[i : i + _BATCH])
-                difference = y[i : i + _BATCH] - sae.decode(code)
+                difference = y[i : i + _BATCH] - sae.decode(code, x[i : i + _BATCH])
                 errors.append(mx.square(difference).sum(axis=-1))
                 fires = fires + fire_counts(code, run.widths.d_sae)
                 mx.eval(errors[-1], fires)

@@ -20,9 +20,11 @@ from mlxsae.sae import (
     Activation,
     BatchTopK,
     Crosscoder,
+    CrossLayerTranscoder,
     Gated,
     GroupMax,
     HierarchicalSAE,
+    JumpReLU,
     ReLU,
     SigmoidGated,
     TopK,
@@ -296,7 +298,7 @@ def test_crosscoder_tells_shared_latents_from_those_of_one_source(rule: str) -> 
     cross = Crosscoder(D, 2, 32, rule=BatchTopK(2) if rule == "batchtopk" else ReLU(), seed=0)
     loss = LossConfig(terms={} if rule == "batchtopk" else {"l1": 0.003}, dead_after=3000)
     source = ArraySource(x.reshape(len(x), -1), batch_size=64, seed=0)
-    fit(cross, source, settings(900, loss=loss, normalize_decoder=False))
+    fit(cross, source, settings(600, loss=loss, normalize_decoder=False))
     got = evaluate(cross, [mx.array(x.reshape(len(x), -1))])
     shares, sharing = cross.source_shares(), cross.sharing(0.35, 0.8)
     assert got["fvu"] < 0.1
@@ -305,6 +307,69 @@ def test_crosscoder_tells_shared_latents_from_those_of_one_source(rule: str) -> 
     assert min(sharing["source_0"], sharing["source_1"]) >= 4
     assert sharing["shared"] >= 12
     assert sharing["aligned"] == 0  # the models' bases have nothing to do with each other
+
+
+# ---- cross-layer transcoder -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule", [TopK(3), ReLU(), JumpReLU(initial_threshold=0.3)], ids=lambda r: r.architecture
+)
+def test_cross_layer_by_its_definition(rule: Any) -> None:
+    clt = CrossLayerTranscoder(6, 3, 20, rule=rule, seed=0)
+    clt.W_decs = [mx.random.normal(w.shape, key=mx.random.key(i)) for i, w in enumerate(clt.W_decs)]
+    clt.decoder.bias = mx.random.normal((18,), key=mx.random.key(9))
+    x = np.random.default_rng(0).normal(size=(10, 3, 6)).astype(np.float32)
+    want = np.tile(np.array(clt.decoder.bias).reshape(1, 3, 6), (10, 1, 1)).astype(np.float64)
+    latents = []
+    for layer in range(3):
+        z = x[:, layer] @ np.array(clt.encoders[layer].weight, np.float64).T
+        if isinstance(rule, TopK):
+            z = np.where(z >= np.sort(z, axis=1)[:, -3, None], z, 0)
+        latents.append(np.where(z > 0.3, z, 0) if isinstance(rule, JumpReLU) else relu(z))
+        for later in range(layer, 3):
+            want[:, later] += latents[-1] @ np.array(clt.W_dec_of(layer))[:, later - layer]
+    code = clt.encode(mx.array(x))
+    np.testing.assert_allclose(to_dense(code, 60), np.concatenate(latents, axis=1), atol=1e-5)
+    np.testing.assert_allclose(clt(mx.array(x)), want, atol=1e-4)
+    np.testing.assert_allclose(clt(mx.array(x.reshape(10, 18))), want.reshape(10, 18), atol=1e-4)
+    norms = [np.linalg.norm(np.array(w), axis=1) for w in clt.W_decs]
+    np.testing.assert_allclose(clt.decoder_norms(), np.concatenate(norms), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["topk", "jumprelu"])
+def test_cross_layer_learns_and_folds_its_scales(rule: str) -> None:
+    """Targets that earlier layers' features explain: a transcoder of each layer alone could not."""
+    rng = np.random.default_rng(0)
+    codes = (rng.random((6000, 3, 8)) + 0.5) * (rng.random((6000, 3, 8)) < 0.15)
+    reads, writes = (np.linalg.qr(rng.normal(size=(n, 8, 8)))[0] for n in (3, 6))
+    x = 2 * np.einsum("nlf,lfd->nld", codes, reads)
+    pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
+    y = np.stack(
+        [sum(codes[:, a] @ writes[i] for i, (a, b) in enumerate(pairs) if b == m) for m in range(3)], axis=1
+    )
+    flat = [a.reshape(6000, 24).astype(np.float32) for a in (x, y)]
+    clt = CrossLayerTranscoder(
+        8, 3, 16, rule=TopK(3) if rule == "topk" else JumpReLU(2, bandwidth=0.3), seed=0
+    )
+    loss = LossConfig(auxk=None, terms={} if rule == "topk" else {"tanh": 1e-3})
+    result = fit(clt, ArraySource(*flat, batch_size=64, seed=0), settings(500, loss=loss, log_every=50))
+    got = evaluate(clt, [(mx.array(flat[0][:2000]), mx.array(flat[1][:2000]))])
+    assert got["fvu"] < 0.25
+    assert result.history[-1]["fvu"] == pytest.approx(got["fvu"], rel=0.5)
+    alone = np.linalg.norm(np.array(clt.W_dec_of(0))[:, 1:])
+    assert alone > 0.5 * np.linalg.norm(np.array(clt.W_dec_of(0))[:, 0])  # layer 0 does write further on
+
+
+def test_bad_cross_layer_transcoders() -> None:
+    with pytest.raises(ValueError, match=r"d, n_layers and d_layer must be positive but got 6, 0 and 20"):
+        CrossLayerTranscoder(6, 0, 20, k=2)
+    with pytest.raises(ValueError, match=r"give either k or rule but got k=None and rule=None"):
+        CrossLayerTranscoder(6, 2, 20)
+    with pytest.raises(
+        ValueError, match=r"must keep k latents a token, or be dense in training, but gives SparseCodeCSR"
+    ):
+        CrossLayerTranscoder(6, 2, 20, rule=BatchTopK(2)).encode(mx.zeros((3, 12)))
 
 
 def test_the_fused_engine_says_why_it_cannot() -> None:
@@ -373,3 +438,14 @@ def test_seeds_names_for_the_start() -> None:
     tied = SAE(D, D_SAE, k=K, tied=True, seed=0)
     fit(tied, source(), settings(5, decoder_init="pca"))
     np.testing.assert_array_equal(tied.W_enc, tied.W_dec.T)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "gated", "jumprelu"])
+def test_validation_of_every_kind_of_loss(architecture: str) -> None:
+    """Prefixes and gates in the validation's loss, as in training's."""
+    config = settings(20, validate_every=10, loss=LossConfig(prefixes=(0.5,), auxk=None))
+    sae = SAEConfig(architecture=architecture, d_sae=D_SAE, k=K).build(D)
+    result = fit(sae, source(), config, validation=mx.array(data(300, seed=3)))
+    last = result.validations[-1]
+    assert min(last["val_prefixes"], last["val_fvu"]) > 0
+    assert last["val_loss"] == pytest.approx(result.history[-1]["loss"], rel=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlxsae.sae.cross_layer import CrossLayerTranscoder
 from mlxsae.sae.crosscoder import Crosscoder
 from mlxsae.sae.decoder import Decoder, TiedDecoder
 from mlxsae.sae.encoder import Encoder
@@ -22,6 +23,7 @@ __all__ = [
     "SAE",
     "Activation",
     "BatchTopK",
+    "CrossLayerTranscoder",
     "Crosscoder",
     "Decoder",
     "Encoded",

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsae.code import Code
-from mlxsae.sae.model import SAE, unit_rows
+from mlxsae.sae.model import SAE, row_norms, unit_rows
 from mlxsae.sae.rule import Rule
 
 
@@ -88,7 +88,7 @@ class Crosscoder(SAE):
 
     def source_norms(self) -> mx.array:
         """``|W_dec[j, s]|``, ``[d_sae, n_sources]``."""
-        return mx.linalg.norm(self.W_dec.astype(mx.float32), axis=-1)
+        return row_norms(self.W_dec)
 
     def decoder_norms(self) -> mx.array:
         """``sum_s |W_dec[j, s]|``, ``[d_sae]``."""

@@ -199,7 +199,7 @@ class SAE(nn.Module):
 
     def decoder_norms(self) -> mx.array:
         """``|W_dec[i]|``, ``[d_sae]``: how strongly a latent of value 1 writes."""
-        return mx.linalg.norm(self.decoder.weight.astype(mx.float32), axis=-1)
+        return row_norms(self.decoder.weight)
 
     def decode(self, code: Code, x: mx.array | None = None) -> mx.array:
         """``x_hat [..., d_out]`` of a code; ``[n, d_out]`` of ``n`` compressed rows. An SAE with a skip connection wants
@@ -353,6 +353,13 @@ def _one_rule(k: int | None, rule: Rule | None) -> Rule:
     if (k is None) == (rule is None):
         raise ValueError(f"[SAE] give either k or rule but got k={k} and rule={rule}.")
     return TopK(k) if rule is None else rule  # type: ignore[arg-type]
+
+
+def row_norms(weight: mx.array) -> mx.array:
+    """Norms along the last axis in float32; a row of zeros has norm 0, and gradient 0 where MLX's has NaN."""
+    squares = mx.square(weight.astype(mx.float32)).sum(axis=-1)
+    some = squares > 0
+    return mx.where(some, mx.sqrt(mx.where(some, squares, 1)), 0)
 
 
 def unit_rows(rows: int, columns: int, key: mx.array | None) -> mx.array:

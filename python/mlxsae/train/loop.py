@@ -744,8 +744,10 @@ def _evaluate(run: Run, x: mx.array, y: mx.array) -> tuple[dict[str, mx.array], 
         return own(run.state.arrays, x, y, step=run.state.step)
     assert run.loss is not None
     with substituted(run.module, run.state.params) as sae:
-        code = sae.encode(x)
-        total, terms = run.loss(Forward(sae, x, y, code, sae.decode(code, x)))
+        code, _, pre_acts = sae.learn(x, run.state.rule)
+        scheduled = run.loss.scheduled(run.state.step, sae.d_sae, run.config.seed)
+        forward = Forward(sae, x, y, code, sae.decode(code, x), None, pre_acts, scheduled)
+        total, terms = run.loss(forward)
         return terms | {"loss": total, "l0": l0(code)}, fire_counts(code, run.widths.d_sae)
 
 

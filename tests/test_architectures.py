@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxsae import io, to_dense
 from mlxsae import loss as L
-from mlxsae import to_dense
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate
 from mlxsae.sae import (
@@ -298,7 +300,7 @@ def test_crosscoder_tells_shared_latents_from_those_of_one_source(rule: str) -> 
     cross = Crosscoder(D, 2, 32, rule=BatchTopK(2) if rule == "batchtopk" else ReLU(), seed=0)
     loss = LossConfig(terms={} if rule == "batchtopk" else {"l1": 0.003}, dead_after=3000)
     source = ArraySource(x.reshape(len(x), -1), batch_size=64, seed=0)
-    fit(cross, source, settings(600, loss=loss, normalize_decoder=False))
+    fit(cross, source, settings(900, loss=loss, normalize_decoder=False))
     got = evaluate(cross, [mx.array(x.reshape(len(x), -1))])
     shares, sharing = cross.source_shares(), cross.sharing(0.35, 0.8)
     assert got["fvu"] < 0.1
@@ -449,3 +451,42 @@ def test_validation_of_every_kind_of_loss(architecture: str) -> None:
     last = result.validations[-1]
     assert min(last["val_prefixes"], last["val_fvu"]) > 0
     assert last["val_loss"] == pytest.approx(result.history[-1]["loss"], rel=0.6)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["skip", "crosscoder", "ranked", "ranked rows", "tied", "gated transcoder"])
+def test_files_of_every_shape(tmp_path: Path, kind: str) -> None:
+    """What is loaded computes the same, keeps its kind, and gets a name that SAELens knows or refuses."""
+    sae, name = {
+        "skip": lambda: (made(JumpReLU(), d_out=D, skip=True), "jumprelu_skip_transcoder"),
+        "crosscoder": lambda: (
+            Crosscoder(8, 2, D_SAE, rule=BatchTopK(K, threshold=0.9), seed=0),
+            "jumprelu_crosscoder",
+        ),
+        "ranked": lambda: (made(TopK(K), rank_by_decoder_norm=True), "topk"),
+        "ranked rows": lambda: (made(BatchTopK(K, threshold=0.3), rank_by_decoder_norm=True), "jumprelu"),
+        "tied": lambda: (SAE(D, D_SAE, k=K, tied=True, seed=0), "topk"),
+        "gated transcoder": lambda: (SAE(D, D_SAE, rule=Gated(), d_out=5, seed=0), "gated_transcoder"),
+    }[kind]()
+    if kind == "skip":
+        sae.W_skip = mx.random.normal((D, D), key=mx.random.key(1))
+    x = mx.array(X)
+    io.save(sae, tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == name
+    again = io.load(tmp_path)
+    assert type(again) is type(sae)
+    assert type(again.rule) is type(sae.rule)
+    np.testing.assert_allclose(again(x), sae(x), atol=1e-5)
+    assert np.abs(np.array(sae(x))).max() > 0
+    if kind == "crosscoder":
+        assert (again.n_sources, again.rank_by_decoder_norm) == (2, True)
+        np.testing.assert_allclose(again.source_shares(), sae.source_shares())
+
+
+def test_files_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
+    for sae in (HierarchicalSAE(D, 10, 38, k_coarse=2, k_fine=3), CrossLayerTranscoder(6, 2, 20, k=2)):
+        with pytest.raises(ValueError, match=r"\[save\] "):
+            io.save(sae, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -357,7 +357,7 @@ def test_train_sae_in_one_line(folder: Path, tmp_path: Path) -> None:
     sae = model.train_sae(
         layer=2, component="residual", dataset=texts, save_path=tmp_path / "sae", progress=False
     )
-    assert (sae.d_in, sae.d_sae) == (128, 2048)
+    assert (sae.d_in, sae.d_sae) == (128, 4096)
     assert model.saes["layers.2"] is sae
     assert sae.metadata["hook_name"] == "blocks.2.hook_resid_post"
     assert sae.metadata["model_name"] == "tiny"

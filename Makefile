@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean. Each sets up all that it needs, in .venv.
+# make demo | test | lint | bench | metal | clean. Each sets up all that it needs, in .venv.
 # Options: PYTHON=python3.12, VENV=.venv, MLX=cuda13 (on a machine with an NVIDIA GPU; default cpu on Linux)
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake -type f)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test lint bench test-peers bench-peers clean
+.PHONY: demo test lint bench metal test-peers bench-peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlxsae demo
@@ -20,12 +20,21 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	find csrc src tests/cpp -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc src tests/cpp tests/metal -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # SHAPES=S0,S1,S2 and others of benchmarks/shapes.py.
 SHAPES ?= S0,S1
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --shapes $(SHAPES) --benchmark-json=benchmark.json
+
+# Every kernel through Apple's compiler, for the oldest system that we support (a Mac with Xcode; no part of the build).
+METAL := xcrun --sdk macosx metal -std=metal3.1 -mmacosx-version-min=14.0 -Wall -Imetal
+metal: $(patsubst metal/%.metal,build/metal/%.air,$(wildcard metal/*.metal))
+	xcrun --sdk macosx metallib $^ -o build/metal/mlxsae.metallib
+
+build/metal/%.air: metal/%.metal $(wildcard metal/*.h metal/common/*.h)
+	@mkdir -p $(@D)
+	$(METAL) -c $< -o $@
 
 # The field's libraries, in an environment of their own: as oracles, and beside us in one contest for each of PEER_SHAPES.
 PEERS := .venv-peers

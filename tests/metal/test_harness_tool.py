@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import msl
 import numpy as np
@@ -168,6 +170,24 @@ def test_missing_tools_are_named(monkeypatch):
     toolchain.clang.cache_clear()
     with pytest.raises(msl.ToolMissing):
         toolchain.default_compiler.__wrapped__()
+
+
+def test_the_readme_tells_the_truth(any_compiler, tmp_path, monkeypatch):
+    readme = (Path(msl.__file__).parent / "README.md").read_text()
+    kernel = re.search(r"```metal\n(.*?)```", readme, re.S)[1]
+    example = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    Path("rowsum.metal").write_text(kernel)
+    exec(example, {})
+    assert msl.lint("rowsum.metal") == []
+    broken = kernel.replace("  threadgroup_barrier(mem_flags::mem_threadgroup);", "")
+    Path("rowsum.metal").write_text(broken)
+    with pytest.raises(msl.Uninitialised) as caught:
+        exec(example, {})
+    assert str(caught.value) in readme.replace("of\nthreadgroup", "of threadgroup")
+    with pytest.raises(msl.DataRace) as caught:
+        exec(example.replace("threadgroup=(128,)", "threadgroup=(128,), schedule=1"), {})
+    assert [line for _, line in caught.value.places] == [13, 11]
 
 
 ARM = "aarch64-linux-gnu-g++"

@@ -242,18 +242,18 @@ using also = typename same_as<T>::type;  // converts to the type that the first 
 #define MSL_REAL2(name)              \
   template <class T, if_real<T> = 0> \
   T name(T, also<T>);
-#define MSL_REALS                                                                                                     \
-  MSL_REAL1(exp)                                                                                                      \
-  MSL_REAL1(exp2)                                                                                                     \
-  MSL_REAL1(exp10)                                                                                                    \
-  MSL_REAL1(log) MSL_REAL1(log2) MSL_REAL1(log10) MSL_REAL1(sqrt) MSL_REAL1(rsqrt) MSL_REAL1(sin) MSL_REAL1(cos)      \
-      MSL_REAL1(tan) MSL_REAL1(asin) MSL_REAL1(acos) MSL_REAL1(atan) MSL_REAL1(sinh) MSL_REAL1(cosh) MSL_REAL1(tanh)  \
-          MSL_REAL1(asinh) MSL_REAL1(acosh) MSL_REAL1(atanh) MSL_REAL1(sinpi) MSL_REAL1(cospi) MSL_REAL1(tanpi)       \
-              MSL_REAL1(floor) MSL_REAL1(ceil) MSL_REAL1(trunc) MSL_REAL1(round) MSL_REAL1(rint) MSL_REAL1(fract)     \
-                  MSL_REAL1(fabs) MSL_REAL1(sign) MSL_REAL1(saturate) MSL_REAL2(pow) MSL_REAL2(powr) MSL_REAL2(atan2) \
-                      MSL_REAL2(fmod) MSL_REAL2(copysign) MSL_REAL2(fmax) MSL_REAL2(fmin) MSL_REAL2(fdim)             \
-                          MSL_REAL2(step) MSL_REAL2(divide) template <class T, if_real<T> = 0>                        \
-                          T fma(T, also<T>, also<T>);
+// clang-format off
+#define MSL_REALS                                                                                                      \
+  MSL_REAL1(exp) MSL_REAL1(exp2) MSL_REAL1(exp10) MSL_REAL1(log) MSL_REAL1(log2) MSL_REAL1(log10) MSL_REAL1(sqrt)      \
+  MSL_REAL1(rsqrt) MSL_REAL1(sin) MSL_REAL1(cos) MSL_REAL1(tan) MSL_REAL1(asin) MSL_REAL1(acos) MSL_REAL1(atan)        \
+  MSL_REAL1(sinh) MSL_REAL1(cosh) MSL_REAL1(tanh) MSL_REAL1(asinh) MSL_REAL1(acosh) MSL_REAL1(atanh) MSL_REAL1(sinpi)  \
+  MSL_REAL1(cospi) MSL_REAL1(tanpi) MSL_REAL1(floor) MSL_REAL1(ceil) MSL_REAL1(trunc) MSL_REAL1(round) MSL_REAL1(rint) \
+  MSL_REAL1(fract) MSL_REAL1(fabs) MSL_REAL1(sign) MSL_REAL1(saturate) MSL_REAL2(pow) MSL_REAL2(powr) MSL_REAL2(atan2) \
+  MSL_REAL2(fmod) MSL_REAL2(copysign) MSL_REAL2(fmax) MSL_REAL2(fmin) MSL_REAL2(fdim) MSL_REAL2(step)                  \
+  MSL_REAL2(divide)                                                                                                    \
+  template <class T, if_real<T> = 0>                                                                                   \
+  T fma(T, also<T>, also<T>);
+// clang-format on
 MSL_REALS
 namespace precise {
 MSL_REALS

@@ -1,0 +1,6 @@
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+typedef double CFTimeInterval;
+typedef const void* CFTypeRef;

@@ -6,7 +6,7 @@ extern "C" {
 typedef struct objc_class* Class;
 typedef struct objc_object {
   Class isa;
-} * id;
+}* id;
 typedef struct objc_selector* SEL;
 typedef struct objc_object Protocol;
 typedef signed char BOOL;

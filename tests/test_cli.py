@@ -276,7 +276,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
     out = tmp_path / "run"
     fit = train_command.fit
-    monkeypatch.setattr(train_command, "fit", lambda *a, **o: fit(*a, **o, callbacks=[Stop()]))
+    monkeypatch.setattr(train_command, "fit", lambda *a, **o: fit(*a, **(o | {"callbacks": [Stop()]})))
     assert main(arguments(model, stories, out, quiet=True)) == 130
     err = capsys.readouterr().err
     assert "step_00000017" in err

@@ -276,7 +276,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
     out = tmp_path / "run"
     fit = train_command.fit
-    monkeypatch.setattr(train_command, "fit", lambda *a, **o: fit(*a, **o, callbacks=[Stop()]))
+    monkeypatch.setattr(train_command, "fit", lambda *a, **o: fit(*a, **(o | {"callbacks": [Stop()]})))
     assert main(arguments(model, stories, out, quiet=True)) == 130
     err = capsys.readouterr().err
     assert "step_00000017" in err
@@ -327,9 +327,17 @@ def test_resuming_after_a_kill_before_the_first_checkpoint(
 def test_config_file(model: str, stories: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "config.json"
     loss = {"reconstruction": "mse", "auxk": "openai"}
-    path.write_text(json.dumps({"k": 3, "d_sae": 300, "train": {"loss": loss, "batch_size": 128}}))
+    settings = {
+        "k": 3,
+        "d_sae": 300,
+        "train": {"loss": loss, "batch_size": 128, "log_every": 2},
+        "data": {"context_size": 48, "validation_split": 0.2},
+        "tracking": {"local": str(tmp_path / "log")},
+    }
+    path.write_text(json.dumps(settings))
     out = tmp_path / "run"
     wanted = arguments(model, stories, out, quiet=True, config=path, max_tokens=1024, aux="sparsify")
+    wanted[wanted.index("--context-size") : wanted.index("--context-size") + 2] = []
     assert main(wanted) == 0
     got = run_of(out)["config"]["sae"]
     assert (got["d_sae"], got["k"]) == (300, 8)  # the option overrules the file
@@ -337,6 +345,9 @@ def test_config_file(model: str, stories: Path, tmp_path: Path, capsys) -> None:
     assert got["train"]["loss"]["auxk"] == "sparsify"
     assert run_of(out)["options"]["config"]["k"] == 3
     assert native.load(out).d_sae == 300
+    assert native.load(out).metadata["context_size"] == 48
+    assert got["data"] | {"validation_split": 0.2, "validation_tokens": 1500} == got["data"]
+    assert "train/loss" in (tmp_path / "log" / "metrics.jsonl").read_text()
     for text, said in (
         ("{", "--config must be JSON"),
         ("[]", "a JSON object"),

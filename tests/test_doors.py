@@ -33,6 +33,7 @@ from mlxsae.train import (
     train_crosscoder,
     train_sae,
     train_sae_from_activations,
+    train_saes,
     train_transcoder,
 )
 from mlxsae.train.config import TrackingConfig
@@ -155,6 +156,27 @@ def test_train_sae_in_one_call(model: lm.LanguageModel, texts: list[str], tmp_pa
     with pytest.raises(KeyboardInterrupt):
         train_sae(model, 1, "resid", texts, callbacks=[StopAt(40)], **options)
     assert_same_bits(weights(train_sae(model, 1, "resid", texts, resume=True, **options)), weights(sae))
+
+
+def test_several_layers_from_one_forward_pass(
+    model: lm.LanguageModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxsae.train import doors
+
+    passes = []
+    capture = doors.lm_room.capture
+    monkeypatch.setattr(doors.lm_room, "capture", lambda *a: passes.append(len(a[2])) or capture(*a))
+    options = SMALL | {"total_tokens": 3000, "validation_split": 0.2}
+    made = train_saes(model, [0, 2], "residual", texts, tmp_path, **options)
+    together = len(passes)
+    assert set(passes) == {2}
+    for layer, sae in made.items():
+        passes.clear()
+        alone = train_sae(model, layer, "residual", texts, **options)
+        assert len(passes) == together
+        assert_same_bits(weights(sae), weights(alone))
+        assert sae.metadata["hook_name"] == alone.metadata["hook_name"]
+        assert io.load(tmp_path / f"layer_{layer}").d_in == model.d_model
 
 
 def test_lengths_of_a_run_on_text(model: lm.LanguageModel, texts: list[str]) -> None:

@@ -22,7 +22,7 @@ NURSERY = textwrap.dedent(
     import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim, numpy as np
     from mlx.utils import tree_flatten
     from mlxsae.data import ShuffleBuffer
-    from mlxsae.sae import SAE
+    from mlxsae.sae import SAE, BatchTopK, JumpReLU
     from mlxsae.train import Callback, LossConfig, OptimizerConfig, TrainConfig, fit
 
     D = 16
@@ -58,11 +58,11 @@ NURSERY = textwrap.dedent(
                     loss=LossConfig(dead_after=256, k_aux=6))
         noise = lambda x: x + 0.01 * mx.random.normal(x.shape)
         if kind == 0:
-            return SAE(D, 48, k=4, seed=0), TrainConfig(**base), {}
+            return SAE(D, 48, rule=BatchTopK(4), seed=0), TrainConfig(**base), {}
         if kind == 1:
             o = OptimizerConfig(name="muon", learning_rate=1e-2, shape="cosine")
             config = TrainConfig(**base, optimizer=o, normalize="mean_std", gradient_accumulation_steps=2)
-            return SAE(D, 48, k=4, seed=0), config, {"preprocess": noise}
+            return SAE(D, 48, rule=JumpReLU(4), seed=0), config, {"preprocess": noise}
         optimizer = optim.AdamW(learning_rate=optim.cosine_decay(1e-2, 40), weight_decay=0.1)
         config = TrainConfig(**base, normalize="none", b_dec_init="keep")
         return Own(), config, {"optimizer": optimizer, "preprocess": noise}
@@ -78,6 +78,7 @@ NURSERY = textwrap.dedent(
             for name, a in tree_flatten(tree):
                 digest.update(name.encode() + np.array(a).tobytes())
         history = [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in result.history]
+        digest.update(repr(getattr(getattr(sae, "rule", None), "threshold", None)).encode())
         digest.update(json.dumps([history, best.best, result.state.step]).encode())
         print(digest.hexdigest(), flush=True)
 
@@ -100,8 +101,9 @@ NURSERY = textwrap.dedent(
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL") or sys.platform == "win32", reason="needs fork")
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
-    """Three kinds of runs: the fused engine; Muon with accumulation, noise and normalisation; a module of one's own
-    with dropout under a scheduled optimiser. Parameters, moments, counters and history are compared."""
+    """Three kinds of runs: BatchTopK in the fused engine; JumpReLU by Muon with accumulation, noise and normalisation; a
+    module of one's own with dropout under a scheduled optimiser. Parameters, thresholds, moments, counters, history and
+    what a callback knows are compared."""
     with subprocess.Popen(
         [sys.executable, "-c", NURSERY],
         stdin=subprocess.PIPE,

@@ -28,9 +28,22 @@ _LAZY = {
     "interventions": "mlxsae.lm",
     "SAE": "mlxsae.sae",
     "TopK": "mlxsae.sae",
-    "SAEConfig": "mlxsae.train",
-    "TrainConfig": "mlxsae.train",
-    "fit": "mlxsae.train",
+    **dict.fromkeys(
+        (
+            "CrosscoderConfig",
+            "Experiment",
+            "Job",
+            "ProfiSAETrainer",
+            "SAEConfig",
+            "SAETrainer",
+            "TrainConfig",
+            "TranscoderConfig",
+            "diagnose",
+            "fit",
+            "fit_many",
+        ),
+        "mlxsae.train",
+    ),
     "train_sae_from_activations": "mlxsae.train",
 }
 

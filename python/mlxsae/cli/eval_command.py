@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         Texts(dataset, options.text_field or (None if options.dataset else made.get("text_field"))),
         options.context_size or sae.metadata.get("context_size") or default_context(lm),
         options.lm_batch_size,
-        made.get("heldout_fraction", 0.1),
+        trained.get("config", {}).get("sae", {}).get("data", {}).get("validation_split", 0.1),
     )
     hook_point = _hook_point(options, sae.metadata.get("hook_name"))
     # The same file under another name is still the text that was trained on; only a --dataset of its own is not.

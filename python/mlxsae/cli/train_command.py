@@ -34,6 +34,7 @@ from mlxsae.sae import RULES
 from mlxsae.train import OPTIMIZERS, LossConfig, SAEConfig, TrainConfig, fit
 from mlxsae.train.checkpoint import checkpoints
 from mlxsae.train.config import default_learning_rate
+from mlxsae.train.doors import tracking_callbacks
 
 _BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
 CHECKPOINTS = "checkpoints"
@@ -129,9 +130,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 _DEFAULTS: dict[str, Any] = {
     "component": "resid",
-    "heldout_fraction": 0.1,
-    "heldout_tokens": 50_000,
-    "lm_batch_size": 16,
     "keep_checkpoints": False,
 }
 # Which option overrules what of the configuration.
@@ -147,6 +145,11 @@ _CONFIGURED = {
     "learning_rate": "train.optimizer.learning_rate",
     "optimizer": "train.optimizer.name",
     "aux": "train.loss.auxk",
+    "context_size": "data.context_size",
+    "lm_batch_size": "data.lm_batch_size",
+    "buffer_tokens": "data.buffer_tokens",
+    "heldout_fraction": "data.validation_split",
+    "heldout_tokens": "data.validation_tokens",
 }
 
 
@@ -232,16 +235,16 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
     lm = lm_room.load(record.place("model"))
     hook_point = lm.hook_point(options.component, layer=options.layer)
     config = _config(chosen)
-    train = config.train
+    train, data = config.train, config.data
     sae = config.build(lm.shape_at(hook_point)[-1])
     fits = max(_BUFFER_BYTES // (4 * sae.d_in), train.batch_size)
-    buffer_tokens = max(chosen.get("buffer_tokens") or min(_BUFFER_TOKENS, fits), train.batch_size)
+    buffer_tokens = max(data.buffer_tokens or min(_BUFFER_TOKENS, fits), train.batch_size)
     text = TextSource(
         lm,
         Texts(record.place("dataset"), chosen.get("text_field")),
-        chosen.get("context_size") or default_context(lm),
-        options.lm_batch_size,
-        options.heldout_fraction,
+        data.context_size or default_context(lm),
+        data.lm_batch_size,
+        data.validation_split,
     )
     resolved = {
         "sae": config.to_dict() | {"d_in": sae.d_in, "d_sae": sae.d_sae},
@@ -262,13 +265,14 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
         sae,
         source,
         train,
+        callbacks=tracking_callbacks(config.tracking),
         checkpoint_dir=out / CHECKPOINTS,
         resume=record.content["resumed"],
         progress=not quiet,
     )
     seconds = time.perf_counter() - start
     say("evaluating on held-out text")
-    metrics: dict[str, Any] = evaluate_in_model(lm, sae, hook_point, text.heldout(options.heldout_tokens))
+    metrics: dict[str, Any] = evaluate_in_model(lm, sae, hook_point, text.heldout(data.validation_tokens))
     metrics |= {
         "train_tokens": result.state.tokens,
         "train_seconds": round(seconds, 3),
@@ -289,6 +293,7 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
 
 def _config(chosen: dict[str, Any]) -> SAEConfig:
     tree: dict[str, Any] = json.loads(json.dumps(chosen.get("config", {})))
+    tree["data"] = {"validation_split": 0.1, "validation_tokens": 50_000} | tree.get("data", {})
     for option, path in _CONFIGURED.items():
         if option in chosen:
             *parents, last = path.split(".")
@@ -297,6 +302,14 @@ def _config(chosen: dict[str, Any]) -> SAEConfig:
                 level = level.setdefault(name, {})
             level[last] = None if option == "aux" and chosen[option] == "none" else chosen[option]
     config = SAEConfig.from_dict(tree, partial=True)
+    if config.train.epochs is not None:
+        raise ValueError(
+            "[train] a text has no known length here: give train.total_tokens instead of train.epochs."
+        )
+    if not config.data.validation_split:
+        raise ValueError(
+            "[train] --heldout-fraction must be above 0: the final metrics are taken on that text."
+        )
     if "log_every" not in tree.get("train", {}):
         # A short run, too, has twenty lines of progress.
         every = max(1, min(TrainConfig.log_every, -(-config.train.total_steps // 20)))

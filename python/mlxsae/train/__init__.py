@@ -15,7 +15,7 @@ from mlxsae.train.config import (
     TranscoderConfig,
 )
 from mlxsae.train.diagnosis import Finding, diagnose
-from mlxsae.train.doors import SAETrainer, train_crosscoder, train_sae, train_transcoder
+from mlxsae.train.doors import SAETrainer, train_crosscoder, train_sae, train_saes, train_transcoder
 from mlxsae.train.flat_names import DEFAULT_CROSSCODER_CONFIG, DEFAULT_SAE_CONFIG, DEFAULT_TRANSCODER_CONFIG
 from mlxsae.train.initial import (
     directions,
@@ -74,6 +74,7 @@ __all__ = [
     "train_crosscoder",
     "train_sae",
     "train_sae_from_activations",
+    "train_saes",
     "train_transcoder",
     "warmup_decay",
 ]

@@ -20,7 +20,7 @@ from mlxsae.lm import Documents, HookPoint, LanguageModel, TokenBatch
 from mlxsae.lm.hook_point import SITES
 from mlxsae.train.callbacks import Callback
 from mlxsae.train.config import CrosscoderConfig, SAEConfig, TrackingConfig, TranscoderConfig, overruled
-from mlxsae.train.loop import FitResult, fit
+from mlxsae.train.loop import FitResult, Job, fit, fit_many
 from mlxsae.train.tracking import (
     LocalTracker,
     TensorBoardCallback,
@@ -68,6 +68,24 @@ def train_sae(
     """
     return SAETrainer(config or SAEConfig).train(
         model, layer, component, dataset, save_path=save_path, **options
+    )
+
+
+def train_saes(
+    model: Any,
+    layers: Sequence[int],
+    component: str = "mlp",
+    dataset: Any = None,
+    save_path: str | os.PathLike | None = None,
+    config: SAEConfig | None = None,
+    **options: Any,
+) -> dict[int, Any]:
+    """Train an SAE for each of ``layers`` from one forward pass of the model: each as :func:`train_sae` trains it alone.
+
+    Returns ``{layer: SAE}``, saved in ``save_path/layer_<n>``; the rest as in :func:`train_sae`.
+    """
+    return SAETrainer(config or SAEConfig).train(
+        model, None, component, dataset, save_path=save_path, each_of=list(layers), **options
     )
 
 
@@ -169,6 +187,7 @@ class SAETrainer:
         self._explicit = isinstance(config, SAEConfig)
         self.config: SAEConfig = config if isinstance(config, SAEConfig) else (config or SAEConfig)()
         self.result: FitResult | None = None
+        self.results: list[FitResult] = []
 
     def _train(
         self,
@@ -186,6 +205,7 @@ class SAETrainer:
         layers: Sequence[int] | None = None,
         components: Sequence[str] | None = None,
         models: Sequence[Any] = (),
+        each_of: Sequence[int] = (),
         callbacks: Iterable[Any] = (),
         checkpoint_dir: str | os.PathLike | None = None,
         resume: bool = False,
@@ -207,27 +227,45 @@ class SAETrainer:
             points = [
                 lms[0].hook_point(c, layer=n) for n, c in _sources(layer, layers, component, components)
             ]
+        elif each_of:
+            points = [lms[0].hook_point(component or "mlp", layer=n) for n in each_of]
         elif layer is None:
             raise ValueError("[train] layer must be given but is None.")
         else:
             points = [lms[0].hook_point(component or "mlp", layer=layer)]
         if any(point.site == "attn_pattern" for point in points):
             raise ValueError("[train] component must have one width but attn_pattern has as many as keys.")
-        task = _Task(lms, points, config, dataset, text_field)
+        task = _Task(lms, points, config, dataset, text_field, apart=bool(each_of))
         lengthless = not self._explicit and not flat.keys() & set(_LENGTHS)
         config, source, validation = task.data(_EPOCHS if lengthless else None)
+        common: dict[str, Any] = {
+            "validation": validation,
+            "checkpoint_dir": checkpoint_dir,
+            "resume": resume,
+            "progress": progress,
+            "profile": profile,
+        }
+        if each_of:
+            jobs = [
+                Job(
+                    config.build(lms[0].shape_at(point)[-1]),
+                    config.train,
+                    (i,),
+                    callbacks=[*callbacks, *tracking_callbacks(config.tracking)],
+                    name=str(point),
+                )
+                for i, point in enumerate(points)
+            ]
+            self.results = fit_many(jobs, source, **common)
+            made = {n: result.sae for n, result in zip(each_of, self.results, strict=True)}
+            for (n, sae), point in zip(made.items(), points, strict=True):
+                sae.metadata = sae.metadata | task.metadata() | {"hook_name": str(point)}
+                if save_path is not None:
+                    native.save(sae, Path(save_path) / f"layer_{n}")
+            return made
         coder = task.build(config)
-        self.result = fit(
-            coder,
-            source,
-            config.train,
-            validation=validation,
-            callbacks=[*callbacks, *tracking_callbacks(config.tracking)],
-            checkpoint_dir=checkpoint_dir,
-            resume=resume,
-            progress=progress,
-            profile=profile,
-        )
+        watchers = [*callbacks, *tracking_callbacks(config.tracking)]
+        self.result = fit(coder, source, config.train, callbacks=watchers, **common)
         coder.metadata = coder.metadata | task.metadata()
         if save_path is not None:
             native.save(coder, save_path)
@@ -258,6 +296,8 @@ class _Task:
     config: Any
     dataset: Any
     text_field: str | None
+    apart: bool = False
+    """Whether each point has a coder of its own."""
 
     @property
     def crosses(self) -> bool:
@@ -310,7 +350,13 @@ class _Task:
             self,
             lambda: batches(max_tokens=train.total_tokens, seed=train.seed, epochs=1 if texts.once else None),
         )
-        source = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=capacity, seed=train.seed)
+        source: Any = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=capacity, seed=train.seed)
+        if self.apart:
+            widths = [self.lms[0].shape_at(point)[-1] for point in self.points]
+            source = _Apart(source, widths)
+            held_out = (
+                None if held_out is None else tuple(np.split(held_out[0], np.cumsum(widths)[:-1], axis=1))
+            )
         return config, source, held_out
 
     def metadata(self) -> dict[str, Any]:
@@ -327,7 +373,7 @@ class _Task:
             found["sources"] = [
                 f"{m.name} {name}" if len(self.lms) > 1 else name for m in self.lms for name in names
             ]
-        elif len(names) > 1:
+        elif len(names) > 1 and not self.apart:
             found["hook_name_out"] = names[1]
         if isinstance(self.dataset, (str, os.PathLike)):
             found["dataset_path"] = os.fspath(self.dataset)
@@ -339,7 +385,7 @@ class _Task:
         for lm in self.lms:
             found = lm_room.capture(lm, batch.tokens, self.points)
             arrays += [found[point] for point in self.points]
-        if self.crosses:
+        if self.crosses or self.apart:
             return Chunk(mx.concatenate([a.astype(mx.float32) for a in arrays], axis=-1), valid=batch.valid)
         return Chunk(*arrays, valid=batch.valid)
 
@@ -416,6 +462,24 @@ class _Joined:
 
     def sample(self, n: int) -> tuple[mx.array, ...]:
         return (_side_by_side(self._source.sample(n)),)
+
+
+class _Apart:
+    """A source whose one array is cut into columns: what each point has."""
+
+    def __init__(self, source: ActivationSource, widths: Sequence[int]):
+        self._source, self._cuts = source, np.cumsum(widths)[:-1].tolist()
+        self.state, self.restore = source.state, source.restore
+
+    def next_batch(self) -> tuple[mx.array, ...] | None:
+        batch = self._source.next_batch()
+        return None if batch is None else self._cut(batch)
+
+    def sample(self, n: int) -> tuple[mx.array, ...]:
+        return self._cut(self._source.sample(n))
+
+    def _cut(self, batch: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        return tuple(mx.contiguous(a) for a in mx.split(batch[0], self._cuts, axis=1))
 
 
 def _side_by_side(batch: tuple[mx.array, ...]) -> mx.array:

@@ -123,7 +123,7 @@ class ActivationCollector:
             flat = mask.reshape(-1)
             flat &= np.cumsum(flat) <= self._most - self.count
         self.count += int(mask.sum())
-        where = mx.array(mask)
+        where = mx.array(mask)  # type: ignore[arg-type]
         rows = {name: valid_rows(x, where) for name, x in kept.items()}
         mx.eval(rows)  # lets go of the pass
         for name, x in rows.items():
@@ -134,7 +134,8 @@ def _parsed(hook_points: Any) -> list[HookPoint]:
     one = isinstance(hook_points, (str, HookPoint)) or (
         isinstance(hook_points, tuple) and any(isinstance(part, int) for part in hook_points)
     )
-    return [HookPoint.parse(point) for point in ([hook_points] if one else hook_points)]
+    several: Any = [hook_points] if one else hook_points
+    return [HookPoint.parse(point) for point in several]
 
 
 def collect_activations_from_dataloader(

@@ -394,7 +394,8 @@ class ActivationDataset:
         as ``(x, y)`` for ``("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")``.
         """
         several = isinstance(hook_points, (list, tuple)) and not _is_site_and_layer(hook_points)
-        names = [self.name_of(point) for point in (hook_points if several else [hook_points])]
+        wanted: Any = hook_points if several else [hook_points]
+        names = [self.name_of(point) for point in wanted]
         return DatasetSource(self._reader(names, batch_size, True, seed, epochs, block_rows), names)
 
     def statistics(self, hook_point: Any = None) -> Statistics:
@@ -498,7 +499,7 @@ def hook_points_of(
         if layer is not None:
             raise ValueError("[activations] hook_points or layer must be given but got both.")
         return list(dict.fromkeys(HookPoint.parse(point) for point in hook_points))
-    layers: list[int | None] = [layer] if isinstance(layer, int) or layer is None else [*layer]
+    layers: list[Any] = [layer] if layer is None or isinstance(layer, int) else list(layer)
     components = [component] if isinstance(component, str) else list(component)
     return list(dict.fromkeys(HookPoint.parse(c, layer=number) for number in layers for c in components))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -15,11 +15,18 @@ SCALE_GROUP = 128
 """Neighbouring numbers that share an int8 scale: an outlier dimension coarsens only those beside it."""
 
 
-class Stream(NamedTuple):
+@dataclass(frozen=True)
+class Stream:
     """The activations of one hook point: width, and one of ``DTYPES``."""
 
     d: int
     dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"[activations] dtype must be one of {', '.join(DTYPES)} but got {self.dtype!r}."
+            )
 
     def fields(self, name: str) -> dict[str, tuple[mx.Dtype, int]]:
         """The arrays that hold stream ``name``: type and numbers per row."""
@@ -78,7 +85,8 @@ def to_float32(name: str, stream: Stream, fields: Mapping[str, np.ndarray]) -> n
             return raw.view(np.float16).astype(np.float32)
         case "int8":
             scales = np.repeat(fields[f"{name}.scales"], SCALE_GROUP, axis=-1)[:, : stream.d]
-            return raw.astype(np.float32) * scales
+            with np.errstate(invalid="ignore"):  # NaN scales are meant to spread
+                return raw.astype(np.float32) * scales
         case _:
             return raw
 

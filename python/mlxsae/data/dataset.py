@@ -361,7 +361,7 @@ class ActivationDataset:
         with the names as in :attr:`hook_points`, that of a pair being its input's. With ``tokens`` always a dict.
         """
         one = hook_points is None or not isinstance(hook_points, list)
-        asked: list[Any] = [hook_points] if one else list(hook_points)
+        asked: Any = [hook_points] if one else hook_points
         wanted = [self._spec(spec) for spec in asked]
         names = [name for spec in wanted for name in (spec if isinstance(spec, tuple) else (spec,))]
         if tokens and not (isinstance(self._store, ShardSet) and self._store.has_tokens):

@@ -96,7 +96,7 @@ class ActivationDataset:
         max_samples : at most so many tokens.
         shuffle : walk through the texts in random order (in a buffer of 10,000).
         context_size, lm_batch_size, split, heldout_fraction : see ``lm.token_batches``.
-        options : ``dtype``, ``shard_bytes``, ``min_norm``, ``max_norm_ratio`` of
+        options : ``dtype``, ``shard_bytes``, ``min_norm``, ``max_norm_ratio``, ``origin`` of
             :func:`~mlxsae.data.harvest.harvest`.
         """
         from mlxsae import lm as lm_room

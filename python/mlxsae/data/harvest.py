@@ -39,6 +39,7 @@ def harvest(
     min_norm: float = 0.0,
     max_norm_ratio: float | None = None,
     recipe: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> None:
     """Write the activations at ``hook_points`` of every valid token, from one forward pass a batch.
@@ -65,6 +66,7 @@ def harvest(
         valid tokens in its batch, such as attention sinks.
     recipe : what else the activations depend on, such as dataset and context size; kept, and compared with that of
         the folder.
+    origin : anything else worth keeping; not compared.
     progress : draw a progress bar on stderr.
 
     Raises
@@ -95,7 +97,12 @@ def harvest(
         **(recipe or {}),
     }
     writer = ShardWriter(
-        directory, streams, shard_rows=max(1, shard_bytes // row_bytes), seed=seed, identity=identity
+        directory,
+        streams,
+        shard_rows=max(1, shard_bytes // row_bytes),
+        seed=seed,
+        identity=identity,
+        origin=origin,
     )
     with writer, Progress(max_rows, unit="tokens", enabled=progress) as bar:
         if writer.complete and (writer.exhausted or (max_rows is not None and writer.rows >= max_rows)):

@@ -83,7 +83,8 @@ class ShardWriter:
     on disk, synced, before they take their names, the shard first: a crash at any moment costs at most the rows
     since the last shard, and nothing that the index lists. One writer a folder; others are refused.
 
-    ``identity`` is what a folder must have been made with to be continued.
+    ``identity`` is what a folder must have been made with to be continued; ``origin`` is kept beside it, and not
+    compared.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class ShardWriter:
         seed: int = 0,
         tokens: bool = True,
         identity: Mapping[str, Any] | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         if TOKENS in streams:
             raise ValueError(f"[activations] a stream must not be called {TOKENS!r}.")
@@ -114,6 +116,7 @@ class ShardWriter:
             "recipe": dict(identity or {}),
         }
         self._made: dict[str, Any] = json.loads(json.dumps(made))
+        self._origin = dict(origin or {})
         self._index: dict[str, Any] = {}
         self._lock = -1
         self._filling = self._writing = {}
@@ -225,7 +228,7 @@ class ShardWriter:
                     f"[activations] {self.directory} must be empty or a dataset but holds {others[0]}."
                 )
             index = {"format": FORMAT, "format_version": FORMAT_VERSION, **self._made}
-            return index | {"complete": False, "exhausted": False, "shards": []}
+            return index | {"origin": self._origin, "complete": False, "exhausted": False, "shards": []}
         _same(index, self._made, self.directory)
         return index
 

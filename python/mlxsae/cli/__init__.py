@@ -1,4 +1,4 @@
-"""The command line: ``mlxsae demo | train | eval | info | bench``.
+"""The command line: ``mlxsae demo | harvest | train | eval | info | bench``.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed (one sentence on stderr says why),
 2 wrong usage, 130 stopped by Ctrl-C.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": "train an SAE on the bundled model and write a report",
+    "harvest": "store a language model's activations on disk",
     "train": "train an SAE on a language model's activations",
     "eval": "judge a saved SAE inside its language model",
     "info": "show versions, devices, ops and backends",

@@ -16,7 +16,7 @@ from typing import Any
 from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import finite, read
+from mlxsae.cli.run_file import finite, place, read
 from mlxsae.cli.text_source import Texts, TextSource, default_context
 from mlxsae.io import native
 from mlxsae.lm import HookPoint
@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> int:
     sae = native.load(options.directory)
     trained = read(options.directory)
     made: dict[str, Any] = trained.get("options", {})
-    model = options.model or _place(trained.get("model")) or sae.metadata.get("model_name")
-    dataset = options.dataset or _place(trained.get("dataset")) or sae.metadata.get("dataset_path")
+    model = options.model or place(trained.get("model")) or sae.metadata.get("model_name")
+    dataset = options.dataset or place(trained.get("dataset")) or sae.metadata.get("dataset_path")
     if not model or not dataset:
         missing = "--dataset" if model else "--model"
         raise ValueError(f"[eval] {missing} must be given: {options.directory} does not say which was used.")
@@ -82,11 +82,3 @@ def _hook_point(options: argparse.Namespace, trained: str | None) -> HookPoint:
             "[eval] --layer and --component must be given: the SAE does not say where it belongs."
         )
     return HookPoint.parse(component, layer=layer)
-
-
-def _place(named: dict[str, Any] | None) -> str | None:
-    """Where a fingerprint's thing lies: its full path while that exists, else its name."""
-    if not named:
-        return None
-    path = named.get("path")
-    return path if path and Path(path).exists() else named.get("name")

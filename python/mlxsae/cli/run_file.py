@@ -148,5 +148,13 @@ def unchanged(run: dict[str, Any], *names: str) -> None:
                 )
 
 
+def place(named: dict[str, Any] | None) -> str | None:
+    """Where a fingerprint's thing lies: its full path while that exists, else its name."""
+    if not named:
+        return None
+    path = named.get("path")
+    return path if path and Path(path).exists() else named.get("name")
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

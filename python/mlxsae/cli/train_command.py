@@ -1,9 +1,11 @@
 """Train a sparse autoencoder on the activations of a language model.
 
   mlxsae train --model PATH_OR_NAME --layer 2 --component resid --dataset stories.json --out DIR
+  mlxsae train --activations STORED --layer 2 --out DIR
   mlxsae train --resume DIR
 
-Activations stream from the model through a shuffling buffer into the trainer; nothing is stored on disk. DIR gets
+Activations stream from the model through a shuffling buffer into the trainer, and nothing is stored on disk; or they
+come from what `mlxsae harvest` has stored, which also knows the model, the text and what of it is held out. DIR gets
 run.json at once, checkpoints meanwhile, and cfg.json, sae_weights.safetensors and metadata.json at the end. Ctrl-C
 leaves a checkpoint. --resume goes on after that, or after a crash at any moment, bit for bit.
 """
@@ -23,11 +25,12 @@ from typing import Any
 from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import RunFile, fingerprint, finite, read, unchanged
+from mlxsae.cli.run_file import RunFile, fingerprint, finite, place, read, unchanged
 from mlxsae.cli.text_source import Texts, TextSource, default_context
-from mlxsae.data import ShuffleBuffer
+from mlxsae.data import ActivationDataset, ShuffleBuffer
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io import native
+from mlxsae.lm import HookPoint
 from mlxsae.loss import AUXK_PRESETS
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
@@ -42,6 +45,11 @@ CHECKPOINTS = "checkpoints"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("what to train on")
+    where.add_argument(
+        "--activations",
+        metavar="STORED",
+        help="folder that `mlxsae harvest` wrote: train on it, and take from it what else is not given here",
+    )
     where.add_argument("--model", help="mlx-lm model folder, hub name, or 'tiny'")
     where.add_argument("--layer", type=kinds.whole(0), help="number of the block, from 0")
     where.add_argument(
@@ -128,6 +136,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(parser=parser)
 
 
+_ORIGINS = ("model", "dataset", "activations")
 _DEFAULTS: dict[str, Any] = {
     "component": "resid",
     "keep_checkpoints": False,
@@ -172,8 +181,10 @@ def run(options: argparse.Namespace) -> int:
             return 0
         chosen = old["options"]
         unchanged(old, "model", "dataset")
-        origin = {name: old[name] for name in ("model", "dataset")}
+        origin = {name: old[name] for name in _ORIGINS if name in old}
     else:
+        if "activations" in given:
+            given = _stored(given)
         if missing := [n for n in ("model", "layer", "dataset", "out") if n not in given]:
             parser.error(f"the following arguments are required: {', '.join('--' + n for n in missing)}")
         out = given.pop("out")
@@ -184,7 +195,7 @@ def run(options: argparse.Namespace) -> int:
         _config(chosen)  # a fault in it is found before anything is written
         with _writable(out):
             _claim(out, restart)
-        origin = {name: fingerprint(chosen[name]) for name in ("model", "dataset")}
+        origin = {name: fingerprint(chosen[name]) for name in _ORIGINS if name in chosen}
     with _writable(out):
         record = RunFile(
             out,
@@ -258,8 +269,12 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
     text.heldout(1)  # no document in the split, no such file: found before the long part and not after
 
     say(f"reading activations of {hook_point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")
-    stream = ModelActivations(lm, hook_point, lambda: text.train(train.total_tokens, train.seed))
-    source = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=buffer_tokens, seed=train.seed)
+    if "activations" in chosen:
+        stored = ActivationDataset.open(record.place("activations"))
+        source = stored.source(train.batch_size, hook_points=hook_point, seed=train.seed)
+    else:
+        stream = ModelActivations(lm, hook_point, lambda: text.train(train.total_tokens, train.seed))
+        source = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=buffer_tokens, seed=train.seed)
     start = time.perf_counter()
     result = fit(
         sae,
@@ -315,6 +330,37 @@ def _config(chosen: dict[str, Any]) -> SAEConfig:
         every = max(1, min(TrainConfig.log_every, -(-config.train.total_steps // 20)))
         config = replace(config, train=replace(config.train, log_every=every))
     return config
+
+
+def _stored(given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, completed by what the folder of activations says of itself."""
+    stored = ActivationDataset.open(given["activations"])
+    there = [HookPoint.parse(name) for name in stored.hook_points]
+    if not {"layer", "component"} & given.keys() and len(there) > 1:
+        raise ValueError(
+            f"[train] --layer and --component must say which, for {given['activations']} holds "
+            f"{', '.join(stored.hook_points)}."
+        )
+    component = HookPoint.parse(given["component"], layer=0).site if "component" in given else None
+    matching = [
+        point
+        for point in there
+        if point.layer == given.get("layer", point.layer) and point.site == (component or point.site)
+    ]
+    if len(matching) > 1 and component is None:  # of one layer, as without --activations
+        matching = [point for point in matching if point.site == "resid_post"] or matching
+    if len(matching) != 1:
+        raise ValueError(
+            f"[train] --layer and --component must name one hook point of {given['activations']}, which holds "
+            f"{', '.join(stored.hook_points)}."
+        )
+    recipe, origin = stored.metadata["recipe"], stored.metadata["origin"]
+    known = {name: place(origin.get(name)) for name in ("model", "dataset")}
+    batching = recipe.get("batching", {})
+    known |= {name: batching.get(name) for name in ("context_size", "heldout_fraction")}
+    known["text_field"] = recipe.get("text", {}).get("text_field")
+    known = {name: value for name, value in known.items() if value is not None}
+    return known | given | {"layer": matching[0].layer, "component": matching[0].site}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

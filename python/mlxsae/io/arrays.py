@@ -7,11 +7,12 @@ without holes (https://github.com/huggingface/safetensors).
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -36,46 +37,74 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
+class Entry(NamedTuple):
+    """Where an array lies in a file: its first byte is ``offset``."""
+
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
 def writer(arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> Writer:
     """Writer of ``arrays`` as one safetensors file, an array at a time."""
+    spec = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+    return chunked_writer(spec, lambda name: (_as_numpy(arrays[name]),), metadata)
+
+
+def chunked_writer(
+    spec: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]],
+    chunks: Callable[[str], Iterable[np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> Writer:
+    """Writer of arrays that need not exist whole: ``chunks(name)`` gives the pieces of one, in order, when its
+    turn comes, as contiguous NumPy arrays (16-bit floats as ``uint16``).
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, array in arrays.items():
-        header[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [end, end + array.nbytes],
-        }
-        end += array.nbytes
+    for name, (dtype, shape) in spec.items():
+        begin, end = end, end + math.prod(shape) * dtype.size
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # data starts aligned
 
     def write(file: BinaryIO) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
-        for array in arrays.values():
-            if array.size:
-                file.write(_as_numpy(array).data.cast("B"))
+        for name in spec:
+            for chunk in chunks(name):
+                if chunk.size:
+                    file.write(chunk.data.cast("B"))
 
     return write
+
+
+def entries(path: str | os.PathLike) -> dict[str, Entry]:
+    """What a safetensors file holds, from its header alone. Raises ``ValueError`` that names the fault for a
+    damaged file.
+    """
+    header, start = _header(Path(path))
+    return {
+        name: Entry(_DTYPES[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0])
+        for name, e in header.items()
+    }
 
 
 def read(path: str | os.PathLike) -> dict[str, mx.array]:
     """All arrays of a safetensors file, in memory. Raises ``ValueError`` that names the fault for a damaged
     file.
     """
-    path = Path(path)
-    header, start = _header(path)
     arrays = {}
     with open(path, "rb") as file:
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            file.seek(start + begin)
-            dtype = _DTYPES[entry["dtype"]]
-            # Sixteen-bit floats travel as integers: NumPy has no bfloat16.
-            raw = np.fromfile(file, dtype=_NUMPY.get(dtype, np.uint16), count=(end - begin) // dtype.size)
-            array = mx.array(raw.reshape(entry["shape"]))
+        for name, (dtype, shape, offset) in entries(path).items():
+            file.seek(offset)
+            raw = np.fromfile(file, dtype=numpy_dtype(dtype), count=math.prod(shape))
+            array = mx.array(raw.reshape(shape))
             arrays[name] = array if array.dtype == dtype else array.view(dtype)
     return arrays
+
+
+def numpy_dtype(dtype: mx.Dtype) -> Any:
+    """NumPy's type for the bits of ``dtype``; 16-bit floats travel as ``uint16``: NumPy has no bfloat16."""
+    return _NUMPY.get(dtype, np.uint16)
 
 
 _NUMPY = {

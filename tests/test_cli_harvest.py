@@ -1,0 +1,221 @@
+"""``mlxsae harvest`` and training on what it stores, end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from lm_toys import write_folder
+from mlxsae import lm
+from mlxsae.cli import main
+from mlxsae.data import ActivationDataset
+from mlxsae.io import native
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "texts.json"
+    animals = ("dog", "cat", "Fox", "hen", "old ox", "zebra")
+    texts = [
+        f"The {a} met {'a big '[: i % 7]}{b}. Then it ran home {i * 'x'}."
+        for i, a in enumerate(animals)
+        for b in animals
+    ]
+    path.write_text(json.dumps([f"{t} {t[::-1]}" for t in texts]))
+    return path
+
+
+def command(model: Path, text: Path, out: Path, **more: Any) -> list[str]:
+    options: dict[str, Any] = {
+        "model": model,
+        "layer": [1, 2],
+        "component": ["resid", "mlp_in", "mlp_out"],
+        "dataset": text,
+        "context-size": 32,
+        "max-tokens": 1500,
+        "out": out,
+        "quiet": True,
+    } | {name.replace("_", "-"): value for name, value in more.items()}
+    words = ["harvest"]
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words += [
+            f"--{name}",
+            *([] if value is True else map(str, value if isinstance(value, list) else [value])),
+        ]
+    return words
+
+
+@pytest.fixture(scope="module")
+def stored(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stored") / "set"
+    assert main(command(model, text, out)) == 0
+    return out
+
+
+def training(stored: Path, out: Path, *more: str) -> list[str]:
+    options = ["--k", "4", "--expansion-factor", "4", "--max-tokens", "6000", "--batch-size", "200"]
+    return ["train", "--activations", str(stored), "--out", str(out), "--quiet", *options, *more]
+
+
+def test_several_layers_and_components_from_one_pass(stored: Path, model: Path, text: Path) -> None:
+    made = ActivationDataset.open(stored)
+    sites = ("hook_resid_post", "mlp.hook_in", "hook_mlp_out")
+    assert made.hook_points == [f"blocks.{layer}.{site}" for layer in (1, 2) for site in sites]
+    assert len(made) == 1500
+    assert {p.name for p in stored.iterdir()} == {"dataset.json", "shard_00000.safetensors"}
+    toy = lm.load(model)
+    texts = json.loads(text.read_text())
+    kept = [t for t in texts if not lm.in_heldout(t)]
+    assert 0 < len(kept) < len(texts)
+    tokens = np.array(
+        next(made.batches(10**6, hook_points=["blocks.1.hook_resid_post"], tokens=True))["tokens"]
+    )
+    possible = [i for t in kept for i in toy.encode(t, bos=False)]
+    assert not np.isin(tokens, sorted(toy.special_ids)).any()
+    counts = np.bincount(tokens, minlength=61)
+    assert (counts <= np.bincount(possible, minlength=61)).all()
+
+
+def test_run_again_it_goes_on(model: Path, text: Path, tmp_path: Path, stored: Path, capsys) -> None:
+    out = tmp_path / "set"
+    assert main(command(model, text, out, max_tokens=700, json=True)) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert (first["tokens"], first["new_tokens"], first["verified"]) == (700, 700, False)
+    assert main(command(model, text, out, json=True, verify=True)) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert (second["tokens"], second["new_tokens"], second["verified"]) == (1500, 800, True)
+    assert main(command(model, text, out)) == 0
+    assert "1,500 tokens in 1 shards" in capsys.readouterr().out
+    for name in ("dataset.json", "shard_00000.safetensors"):
+        assert (out / name).read_bytes() == (stored / name).read_bytes()
+
+
+def test_ctrl_c_and_the_same_command(model: Path, text: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "mlxsae.cli",
+        *command(model, text, tmp_path / "x", max_tokens=None, lm_batch_size=1),
+    ]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "x").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(2)
+    _, err = process.communicate()
+    if process.returncode:  # else it was done before the signal came
+        assert process.returncode == 130, err
+        assert "tokens are stored in" in err
+        assert "the same command goes on" in err
+    assert main(words[3:]) == 0
+    assert main(command(model, text, tmp_path / "y", max_tokens=None, lm_batch_size=1)) == 0
+    ActivationDataset.open(tmp_path / "x").verify()
+    for path in (tmp_path / "y").iterdir():
+        assert path.read_bytes() == (tmp_path / "x" / path.name).read_bytes()
+
+
+def test_training_on_stored_activations(stored: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(training(stored, out, "--layer", "2", "--component", "mlp_in")) == 0
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "done"
+    assert run["config"]["hook_name"] == "blocks.2.mlp.hook_in"
+    assert run["options"]["context_size"] == 32
+    assert run["options"]["model"] == str(model)
+    assert run["options"]["dataset"] == str(text)
+    assert run["activations"]["path"] == str(stored)
+    assert 0 < run["results"]["fvu"] < 1
+    assert run["results"]["n_tokens"] > 100
+    sae = native.load(out)
+    assert sae.metadata["hook_name"] == "blocks.2.mlp.hook_in"
+    assert main(["eval", str(out), "--json"]) == 0
+    # resid, as without --activations, where a layer has several
+    assert main(training(stored, tmp_path / "resid", "--layer", "1")) == 0
+    assert native.load(tmp_path / "resid").metadata["hook_name"] == "blocks.1.hook_resid_post"
+
+
+def test_a_broken_off_training_goes_on_bit_for_bit(stored: Path, tmp_path: Path, monkeypatch) -> None:
+    import mlxsae.data.dataset as datasets
+
+    more = ("--layer", "1", "--component", "mlp_out", "--checkpoint-every", "7")
+    assert main(training(stored, tmp_path / "whole", *more)) == 0
+    real, taken = datasets.DatasetSource.next_batch, [0]
+
+    def breaks(self: Any) -> Any:
+        taken[0] += 1
+        if taken[0] == 18:
+            raise RuntimeError("broken off")
+        return real(self)
+
+    monkeypatch.setattr(datasets.DatasetSource, "next_batch", breaks)
+    assert main(training(stored, tmp_path / "broken", *more)) == 1
+    assert main(["train", "--resume", str(tmp_path / "broken"), "--quiet"]) == 0
+    a, b = (mx.load(str(tmp_path / name / "sae_weights.safetensors")) for name in ("whole", "broken"))
+    assert all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": [9]}, "layer must be in [0, 3]"),
+        ({"dataset": "nowhere.json"}, "nowhere.json"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"context_size": 33}, "context_size must be 32 but got 33"),
+        ({"dtype": "int8"}, "streams must be"),
+        ({"min_norm": 2}, "min_norm must be 0.0 but got 2.0"),
+        ({"seed": 2}, "seed must be 0 but got 2"),
+    ],
+)
+def test_what_cannot_go_on_is_said_in_one_sentence(
+    change: dict[str, Any], message: str, model: Path, text: Path, stored: Path, capsys
+) -> None:
+    before = {p.name: p.read_bytes() for p in stored.iterdir()}
+    given = {"model": model, "text": text, "max_tokens": 2000} | change
+    assert main(command(given.pop("model"), given.pop("text"), stored, **given)) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert {p.name: p.read_bytes() for p in stored.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "--layer and --component must say which"),
+        (("--layer", "3"), "must name one hook point of"),
+        (("--layer", "1", "--component", "attn"), "must name one hook point of"),
+    ],
+)
+def test_which_activations_to_train_on(
+    more: tuple[str, ...], message: str, stored: Path, tmp_path: Path, capsys
+) -> None:
+    assert main(training(stored, tmp_path / "x", *more)) == 1
+    assert message in capsys.readouterr().err
+    assert main(training(tmp_path / "nothing", tmp_path / "x", *more)) == 1
+    assert "dataset.json" in capsys.readouterr().err
+
+
+def test_wrong_usage(capsys) -> None:
+    for words in (
+        ["harvest"],
+        ["harvest", "--dtype", "int3"],
+        ["harvest", "--layer", "x"],
+        ["harvest", "--component", "soul"],
+    ):
+        assert main(words) == 2
+    assert "mlp, attn" in capsys.readouterr().err

@@ -1,0 +1,469 @@
+"""Activations on disk and back: formats, order, positions, statistics, damage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxsae import data, io
+from mlxsae.data import ActivationDataset
+from mlxsae.data.encoding import DTYPES, Stream, decode, encode, to_float32
+from mlxsae.data.shards import ShardSet, ShardWriter
+from mlxsae.io import arrays as array_files
+
+ROWS = 1000
+
+
+def numbered(rows: int = ROWS, d: int = 8, seed: int = 0) -> np.ndarray:
+    """Random rows that begin with their number."""
+    x = np.random.default_rng(seed).standard_normal((rows, d)).astype(np.float32)
+    x[:, 0] = np.arange(rows)
+    return x
+
+
+def numbers(batches: list[mx.array]) -> list[int]:
+    return [int(i) for batch in batches for i in np.array(batch[:, 0])]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> ActivationDataset:
+    """Two streams that belong together, in eight shards of 128 rows; the last is shorter."""
+    x = numbered()
+    return ActivationDataset.from_arrays(
+        {"a": x, "b": np.concatenate([x, -x], axis=1)},
+        cache_dir=tmp_path_factory.mktemp("stored"),
+        shard_bytes=128 * (8 + 16) * 4,
+    )
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 100, 128, 300])
+def test_stored_types_are_as_precise_as_they_say(dtype: str, d: int) -> None:
+    x = mx.random.normal((50, d)) * mx.exp(3 * mx.random.normal((50, 1)))
+    x[3] = 0
+    stream = Stream(d, dtype)
+    fields = encode("x", stream, x)
+    assert {f: (a.shape[1] if a.ndim > 1 else 0) for f, a in fields.items()} == {
+        f: width for f, (_, width) in stream.fields("x").items()
+    }
+    assert sum(a.nbytes for a in fields.values()) == 50 * stream.row_bytes
+    back = to_float32("x", stream, fields)
+    error = np.abs(back - np.array(x))
+    if dtype == "int8":
+        scale = np.repeat(fields["x.scales"], 128, axis=1)[:, :d]
+        assert (error <= 0.501 * scale).all()
+        assert (np.abs(back).max(axis=1) > 0.99 * np.abs(np.array(x)).max(axis=1))[np.arange(50) != 3].all()
+    else:
+        assert (
+            error <= {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}[dtype] * np.abs(np.array(x)) + 1e-7
+        ).all()
+    types = stream.fields("x")
+    raw = {
+        f: mx.array(a) if types[f][0] not in (mx.float16, mx.bfloat16) else mx.array(a).view(types[f][0])
+        for f, a in fields.items()
+    }
+    decoded = decode("x", stream, raw)
+    assert decoded.dtype == (mx.float32 if dtype == "int8" else DTYPES[dtype])
+    assert np.array_equal(np.array(decoded.astype(mx.float32)), back)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_stay_visible(dtype: str) -> None:
+    x = mx.ones((3, 130))
+    x[0, 2], x[1, 129], x[2, 0] = float("nan"), float("inf"), -float("inf")
+    back = to_float32("x", Stream(130, dtype), encode("x", Stream(130, dtype), x))
+    assert not np.isfinite(back).all(axis=1).any()
+
+
+def test_float16_refuses_what_it_cannot_hold() -> None:
+    with pytest.raises(ValueError, match=r"float16 ends at 65,504"):
+        encode("x", Stream(4, "float16"), mx.full((2, 4), 1e5))
+
+
+def test_a_shard_is_an_ordinary_safetensors_file(stored: ActivationDataset) -> None:
+    from safetensors.numpy import load_file
+
+    assert stored.directory is not None
+    found = load_file(stored.directory / "shard_00000.safetensors")
+    assert {name: a.shape for name, a in found.items()} == {
+        "a": (128, 8),
+        "b": (128, 16),
+        **{f"{n}.{m}": (d,) for n, d in (("a", 8), ("b", 16)) for m in ("mean", "scatter")},
+        "a.norms": (2,),
+        "b.norms": (2,),
+    }
+    assert np.array_equal(found["b"], np.concatenate([found["a"], -found["a"]], axis=1))
+    store = ShardSet(stored.directory)
+    mapped = store.map(0, "a")
+    assert isinstance(mapped, np.memmap)
+    assert np.array_equal(mapped, found["a"])
+
+
+# ---- order
+
+
+def test_rows_on_disk_are_strangers(stored: ActivationDataset) -> None:
+    rows = numbers(list(stored.batches(100, hook_points="a", shuffle=False)))
+    assert sorted(rows) == list(range(ROWS))
+    for begin in range(0, ROWS, 128):
+        shard = rows[begin : begin + 128]
+        assert sorted(shard) == list(range(begin, min(begin + 128, ROWS)))
+        assert np.abs(np.diff(shard)).mean() > 20  # 43 expected of a random order, 1 of none
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch_size=st.integers(1, 400),
+    block_rows=st.integers(1, 200),
+    seed=st.integers(0, 5),
+    epochs=st.sampled_from([0.5, 1, 2.3]),
+    part=st.tuples(st.integers(0, 400), st.integers(500, ROWS)) | st.none(),
+)
+def test_every_row_comes_once_an_epoch(
+    stored: ActivationDataset,
+    batch_size: int,
+    block_rows: int,
+    seed: int,
+    epochs: float,
+    part: tuple[int, int] | None,
+) -> None:
+    whole = stored if part is None else stored[slice(*part)]
+    n = len(whole)
+    options = {"seed": seed, "epochs": epochs, "block_rows": block_rows}
+    batches = list(whole.batches(batch_size, hook_points=["a", "b"], **options))
+    assert all(len(b["a"]) == batch_size for b in batches[:-1])
+    for batch in batches:
+        assert mx.array_equal(batch["b"], mx.concatenate([batch["a"], -batch["a"]], axis=1))
+    rows = numbers([b["a"] for b in batches])
+    assert len(rows) == int(epochs * n)
+    on_disk = numbers(list(whole.batches(1000, hook_points="a", shuffle=False)))
+    for epoch in range(int(epochs)):
+        assert sorted(rows[epoch * n : (epoch + 1) * n]) == sorted(on_disk)
+    assert len(set(rows[int(epochs) * n :])) == len(rows) - int(epochs) * n
+    if epochs > 2 and n > 3 * block_rows:
+        assert rows[:n] != rows[n : 2 * n]
+
+
+def test_same_seed_same_batches(stored: ActivationDataset) -> None:
+    def run(seed: int) -> list[int]:
+        return numbers(list(stored.batches(64, hook_points="a", seed=seed, block_rows=16)))
+
+    assert run(3) == run(3) != run(4)
+
+
+def test_a_batch_is_a_sample_of_all_shards(tmp_path: Path) -> None:
+    """Neighbours in the text, 50 rows to a context, must not stay together: as many contexts meet in a batch as in
+    one drawn from all rows, less what a block of 8 costs."""
+    context, rows, batch = 50, 20_000, 256
+    x = np.repeat(np.arange(rows // context, dtype=np.float32), context)[:, None]
+    stored = ActivationDataset.from_arrays({"x": x}, cache_dir=tmp_path / "x", shard_bytes=4 * 1000)
+    got = [len(set(numbers([b]))) for b in stored.batches(batch, block_rows=8) if len(b) == batch]
+    rng = np.random.default_rng(0)
+    ideal = [len(set(rng.choice(x[:, 0], batch, replace=False))) for _ in range(50)]
+    assert np.mean(got) > 0.85 * np.mean(ideal)
+    in_memory = [
+        len(set(numbers([b]))) for b in ActivationDataset.from_arrays(x).batches(batch) if len(b) == batch
+    ]
+    assert np.mean(in_memory) == pytest.approx(np.mean(ideal), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_and_their_shards_hold_the_same(tmp_path: Path, dtype: str) -> None:
+    x = mx.random.normal((300, 40))
+    made = ActivationDataset.from_arrays(x, cache_dir=tmp_path / "x", dtype=dtype, shard_bytes=4000)
+    back = mx.concatenate(list(made.batches(7, shuffle=False))).astype(mx.float32)
+    assert made.metadata["complete"]
+    assert len(made) == 300
+    order = np.argsort(np.array(back)[:, 0])
+    tolerance = {"float32": 0, "float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2}[dtype]
+    expected = np.array(x)[np.argsort(np.array(x)[:, 0])]
+    if dtype == "float32":
+        assert np.array_equal(np.array(back)[order], expected)
+    assert np.abs(np.sort(np.array(back), axis=0) - np.sort(np.array(x), axis=0)).max() <= 3 * tolerance
+    again = ActivationDataset.from_arrays(x, cache_dir=tmp_path / "x", dtype=dtype, shard_bytes=4000)
+    assert mx.array_equal(back, mx.concatenate(list(again.batches(7, shuffle=False))).astype(mx.float32))
+
+
+@pytest.mark.parametrize("kind", [mx.float32, mx.float16, mx.bfloat16, np.float32, np.float16, np.float64])
+def test_arrays_in_memory_keep_their_type(kind: object) -> None:
+    values = np.random.default_rng(0).standard_normal((20, 3))
+    x = mx.array(values).astype(kind) if isinstance(kind, mx.Dtype) else values.astype(kind)
+    dataset = ActivationDataset.from_arrays(x)
+    (batch,) = dataset.batches(20, shuffle=False)
+    assert batch.dtype == (
+        kind if isinstance(kind, mx.Dtype) else mx.float16 if kind is np.float16 else mx.float32
+    )
+    expected = np.array(mx.array(x).astype(mx.float32)) if isinstance(x, mx.array) else x.astype(np.float32)
+    assert np.array_equal(np.array(batch.astype(mx.float32)), expected)
+
+
+def test_memory_mapped_arrays_are_not_copied(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", numbered())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    dataset = ActivationDataset.from_arrays(mapped)
+    assert sorted(numbers(list(dataset.batches(64)))) == list(range(ROWS))
+
+
+# ---- positions
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch_size=st.integers(1, 300), taken=st.integers(0, 12), ahead=st.integers(0, 4), seed=st.integers(0, 3)
+)
+def test_a_saved_position_gives_the_same_batches(
+    stored: ActivationDataset, batch_size: int, taken: int, ahead: int, seed: int
+) -> None:
+    def make() -> data.DatasetSource:
+        return stored.source(batch_size, hook_points=("a", "b"), seed=seed, epochs=3, block_rows=16)
+
+    whole = make()
+    for _ in range(taken):
+        whole.next_batch()
+    position, arrays = whole.state()
+    assert arrays == {}
+    assert json.loads(json.dumps(position)) == position
+    assert len(json.dumps(position)) < 300
+    other = make()
+    for _ in range(ahead):  # a source that has been used goes back as well as on
+        other.next_batch()
+    other.restore(json.loads(json.dumps(position)), {})
+    for _ in range(5):
+        a, b = whole.next_batch(), other.next_batch()
+        if a is None or b is None:
+            assert a is b
+            break
+        assert all(mx.array_equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_sampling_disturbs_nothing(stored: ActivationDataset) -> None:
+    plain, sampled = (stored.source(64, hook_points="a", block_rows=8) for _ in range(2))
+    assert isinstance(sampled, data.ActivationSource)
+    for step in range(5):
+        (x,) = sampled.sample(100 * step + 1)
+        assert x.shape == (100 * step + 1, 8)
+        assert len(set(numbers([x]))) == len(x)
+        assert mx.array_equal(sampled.next_batch()[0], plain.next_batch()[0])  # type: ignore[index]
+    assert sampled.sample(10**9)[0].shape == (ROWS, 8)
+
+
+def test_positions_of_another_source_are_refused(stored: ActivationDataset) -> None:
+    position = stored.source(64, hook_points="a").cursor
+    for other, message in (
+        (stored.source(64, hook_points="b"), r"streams must be \['a'\]"),
+        (stored.source(64, hook_points="a", seed=1), r"seed must be 0 but got 1"),
+        (stored.source(64, hook_points="a", block_rows=3), "block_rows"),
+        (stored[10:].source(64, hook_points="a"), "rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.cursor = position
+
+
+def test_a_batch_kept_is_never_overwritten(stored: ActivationDataset) -> None:
+    """Readers fill the memory of arrays: what was handed out must stay as it was."""
+    source = stored.source(64, hook_points="a")
+    kept = [source.next_batch()[0] for _ in range(40)]  # type: ignore[index]
+    before = [np.array(x) for x in kept]
+    for _ in range(40):
+        source.next_batch()
+    assert all(np.array_equal(np.array(x), b) for x, b in zip(kept, before, strict=True))
+
+
+def test_many_threads_may_read(stored: ActivationDataset) -> None:
+    expected = numbers(list(stored.batches(64, hook_points="a")))
+    found: list[list[int]] = []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append([int(i) for i in read_numpy(stored.directory)])  # type: ignore[arg-type]
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(sorted(rows) == sorted(expected) for rows in found)
+
+
+def read_numpy(directory: Path) -> np.ndarray:
+    store = ShardSet(directory)
+    out = np.empty((store.rows, 8), np.float32)
+    runs = np.stack([np.arange(store.rows), np.ones(store.rows, np.int64)], axis=1)
+    store.read("a", runs, out)
+    return out[:, 0]
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
+    """64 MiB read three times over: anonymous memory stays below the batches in flight and 32 MiB."""
+    script = f"""
+import re, numpy as np, mlx.core as mx
+from mlxsae.data import ActivationDataset
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+path = {str(tmp_path / "x")!r}
+rng = np.random.default_rng(0)
+np.save({str(tmp_path / "x.npy")!r}, rng.standard_normal((65536, 256), dtype=np.float32))
+made = ActivationDataset.from_arrays(np.load({str(tmp_path / "x.npy")!r}, mmap_mode="r"), cache_dir=path, shard_bytes=4 << 20)
+read = ActivationDataset.open(path)
+list(read.batches(512, epochs=0.1))
+before, most = anonymous(), 0
+for batch in read.batches(512, epochs=3):
+    mx.eval(batch)
+    most = max(most, anonymous())
+print((most - before) >> 20)
+"""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("needs /proc")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_those_of_the_stored_rows(tmp_path: Path, dtype: str) -> None:
+    x = (100 + np.random.default_rng(0).standard_normal((3000, 20)) * np.arange(1, 21)).astype(np.float32)
+    made = ActivationDataset.from_arrays(x, cache_dir=tmp_path / "x", dtype=dtype, shard_bytes=20 * 4 * 700)
+    rows = np.concatenate([np.array(b.astype(mx.float32)) for b in made.batches(100, shuffle=False)]).astype(
+        np.float64
+    )
+    norms = np.linalg.norm(rows, axis=1)
+    for found in (
+        made.statistics(),
+        made[0:3000].statistics(),
+        ActivationDataset.from_arrays(rows).statistics(),
+    ):
+        assert found.rows == 3000
+        np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(found.variance, rows.var(axis=0), rtol=1e-5)
+        assert found.mean_norm == pytest.approx(norms.mean(), rel=1e-6)
+        assert found.mean_square_norm == pytest.approx((norms**2).mean(), rel=1e-6)
+        assert found.scale == pytest.approx(np.sqrt(20) / norms.mean(), rel=1e-6)
+    part = made[100:900]
+    np.testing.assert_allclose(part.statistics().mean, rows[100:900].mean(axis=0), rtol=1e-6)
+
+
+# ---- training
+
+
+def test_fit_takes_a_dataset(stored: ActivationDataset) -> None:
+    import mlxsae
+
+    sae = mlxsae.SAE(d_in=8, d_sae=32, k=4, seed=0)
+    config = mlxsae.TrainConfig(total_tokens=4000, batch_size=200, sample_size=500)
+    result = mlxsae.fit(sae, stored.source(200, hook_points="a"), config)
+    assert result.state.tokens == 4000
+    assert np.isfinite([r["loss"] for r in result.history]).all()
+
+
+# ---- damage
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    ActivationDataset.from_arrays(numbered(), cache_dir=tmp_path / "set", shard_bytes=100 * 32)
+    return tmp_path / "set"
+
+
+def test_a_changed_byte_is_found(fresh: Path) -> None:
+    ActivationDataset.open(fresh).verify()
+    path = fresh / "shard_00003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard_00003.*SHA-256"):
+        ActivationDataset.open(fresh).verify()
+
+
+def test_truncated_missing_and_foreign_files(fresh: Path, tmp_path: Path) -> None:
+    path = fresh / "shard_00002.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"shard_00002.safetensors must have \d+ bytes"):
+        ActivationDataset.open(fresh)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard_00002.safetensors must exist"):
+        ActivationDataset.open(fresh)
+    with pytest.raises(FileNotFoundError, match=r"must hold dataset.json"):
+        ActivationDataset.open(tmp_path)
+    index = fresh / "dataset.json"
+    index.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        ActivationDataset.open(fresh)
+    index.write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="written by mlxsae"):
+        ActivationDataset.open(fresh)
+    index.write_text('{"format": "mlxsae-activations", "format_version": 99}')
+    with pytest.raises(ValueError, match="update mlxsae"):
+        ActivationDataset.open(fresh)
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"must be empty or a dataset but holds thesis.tex"):
+        ActivationDataset.from_arrays(numbered(), cache_dir=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_another_set_is_not_taken_for_ours(fresh: Path) -> None:
+    with pytest.raises(ValueError, match=r"recipe.arrays must be .*; choose another folder"):
+        ActivationDataset.from_arrays(numbered(seed=1), cache_dir=fresh, shard_bytes=100 * 32)
+    with pytest.raises(ValueError, match=r"shard_rows must be 100 but got 50"):
+        ActivationDataset.from_arrays(numbered(), cache_dir=fresh, shard_bytes=50 * 32)
+
+
+def test_one_writer_a_folder(tmp_path: Path) -> None:
+    streams = {"x": Stream(4, "float32")}
+    with (
+        ShardWriter(tmp_path / "x", streams, shard_rows=10),
+        pytest.raises(RuntimeError, match="one writer"),
+        ShardWriter(tmp_path / "x", streams, shard_rows=10),
+    ):
+        pass
+    with ShardWriter(tmp_path / "x", streams, shard_rows=10):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("make_bad", "message"),
+    [
+        (lambda: ActivationDataset.from_arrays({}), "at least one row"),
+        (lambda: ActivationDataset.from_arrays(np.zeros((0, 4), np.float32)), "at least one row"),
+        (lambda: ActivationDataset.from_arrays(np.zeros(4, np.float32)), r"\[n, d\]"),
+        (lambda: ActivationDataset.from_arrays(np.zeros((4, 4), np.int64)), "floating point"),
+        (lambda: ActivationDataset.from_arrays({"a": numbered(3), "b": numbered(4)}), "n=3"),
+        (lambda: ActivationDataset.from_arrays(numbered(9))[5:5], "at least one"),
+        (lambda: ActivationDataset.from_arrays(numbered(9))[::2], "neighbouring"),
+        (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(0)), "batch_size"),
+        (lambda: ActivationDataset.from_arrays(numbered(9)).d("z"), "must be one of x but got 'z'"),
+        (lambda: ActivationDataset.from_arrays({"a": numbered(9), "b": numbered(9)}).d(), "one of a, b"),
+        (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(3, tokens=True)), "tokens"),
+        (lambda: Stream(4, "int4"), "dtype must be one of"),
+        (lambda: ShardWriter("x", {"tokens": Stream(4, "int8")}, shard_rows=4), "must not be called"),
+    ],
+)
+def test_bad_arguments(make_bad, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        make_bad()
+
+
+def test_io_still_reads_what_it_writes(tmp_path: Path) -> None:
+    x = {"a": mx.arange(6, dtype=mx.bfloat16).reshape(2, 3), "b": mx.array(3)}
+    io.atomic.write_files(tmp_path, {"x.safetensors": array_files.writer(x)})  # type: ignore[attr-defined]
+    assert all(mx.array_equal(x[n], a) for n, a in array_files.read(tmp_path / "x.safetensors").items())
+    entry = array_files.entries(tmp_path / "x.safetensors")["a"]
+    assert (entry.dtype, entry.shape) == (mx.bfloat16, (2, 3))

@@ -348,7 +348,7 @@ def test_it_writes_its_language(bundled):
 
 def test_a_short_training_learns_and_repeats_itself():
     recipe = training.Recipe(
-        seed=1, steps=12, batch=8, warm_up=4, d_model=32, layers=2, heads=2, d_mlp=64, learning_rate=1e-2
+        seed=1, steps=12, batch=8, warm_up=4, d_model=32, layers=2, heads=2, d_mlp=64, learning_rate=3e-2
     )
 
     def run() -> list[float]:

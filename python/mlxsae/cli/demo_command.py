@@ -66,7 +66,7 @@ REPORT = "report.html"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=kinds.whole(0), default=0, help="(%(default)s)")
-    parser.add_argument("--tokens", type=kinds.whole(), default=800_000, help="to train on (%(default)s)")
+    parser.add_argument("--tokens", type=kinds.whole(), default=1_000_000, help="to train on (%(default)s)")
     parser.add_argument(
         "--heldout-tokens", type=kinds.whole(), default=60_000, help="to evaluate on (%(default)s)"
     )

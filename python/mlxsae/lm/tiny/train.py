@@ -39,7 +39,8 @@ class Recipe:
     batch: int = 32
     learning_rate: float = 2e-3
     warm_up: int = 100
-    weight_decay: float = 0.1
+    weight_decay: float = 0.4
+    embedding_scale: float = 0.02
     d_model: int = 128
     layers: int = 4
     heads: int = 4
@@ -78,9 +79,15 @@ def batches(recipe: Recipe) -> Iterator[mx.array]:
 
 
 def train(recipe: Recipe, progress: Callable[[int, float], None] | None = None) -> Model:
-    """Train in float32 with AdamW and a cosine schedule; `progress` is told (step, loss in nats) after each step."""
+    """Train in float32 with AdamW and a cosine schedule; `progress` is told (step, loss in nats) after each step.
+
+    Embeddings start small (standard deviation ``embedding_scale`` instead of MLX's ``d_model ** -0.5``) and weights are
+    held small, so that what words have in common is learnt rather than drawn.
+    """
     mx.random.seed(recipe.seed)
     model = Model(ModelArgs.from_dict(recipe.config()))
+    embedding = model.model.embed_tokens
+    embedding.weight = embedding.weight * (recipe.embedding_scale * recipe.d_model**0.5)
     cosine = optim.cosine_decay(recipe.learning_rate, max(recipe.steps - recipe.warm_up, 1))
     schedule = optim.join_schedules(
         [optim.linear_schedule(0.0, recipe.learning_rate, recipe.warm_up), cosine], [recipe.warm_up]

@@ -1,0 +1,34 @@
+#include "gpu/plans.h"
+
+namespace mlxsae::gpu {
+
+const Named::Item& Named::at(const std::string& name) const {
+  auto it = items_.find(name);
+  if (it == items_.end()) throw std::invalid_argument("[gpu_plan] sizes must hold " + name + " but do not.");
+  return it->second;
+}
+
+int64_t Named::operator[](const std::string& name) const {
+  if (auto* v = std::get_if<int64_t>(&at(name))) return *v;
+  throw std::invalid_argument("[gpu_plan] " + name + " must be an integer but got a name.");
+}
+
+Type Named::type(const std::string& name) const {
+  if (auto* text = std::get_if<std::string>(&at(name)))
+    for (Type t : {Type::f32, Type::f16, Type::bf16})
+      if (*text == metal_name(t)) return t;
+  throw std::invalid_argument("[gpu_plan] " + name + " must be float, half or bfloat but is not.");
+}
+
+const std::vector<Planned>& planned() {
+  static const std::vector<Planned> table{};
+  return table;
+}
+
+const Planned* find_planned(const std::string& op) {
+  for (auto& row : planned())
+    if (op == row.op) return &row;
+  return nullptr;
+}
+
+}  // namespace mlxsae::gpu

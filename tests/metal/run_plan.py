@@ -1,0 +1,150 @@
+"""Executes a GPU plan (csrc/gpu/plan.h) here: kernels on the harness, matrix products in NumPy.
+
+A plan is the very data that the Metal adapter executes on a Mac, so what runs here is the whole op: grids, bindings, constants and
+chunks as well as the kernels' text. `plan` names it, `run` executes it, `run_op` does both.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msl
+import numpy as np
+
+from mlxsae import _ext
+
+METAL = Path(__file__).resolve().parents[2] / "metal"
+
+DTYPES = {
+    "float": np.float32,
+    "half": np.float16,
+    "bfloat": np.uint16,  # NumPy has no such type: its bits
+    "int": np.int32,
+    "uint": np.uint32,
+    "long": np.int64,
+    "bool": np.bool_,
+}
+# Bytes that no result may depend on: NaN as a float, and far out of every range as an index.
+GARBAGE = 0xFF
+
+
+def to_float(a: np.ndarray) -> np.ndarray:
+    """Floats of any type as float32."""
+    if a.dtype == np.uint16:
+        return (a.astype(np.uint32) << 16).view(np.float32)
+    return a.astype(np.float32)
+
+
+def from_float(a: np.ndarray, type: str) -> np.ndarray:
+    """float32 rounded to "float", "half" or "bfloat", to nearest, ties to even."""
+    a = np.ascontiguousarray(a, np.float32)
+    if type != "bfloat":
+        return a.astype(DTYPES[type])
+    bits = a.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(a), np.uint16(0x7FC0), rounded)
+
+
+def plan(op: str, *, gpu: str = "applegpu_g14s", **sizes: int | str) -> dict[str, Any]:
+    """The plan of an op on an Apple GPU, from the sizes and types that csrc/gpu/<op>.h names."""
+    return json.loads(
+        _ext.gpu_plan(op, {k: v if isinstance(v, str) else int(v) for k, v in sizes.items()}, gpu=gpu)
+    )
+
+
+@functools.cache
+def library(name: str, mode: str, root: Path = METAL) -> Any:
+    return msl.load(root / f"{name}.metal", include=[root], mode=mode)
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a b^T in float32, rounded to the type of the operands: what a product of 16-bit matrices gives on a GPU."""
+    names = {np.dtype(np.float32): "float", np.dtype(np.float16): "half", np.dtype(np.uint16): "bfloat"}
+    with np.errstate(all="ignore"):
+        return from_float(to_float(a) @ to_float(b).T, names[a.dtype])
+
+
+def run(
+    plan: Mapping[str, Any],
+    inputs: list[np.ndarray],
+    *,
+    mode: str = "checked",
+    schedule: int = 0,
+    donate: bool = False,
+    root: Path = METAL,
+    matmul: Callable[[np.ndarray, np.ndarray], np.ndarray] = product,
+    on_launch: Callable[[Mapping[str, Any], Any], None] | None = None,
+    temporaries: dict[str, np.ndarray] | None = None,
+) -> list[np.ndarray]:
+    """The outputs, flat, of a plan on flat copies of `inputs`.
+
+    donate: outputs lie in the memory of the inputs that they may take; else in their own. Everything that is not an input starts as
+    garbage. `on_launch(step, report)` sees each launch's report; `temporaries` takes the temporaries by name.
+    """
+    given = iter(inputs)
+    arrays: list[np.ndarray] = []
+    for b in plan["buffers"]:
+        dtype = np.dtype(DTYPES[b["type"]])
+        if b["role"] == "input":
+            a = np.ascontiguousarray(next(given)).reshape(-1).copy()
+            if a.dtype != dtype or a.size != b["size"]:
+                raise TypeError(
+                    f"[run_plan] {b['name']} must be {dtype} of {b['size']} elements but got {a.dtype} of {a.size}."
+                )
+        elif donate and b["donor"] >= 0:
+            a = arrays[b["donor"]]
+        else:
+            a = np.full(b["size"] * dtype.itemsize, GARBAGE, np.uint8).view(dtype)
+        arrays.append(a)
+        if temporaries is not None and b["role"] == "temporary":
+            temporaries[b["name"]] = a
+    for step in plan["steps"]:
+        if "matmul" in step:
+            a, b = (arrays[i] for i in step["matmul"][:2])
+            n, m, d, first = (step[x] for x in ("n", "m", "d", "first"))
+            arrays[step["matmul"][2]][: n * m] = matmul(
+                a[: n * d].reshape(n, d), b[first * d : (first + m) * d].reshape(m, d)
+            ).reshape(-1)
+            continue
+        buffers: dict[int, Any] = {i: arrays[b][offset:] for i, b, offset, _ in step["bindings"]}
+        buffers |= {i: DTYPES[t](v) for i, t, v in step["arguments"]}
+        report = library(step["library"], mode, root).launch(
+            step["kernel"],
+            buffers,
+            groups=tuple(step["groups"]),
+            threadgroup=tuple(step["threads"]),
+            constants={i: DTYPES[t](v) for i, t, v in step["constants"]},
+            schedule=schedule,
+        )
+        if on_launch:
+            on_launch(step, report)
+    return [a for a, b in zip(arrays, plan["buffers"], strict=True) if b["role"] == "output"]
+
+
+def run_op(
+    op: str,
+    inputs: list[np.ndarray],
+    *,
+    gpu: str = "applegpu_g14s",
+    sizes: Mapping[str, int | str],
+    **options: Any,
+):
+    return run(plan(op, gpu=gpu, **sizes), inputs, **options)
+
+
+def counted(plan: Mapping[str, Any], inputs: list[np.ndarray], **options: Any) -> dict[str, Counter]:
+    """Counted work of each kernel of a plan, summed over its launches: bytes, transactions, barriers (msl.Report.counts)."""
+    total: dict[str, Counter] = {}
+
+    def add(step: Mapping[str, Any], report: Any) -> None:
+        kernel = total.setdefault(step["kernel"], Counter())
+        kernel.update(report.counts)
+        kernel["launches"] += 1
+
+    run(plan, inputs, mode="counted", on_launch=add, **options)
+    return total

@@ -41,11 +41,13 @@ void list(std::ostream& out, const List& items, Write&& write) {
 void text(std::ostream& out, const std::string& s) { out << '"' << s << '"'; }  // names hold nothing to escape
 
 void constant(std::ostream& out, const Constant& c) {
-  static const char* types[] = {"bool", "int", "uint", "long", "float"};
+  static const char* types[] = {"bool", "int", "uint", "long", "float", "uint"};
   out << '[' << c.index << ",\"" << types[c.value.index()] << "\",";
   std::visit(
-      [&](auto v) {
-        if constexpr (std::is_same_v<decltype(v), float>) {
+      [&](const auto& v) {
+        if constexpr (std::is_same_v<std::decay_t<decltype(v)>, Words>) {
+          list(out, v, [&](uint32_t w) { out << w; });
+        } else if constexpr (std::is_same_v<std::decay_t<decltype(v)>, float>) {
           std::isfinite(v) ? out << v : out << (v > 0 ? "Infinity" : v < 0 ? "-Infinity" : "NaN");
         } else {
           out << +v;

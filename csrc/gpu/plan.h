@@ -4,6 +4,7 @@
 // plan is what the Metal adapter executes on a Mac (csrc/metal) and what the tests execute on any machine
 // (tests/metal).
 
+#include <bit>
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
@@ -55,9 +56,11 @@ struct Binding {
   bool write;
 };
 
-using Value = std::variant<bool, int32_t, uint32_t, int64_t, float>;
+/** A number; or the words of a struct of 32-bit numbers. */
+using Words = std::vector<uint32_t>;
+using Value = std::variant<bool, int32_t, uint32_t, int64_t, float, Words>;
 
-/** A number at a kernel's argument, or a function constant. */
+/** A value at a kernel's argument, or a function constant. */
 struct Constant {
   int index;
   Value value;
@@ -129,6 +132,10 @@ struct Plan {
     return static_cast<int>(buffers.size()) - 1;
   }
 };
+
+/** A float as a word of a struct. */
+inline uint32_t word(float v) { return std::bit_cast<uint32_t>(v); }
+inline uint32_t word(int64_t v) { return static_cast<uint32_t>(v); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

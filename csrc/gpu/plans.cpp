@@ -1,5 +1,7 @@
 #include "gpu/plans.h"
 
+#include "gpu/topk_encode.h"
+
 namespace mlxsae::gpu {
 
 const Named::Item& Named::at(const std::string& name) const {
@@ -20,8 +22,21 @@ Type Named::type(const std::string& name) const {
   throw std::invalid_argument("[gpu_plan] " + name + " must be float, half or bfloat but is not.");
 }
 
+namespace {
+
+EncodeSizes encode_sizes(const Named& a) {
+  return {a["n"],          a["d_in"],        a["d_sae"],        a.type("type"),
+          a["exact"] != 0, a["shadow"] != 0, a["aligned"] != 0, a["aligned_bias"] != 0};
+}
+
+}  // namespace
+
 const std::vector<Planned>& planned() {
-  static const std::vector<Planned> table{};
+  static const std::vector<Planned> table{
+      {"topk_encode",
+       {"encode_products", "topk_encode"},
+       [](const Named& a, const Device& device) { return topk_encode({encode_sizes(a), a["k"], a["k_aux"]}, device); }},
+  };
   return table;
 }
 

@@ -60,15 +60,18 @@ MTL::Library* library(mx::metal::Device& d, const std::string& name) {
 }
 
 MTL::DataType data_type(const Value& v) {
-  static constexpr MTL::DataType types[] = {MTL::DataTypeBool, MTL::DataTypeInt, MTL::DataTypeUInt, MTL::DataTypeLong,
-                                            MTL::DataTypeFloat};
+  static constexpr MTL::DataType types[] = {MTL::DataTypeBool, MTL::DataTypeInt,   MTL::DataTypeUInt,
+                                            MTL::DataTypeLong, MTL::DataTypeFloat, MTL::DataTypeNone};
   return types[v.index()];
 }
 
 std::string in_words(const Value& v) {
   return std::visit(
-      [](auto x) {
-        if constexpr (std::is_same_v<decltype(x), float>)
+      [](const auto& x) -> std::string {
+        using X = std::decay_t<decltype(x)>;
+        if constexpr (std::is_same_v<X, Words>)
+          throw std::logic_error("[metal] a function constant must be one number.");
+        else if constexpr (std::is_same_v<X, float>)
           return std::to_string(std::bit_cast<uint32_t>(x));
         else
           return std::to_string(x);
@@ -143,7 +146,7 @@ class Run {
       else
         encoder_.set_input_array(a, b.index, offset);
     }
-    for (auto& c : l.arguments) std::visit([&](const auto& v) { encoder_.set_bytes(v, c.index); }, c.value);
+    for (auto& c : l.arguments) std::visit([&](const auto& v) { set(v, c.index); }, c.value);
     encoder_.dispatch_threadgroups(MTL::Size(l.groups.x, l.groups.y, l.groups.z),
                                    MTL::Size(l.threads.x, l.threads.y, l.threads.z));
   }
@@ -164,6 +167,12 @@ class Run {
   }
 
  private:
+  template <class T>
+  void set(const T& v, int index) {
+    encoder_.set_bytes(v, index);
+  }
+  void set(const Words& v, int index) { encoder_.set_vector_bytes(v, index); }
+
   mx::array& allocated(int i) {
     auto& a = arrays_[i];
     if (temporary_[i] && !a.data_shared_ptr()) a.set_data(mx::allocator::malloc(a.nbytes()));

@@ -35,19 +35,13 @@ GARBAGE = 0xFF
 
 def to_float(a: np.ndarray) -> np.ndarray:
     """Floats of any type as float32."""
-    if a.dtype == np.uint16:
-        return (a.astype(np.uint32) << 16).view(np.float32)
-    return a.astype(np.float32)
+    return msl.bfloat16.unpack(a) if a.dtype == np.uint16 else a.astype(np.float32)
 
 
 def from_float(a: np.ndarray, type: str) -> np.ndarray:
     """float32 rounded to "float", "half" or "bfloat", to nearest, ties to even."""
-    a = np.ascontiguousarray(a, np.float32)
-    if type != "bfloat":
-        return a.astype(DTYPES[type])
-    bits = a.view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(a), np.uint16(0x7FC0), rounded)
+    with np.errstate(over="ignore"):
+        return msl.bfloat16.pack(a) if type == "bfloat" else np.asarray(a, np.float32).astype(DTYPES[type])
 
 
 def plan(op: str, *, gpu: str = "applegpu_g14s", **sizes: int | str) -> dict[str, Any]:
@@ -88,6 +82,7 @@ def run(
     """
     given = iter(inputs)
     arrays: list[np.ndarray] = []
+    written: set[int] = set()  # buffers that hold something
     for b in plan["buffers"]:
         dtype = np.dtype(DTYPES[b["type"]])
         if b["role"] == "input":
@@ -101,6 +96,8 @@ def run(
         else:
             a = np.full(b["size"] * dtype.itemsize, GARBAGE, np.uint8).view(dtype)
         arrays.append(a)
+        if b["role"] == "input" or (donate and b["donor"] >= 0):
+            written.add(len(arrays) - 1)
         if temporaries is not None and b["role"] == "temporary":
             temporaries[b["name"]] = a
     for step in plan["steps"]:
@@ -110,6 +107,7 @@ def run(
             arrays[step["matmul"][2]][: n * m] = matmul(
                 a[: n * d].reshape(n, d), b[first * d : (first + m) * d].reshape(m, d)
             ).reshape(-1)
+            written.add(step["matmul"][2])
             continue
         buffers: dict[int, Any] = {i: arrays[b][offset:] for i, b, offset, _ in step["bindings"]}
         buffers |= {i: DTYPES[t](v) for i, t, v in step["arguments"]}
@@ -120,7 +118,9 @@ def run(
             threadgroup=tuple(step["threads"]),
             constants={i: DTYPES[t](v) for i, t, v in step["constants"]},
             schedule=schedule,
+            undefined=[i for i, b, _, writes in step["bindings"] if writes and b not in written],
         )
+        written |= {b for _, b, _, writes in step["bindings"] if writes}
         if on_launch:
             on_launch(step, report)
     return [a for a, b in zip(arrays, plan["buffers"], strict=True) if b["role"] == "output"]

@@ -54,7 +54,9 @@ MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(const ml
  * zero where the value is not positive.
  *
  * With a shadow the product runs in bfloat16 where the processor has one; a proven bound decides which features are
- * computed again in float32, so that the result has the same bits ("certified").
+ * computed again in float32, so that the result has the same bits ("certified"). On a GPU float32 operands are always
+ * treated so, with MLX's own product; 16-bit operands, of more than eight rows, are not: there selection is on MLX's
+ * product, which has their type (fast, not exact).
  *
  * Throws std::invalid_argument for other ranks, sizes, types or k.
  */

@@ -1,5 +1,6 @@
 #include "gpu/plans.h"
 
+#include "gpu/csr_encode.h"
 #include "gpu/topk_encode.h"
 
 namespace mlxsae::gpu {
@@ -36,6 +37,12 @@ const std::vector<Planned>& planned() {
       {"topk_encode",
        {"encode_products", "topk_encode"},
        [](const Named& a, const Device& device) { return topk_encode({encode_sizes(a), a["k"], a["k_aux"]}, device); }},
+      {"batch_topk_encode",
+       {"encode_products", "csr_encode"},
+       [](const Named& a, const Device& device) { return batch_topk_encode({encode_sizes(a), a["k"]}, device); }},
+      {"threshold_encode",
+       {"encode_products", "csr_encode"},
+       [](const Named& a, const Device& device) { return threshold_encode({encode_sizes(a), a["capacity"]}, device); }},
   };
   return table;
 }

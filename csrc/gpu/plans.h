@@ -15,6 +15,9 @@ class Named {
   explicit Named(std::map<std::string, Item> items) : items_(std::move(items)) {}
 
   int64_t operator[](const std::string& name) const;
+  int64_t get(const std::string& name, int64_t otherwise) const {
+    return items_.count(name) ? (*this)[name] : otherwise;
+  }
   Type type(const std::string& name) const;
 
  private:

@@ -119,7 +119,11 @@ std::string gpu_plan(const std::string& op, const std::map<std::string, gpu::Nam
                      const std::string& gpu) {
   auto* row = gpu::find_planned(op);
   if (!row) fail("gpu_plan", "op must have a plan but ", op, " has none.");
-  return row->plan(gpu::Named(sizes), gpu::device_for(gpu)).json();
+  auto device = gpu::device_for(gpu);
+  gpu::Named named(sizes);
+  device.chunk_bytes = named.get("chunk_bytes", device.chunk_bytes);
+  device.simdgroups = named.get("simdgroups", device.simdgroups);
+  return row->plan(named, device).json();
 }
 
 int num_threads() { return cpu::num_threads(); }

@@ -207,8 +207,9 @@ MLXSAE_API std::string kernel_for(const std::string& op, mlx::core::Device devic
 
 /**
  * What a GPU does for `op`, as JSON: buffers, kernel launches, matrix products (csrc/gpu/plan.h). `sizes` are those
- * that the op's plan names, types "float", "half" or "bfloat"; `gpu` is an architecture such as "applegpu_g14s".
- * Throws std::invalid_argument for an op without a plan.
+ * that the op's plan names, types "float", "half" or "bfloat"; `gpu` is an architecture such as "applegpu_g14s", of
+ * which sizes "chunk_bytes" and "simdgroups" replace the constants. Throws std::invalid_argument for an op without a
+ * plan.
  */
 MLXSAE_API std::string gpu_plan(const std::string& op,
                                 const std::map<std::string, std::variant<int64_t, std::string>>& sizes,

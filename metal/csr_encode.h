@@ -158,7 +158,9 @@ METAL_FUNC void csr_settle_unit(const device T* x, const device T* w, const devi
   if (unit >= s.n * s.parts) return;
   const device T* row = x + ulong(unit / s.parts) * s.d;
   ulong list = ulong(unit) * s.width;
-  uint count = counts[unit], kept = 0;
+  uint count = 0, kept = 0;
+  if (lane == 0) count = counts[unit];  // read by the thread that writes it at the end
+  count = simd_broadcast_first(count);
   int bound = 1;
   if constexpr (kBatch) bound = max(1, state[kBound]);
   // What can stay, first: products are made for whole simdgroups of these.

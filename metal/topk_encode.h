@@ -31,14 +31,19 @@ struct Candidates {
 
 /** Lists lie [unit][ids, low, up][capacity]; their states [unit][count, bound]. */
 METAL_FUNC void open_list(thread Candidates& l, device int* lists, const device int* states, uint unit, uint k,
-                          uint capacity, bool first) {
+                          uint capacity, bool first, uint lane) {
   l.ids = lists + ulong(unit) * 3 * capacity;
   l.low = l.ids + capacity;
   l.up = l.low + capacity;
   l.k = k;
   l.capacity = capacity;
-  l.count = first ? 0u : uint(states[2 * ulong(unit)]);
-  l.bound = first ? kNoKey : states[2 * ulong(unit) + 1];
+  int count = 0, bound = kNoKey;
+  if (lane == 0 && !first) {  // read by the thread that writes it in close_list
+    count = states[2 * ulong(unit)];
+    bound = states[2 * ulong(unit) + 1];
+  }
+  l.count = uint(simd_broadcast_first(count));
+  l.bound = simd_broadcast_first(bound);
 }
 
 METAL_FUNC void close_list(thread const Candidates& l, device int* states, uint unit, uint lane) {
@@ -151,8 +156,8 @@ METAL_FUNC void filter(const device P* product, const device float* bias, device
   if (unit >= s.n * s.parts) return;
   uint row = unit / s.parts, begin = unit % s.parts * s.width, end = min(s.m, begin + s.width);
   Candidates main, aux;
-  open_list(main, lists, states, unit, s.k, s.capacity, s.first != 0);
-  if constexpr (kAux) open_list(aux, aux_lists, aux_states, unit, s.k_aux, s.capacity_aux, s.first != 0);
+  open_list(main, lists, states, unit, s.k, s.capacity, s.first != 0, lane);
+  if constexpr (kAux) open_list(aux, aux_lists, aux_states, unit, s.k_aux, s.capacity_aux, s.first != 0, lane);
 
   float r0 = 0.0f, r1 = 0.0f, most = 0.0f;
   const device T* x_row = x;

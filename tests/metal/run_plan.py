@@ -1,14 +1,13 @@
 """Executes a GPU plan (csrc/gpu/plan.h) here: kernels on the harness, matrix products in NumPy.
 
 A plan is the very data that the Metal adapter executes on a Mac, so what runs here is the whole op: grids, bindings, constants and
-chunks as well as the kernels' text. `plan` names it, `run` executes it, `run_op` does both.
+chunks as well as the kernels' text. `plan` names it, `run` executes it, `counted` counts what its kernels do.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,8 @@ def plan(op: str, *, gpu: str = "applegpu_g14s", **sizes: int | str) -> dict[str
 
 
 @functools.cache
-def library(name: str, mode: str, root: Path = METAL) -> Any:
-    return msl.load(root / f"{name}.metal", include=[root], mode=mode)
+def library(name: str, mode: str) -> msl.Library:
+    return msl.load(METAL / f"{name}.metal", include=[METAL], mode=mode)
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -70,15 +69,16 @@ def run(
     mode: str = "checked",
     schedule: int = 0,
     donate: bool = False,
-    root: Path = METAL,
+    libraries: Mapping[str, msl.Library] | None = None,
     matmul: Callable[[np.ndarray, np.ndarray], np.ndarray] = product,
-    on_launch: Callable[[Mapping[str, Any], Any], None] | None = None,
+    on_launch: Callable[[Mapping[str, Any], msl.Report], None] | None = None,
     temporaries: dict[str, np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """The outputs, flat, of a plan on flat copies of `inputs`.
 
     donate: outputs lie in the memory of the inputs that they may take; else in their own. Everything that is not an input starts as
-    garbage. `on_launch(step, report)` sees each launch's report; `temporaries` takes the temporaries by name.
+    garbage. `on_launch(step, report)` sees each launch's report; `temporaries` takes the temporaries by name; `libraries` stand in for
+    files of metal/.
     """
     given = iter(inputs)
     arrays: list[np.ndarray] = []
@@ -111,7 +111,8 @@ def run(
             continue
         buffers: dict[int, Any] = {i: arrays[b][offset:] for i, b, offset, _ in step["bindings"]}
         buffers |= {i: DTYPES[t](v) for i, t, v in step["arguments"]}
-        report = library(step["library"], mode, root).launch(
+        lib = (libraries or {}).get(step["library"]) or library(step["library"], mode)
+        report = lib.launch(
             step["kernel"],
             buffers,
             groups=tuple(step["groups"]),
@@ -126,25 +127,13 @@ def run(
     return [a for a, b in zip(arrays, plan["buffers"], strict=True) if b["role"] == "output"]
 
 
-def run_op(
-    op: str,
-    inputs: list[np.ndarray],
-    *,
-    gpu: str = "applegpu_g14s",
-    sizes: Mapping[str, int | str],
-    **options: Any,
-):
-    return run(plan(op, gpu=gpu, **sizes), inputs, **options)
+def counted(plan: Mapping[str, Any], inputs: list[np.ndarray], **options: Any) -> dict[str, msl.Counts]:
+    """Counted work of each kernel of a plan, its launches added up."""
+    total: dict[str, msl.Counts] = {}
 
-
-def counted(plan: Mapping[str, Any], inputs: list[np.ndarray], **options: Any) -> dict[str, Counter]:
-    """Counted work of each kernel of a plan, summed over its launches: bytes, transactions, barriers (msl.Report.counts)."""
-    total: dict[str, Counter] = {}
-
-    def add(step: Mapping[str, Any], report: Any) -> None:
-        kernel = total.setdefault(step["kernel"], Counter())
-        kernel.update(report.counts)
-        kernel["launches"] += 1
+    def add(step: Mapping[str, Any], report: msl.Report) -> None:
+        assert report.counts is not None
+        total[step["kernel"]] = total.get(step["kernel"], msl.Counts()) + report.counts
 
     run(plan, inputs, mode="counted", on_launch=add, **options)
     return total

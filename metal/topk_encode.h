@@ -379,9 +379,9 @@ template <typename T, typename O, int V, bool kExact>
       float result[1];
       chains<T, V, 1>(x + ulong(row) * s.d, 1, w, id, min(kSimd, kept - base), s.d, tiles + simdgroup * tile,
                       pieces + simdgroup * piece, lane, result);
+      // From here on every thread reads the keys that it writes here only.
       if (base + lane < kept) keys[base + lane] = order_key(result[0] + bias[id]);
     }
-    threadgroup_barrier(mem_flags::mem_device);
   }
 
   device O* row_values = values + ulong(row) * s.k;

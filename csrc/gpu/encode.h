@@ -8,7 +8,6 @@ namespace mlxsae::gpu {
 
 /** Up to so many rows are multiplied by our own kernel, for which reading the weights once is the floor. */
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kSimd = 32;
 
 /** x [n, d_in], w_enc [d_sae, d_in] of one type, b_enc [d_sae] float32. */
 struct EncodeSizes {

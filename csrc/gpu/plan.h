@@ -37,6 +37,7 @@ const char* metal_name(Type t);
 /** Bytes of one access of a thread: rows of whole such pieces, from addresses that are multiples of it, are read fast.
  */
 constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kSimd = 32;  // threads that Apple's GPUs run in step
 
 enum class Role { input, output, temporary };
 
@@ -49,7 +50,7 @@ struct Buffer {
   int donor = -1;  // an output that may lie in the memory of this input, where nobody else holds it
 };
 
-/** A buffer at a kernel's argument, from an element on. */
+/** A buffer at a kernel's argument, from an element on; -1: none, the kernel never touches this argument. */
 struct Binding {
   int index, buffer;
   int64_t offset;

@@ -8,16 +8,17 @@
 
 namespace mlxsae::gpu {
 
-/** Sizes, switches and types ("float", "half", "bfloat") by name, as a caller without C++ types gives them. */
+/** Sizes, switches, numbers and types ("float", "half", "bfloat") by name, as a caller without C++ types gives them. */
 class Named {
  public:
-  using Item = std::variant<int64_t, std::string>;
+  using Item = std::variant<int64_t, double, std::string>;
   explicit Named(std::map<std::string, Item> items) : items_(std::move(items)) {}
 
   int64_t operator[](const std::string& name) const;
   int64_t get(const std::string& name, int64_t otherwise) const {
     return items_.count(name) ? (*this)[name] : otherwise;
   }
+  float real(const std::string& name) const;
   Type type(const std::string& name) const;
 
  private:

@@ -138,8 +138,11 @@ class Run {
                                " threads but this GPU allows " +
                                std::to_string(kernel->maxTotalThreadsPerThreadgroup()) + ".");
     encoder_.set_compute_pipeline_state(kernel);
+    // Metal wants something at every argument: one that is never touched gets what another has.
+    int any = 0;
+    for (auto& b : l.bindings) any = std::max(any, b.buffer);
     for (auto& b : l.bindings) {
-      auto& a = allocated(b.buffer);
+      auto& a = allocated(b.buffer < 0 ? any : b.buffer);
       int64_t offset = b.offset * static_cast<int64_t>(a.itemsize());
       if (b.write)
         encoder_.set_output_array(a, b.index, offset);

@@ -32,6 +32,12 @@ Checked check_code(const char* op, const mx::array* values, const mx::array& ind
   return code;
 }
 
+gpu::CodeSize code_size(const mx::array& indices, const std::optional<mx::array>& offsets, gpu::Type type) {
+  auto room = static_cast<int64_t>(indices.size());
+  if (offsets) return {offsets->shape(0) - 1, 0, room, true, type};
+  return {indices.shape(0), indices.shape(1), room, false, type};
+}
+
 gpu::Plan FusedPrimitive::plan(const Arrays&, const gpu::Device&) {
   // Not reached: without a kernel the op returns its graph instead of this primitive.
   throw std::logic_error(std::string("[") + name() + "] has no GPU kernel.");

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "gpu/code.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 #include "mlx/transforms.h"
@@ -52,6 +53,9 @@ Checked check_code(const char* op, const mx::array* values, const mx::array& ind
 inline gpu::Type gpu_type(const mx::array& a) {
   return a.dtype() == mx::float32 ? gpu::Type::f32 : a.dtype() == mx::float16 ? gpu::Type::f16 : gpu::Type::bf16;
 }
+/** A code as plans see it: what is [n, k], or with offsets [nnz]. */
+gpu::CodeSize code_size(const mx::array& indices, const std::optional<mx::array>& offsets,
+                        gpu::Type type = gpu::Type::f32);
 /** Whether a kernel may read the rows of an evaluated matrix in whole vectors. */
 inline bool aligned_rows(const mx::array& a) {
   return a.offset() % gpu::kVectorBytes == 0 &&

@@ -43,11 +43,10 @@ def from_float(a: np.ndarray, type: str) -> np.ndarray:
         return msl.bfloat16.pack(a) if type == "bfloat" else np.asarray(a, np.float32).astype(DTYPES[type])
 
 
-def plan(op: str, *, gpu: str = "applegpu_g14s", **sizes: int | str) -> dict[str, Any]:
+def plan(op: str, *, gpu: str = "applegpu_g14s", **sizes: int | float | str) -> dict[str, Any]:
     """The plan of an op on an Apple GPU, from the sizes and types that csrc/gpu/<op>.h names."""
-    return json.loads(
-        _ext.gpu_plan(op, {k: v if isinstance(v, str) else int(v) for k, v in sizes.items()}, gpu=gpu)
-    )
+    given = {k: v if isinstance(v, (str, float)) else int(v) for k, v in sizes.items()}
+    return json.loads(_ext.gpu_plan(op, given, gpu=gpu))
 
 
 @functools.cache
@@ -109,9 +108,14 @@ def run(
             ).reshape(-1)
             written.add(step["matmul"][2])
             continue
-        buffers: dict[int, Any] = {i: arrays[b][offset:] for i, b, offset, _ in step["bindings"]}
-        buffers |= {i: DTYPES[t](v) for i, t, v in step["arguments"]}
         lib = (libraries or {}).get(step["library"]) or library(step["library"], mode)
+        declared = lib.kernels[step["kernel"]].buffers
+        buffers: dict[int, Any] = {}
+        for i, b, offset, _ in step["bindings"]:
+            array = arrays[b][offset:] if b >= 0 else None
+            raw = array is not None and declared[i].element == "int8"  # char*: the type is an argument
+            buffers[i] = array.view(np.int8) if raw else array
+        buffers |= {i: DTYPES[t](v) for i, t, v in step["arguments"]}
         report = lib.launch(
             step["kernel"],
             buffers,

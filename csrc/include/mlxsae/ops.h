@@ -212,7 +212,7 @@ MLXSAE_API std::string kernel_for(const std::string& op, mlx::core::Device devic
  * plan.
  */
 MLXSAE_API std::string gpu_plan(const std::string& op,
-                                const std::map<std::string, std::variant<int64_t, std::string>>& sizes,
+                                const std::map<std::string, std::variant<int64_t, double, std::string>>& sizes,
                                 const std::string& gpu = "");
 
 /** Whether ops built from now on may use kernels (true at start); otherwise they are graphs of plain MLX ops. */

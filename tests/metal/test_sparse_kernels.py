@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msl
@@ -97,7 +98,7 @@ def close(got, want, type):
 
 
 def run(op, inputs, sizes, **options):
-    return run_plan.run_op(op, inputs, sizes=sizes, **options)
+    return run_plan.run(run_plan.plan(op, **sizes), inputs, **options)
 
 
 def sparse_decode(code, w, type, bias=None, bias_type=None, **options):
@@ -498,3 +499,138 @@ def test_the_same_bits_in_every_run():
         for a, b in zip(runs[0], other, strict=True):
             for p, q in zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]:
                 np.testing.assert_array_equal(p, q)
+
+
+# ---- counted work ----------------------------------------------------------------------------------------------------
+
+
+def work(op, inputs, sizes) -> dict[str, msl.Counts]:
+    return run_plan.counted(run_plan.plan(op, **sizes), inputs)
+
+
+def of_buffers(counts: msl.Counts, names: tuple[str, ...]) -> msl.Counts:
+    return replace(counts, buffers={n: t for n, t in counts.buffers.items() if n in names})
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("d", [256, 1024])
+def test_products_move_little_more_than_they_must_in_whole_lines(d, type):
+    """decode, gather-dot and outer product: the bytes that simdgroups ask for, and the share of the lines' bytes they take."""
+    rng = np.random.default_rng(0)
+    n, d_sae, k, item = 16, 128, 32, 4 if type == "float" else 2
+    code = random_code(rng, n, d_sae, k, type)
+    used = int((to_float(code.values) != 0).sum())
+    w, rows = random_array(rng, (d_sae, d), type), random_array(rng, (n, d), type)
+    codes = n * k * (4 + item)
+    common = dict(d=d, d_sae=d_sae, aligned=True)
+
+    sizes = code.sizes() | common | dict(w=type, bias=0, bias_type="float")
+    (counts,) = work("sparse_decode", [*code.arrays, w], sizes).values()
+    assert counts.bytes <= 1.25 * (item * d * (used + n) + codes)
+    assert counts.efficiency >= 0.9
+
+    sizes = code.sizes() | common | dict(rows=type, w=type)
+    (counts,) = work("gather_dot", [rows, w, code.indices], sizes).values()
+    assert counts.bytes - counts.buffers["rows"].bytes <= 1.25 * (item * d * n * k + codes)
+    assert counts.buffers["rows"].bytes == item * d * n * k / 4  # a piece of a row serves four slots
+    assert counts.efficiency >= 0.9
+
+    counts = work("sparse_outer", [*code.arrays, rows], code.sizes() | common | dict(rows=type))[f"sparse_outer_{type}_4"]
+    assert counts.buffers["out"].bytes == item * d * d_sae
+    assert counts.buffers["rows"].bytes == item * d * used
+    assert counts.efficiency >= 0.9
+
+    if type == "float":
+        target = random_array(rng, (n, d))
+        sizes = code.sizes() | common | dict(bias=0)
+        (counts,) = work("decode_residual", [*code.arrays, w, target], sizes).values()
+        assert counts.bytes <= 1.25 * (4 * d * (used + 2 * n) + codes)
+        assert counts.efficiency >= 0.9
+
+        (counts,) = work("encoder_shadow", [w], dict(d_sae=d_sae, d=d, aligned=True)).values()
+        assert counts.bytes <= 1.25 * (4 + 2) * d * d_sae
+        assert counts.efficiency >= 0.9
+
+
+@pytest.mark.parametrize(("d", "d_sae", "clip"), [(256, 1024, 0.0), (1024, 256, 0.0), (256, 1024, 1.0)])
+def test_the_update_reads_and_writes_parameters_and_moments_once(d, d_sae, clip):
+    """All kernels of the op together, but for the gathers of x and residual, which come through the cache.
+
+    With clipping the gradients are needed before anything may change: one more reading of the touched rows' weights.
+    """
+    rng = np.random.default_rng(0)
+    n, k = 32, 16
+    t = training(rng, n, d, d, d_sae, k)
+    options = dict(project=True, normalize=True, through_input=True, clip_norm=clip, shadow=False)
+    found = work("feature_update", update_inputs(t, 1.0, False), update_sizes(t, **options))
+    gathered = ("x", "residual", "residual_aux")
+    total = sum(
+        c.bytes - (of_buffers(c, gathered).bytes if name.startswith("feature_update") else 0)
+        for name, c in found.items()
+    )
+    weights = 48 * d_sae * d
+    least = weights + 8 * n * k + 4 * n * d
+    again = 8 * d_sae * d if clip else 0
+    assert total <= 1.25 * (least + again)
+
+    walk = next(c for name, c in found.items() if name.startswith("feature_update"))
+    once = of_buffers(walk, ("w_enc_out", "m_enc_out", "v_enc_out", "w_dec_out", "m_dec_out", "v_dec_out"))
+    moments = of_buffers(walk, ("m_enc", "v_enc", "m_dec", "v_dec"))
+    assert once.bytes == 24 * d_sae * d
+    assert moments.bytes == 16 * d_sae * d
+    assert of_buffers(walk, ("w_enc", "w_dec")).bytes <= 8 * d_sae * d + again
+    assert walk.efficiency >= 0.9
+    assert all(c.atomics == 0 for name, c in found.items() if not name.startswith("code_"))
+
+
+def test_bookkeeping_moves_little_more_than_it_must():
+    rng = np.random.default_rng(0)
+    n, k, d_sae = 64, 16, 4096
+    code = random_code(rng, n, d_sae, k)
+    sizes = code.sizes() | dict(d_sae=d_sae, n_tokens=n)
+    found = work("tokens_since_fired", [np.zeros(d_sae, np.int32), *code.arrays], sizes)
+    fired = int((code.values > 0).sum())
+    assert sum(c.bytes for c in found.values()) <= 1.25 * (8 * d_sae + 8 * n * k + 4 * fired)
+    assert found["tokens_age"].efficiency >= 0.9
+
+
+# ---- what Apple's compiler would refuse; barriers ---------------------------------------------------------------------
+
+LIBRARIES = (
+    "code_sort", "encoder_shadow", "feature_update", "gather_dot", "sparse_decode", "sparse_outer", "tokens_since_fired",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_sources_are_clean(library):
+    path = run_plan.METAL / f"{library}.metal"
+    assert msl.lint(path, include=[run_plan.METAL]) == []
+    try:
+        msl.strict(path, include=[run_plan.METAL])
+    except msl.ToolMissing as missing:
+        pytest.skip(str(missing))
+
+
+def without_barrier(library, check):
+    """The mutants of a library's source that `check(libraries)` accepts."""
+    path = run_plan.METAL / f"{library}.metal"
+    return msl.survivors(path, lambda lib: check({library: lib}), include=[run_plan.METAL])
+
+
+def test_every_barrier_is_needed():
+    """A source without one of its barriers is a race, or gives another result."""
+    rng = np.random.default_rng(0)
+    w, x = random_array(rng, (9, 301)), random_array(rng, (4, 301))
+    few = random_code(rng, 4, 9, 3)
+    assert not without_barrier("sparse_decode", lambda libs: decode_residual(few, w, x, libraries=libs))
+
+    code, rows = random_code(rng, 80, 40, 20), random_array(rng, (80, 4))
+    assert not without_barrier("code_sort", lambda libs: sparse_outer(code, rows, "float", 40, libraries=libs))
+
+    narrow, wide = (training(rng, 4, d, d, 9, 3) for d in (301, 2051))
+
+    def update(libs):
+        feature_update(narrow, libraries=libs)
+        feature_update(wide, libraries=libs)
+
+    assert not without_barrier("feature_update", update)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import msl
 import numpy as np
 import pytest
-
-import oracle
 import run_plan
 from run_plan import from_float, to_float
+
+import oracle
 
 TYPES = ["float", "half", "bfloat"]
 RTOL = {t: oracle.RTOL[name] for t, name in zip(TYPES, ("float32", "float16", "bfloat16"), strict=True)}
@@ -94,7 +94,9 @@ def aligned(*arrays: np.ndarray) -> bool:
 
 def close(got, want, type):
     got = to_float(got).reshape(want.shape)
-    np.testing.assert_allclose(got, want, rtol=RTOL[type], atol=0.1 * RTOL[type] * np.abs(want).max(initial=1e-30))
+    np.testing.assert_allclose(
+        got, want, rtol=RTOL[type], atol=0.1 * RTOL[type] * np.abs(want).max(initial=1e-30)
+    )
 
 
 def run(op, inputs, sizes, **options):
@@ -157,7 +159,11 @@ def test_products_equal_the_oracle(n, d, d_sae, k, types, schedule, compressed):
     options = dict(schedule=schedule)
     close(sparse_decode(code, w, type, bias, value_type, **options), oracle.sparse_decode(v, i, to_float(w), to_float(bias)), out)  # fmt: skip
     close(sparse_decode(code, w, type, **options), oracle.sparse_decode(v, i, to_float(w)), out)
-    close(sparse_outer(code, rows, type, d_sae, **options), oracle.sparse_outer(v, i, to_float(rows), d_sae), out)
+    close(
+        sparse_outer(code, rows, type, d_sae, **options),
+        oracle.sparse_outer(v, i, to_float(rows), d_sae),
+        out,
+    )
     dots = gather_dot(left, value_type, w, type, code, **options)
     if compressed:
         want = np.zeros(code.values.size)
@@ -207,14 +213,19 @@ def check_shadow(w, w16, columns):
     np.testing.assert_array_equal(w16, from_float(w, "bfloat").reshape(w.shape))
     w64, low = w.astype(np.float64), to_float(w16).astype(np.float64)
     gamma = 2 * (w.shape[1] + 16) * 2.0**-24
-    least = np.linalg.norm(w64, axis=1), np.linalg.norm(w64 - low, axis=1) + gamma * np.linalg.norm(low, axis=1)
+    least = (
+        np.linalg.norm(w64, axis=1),
+        np.linalg.norm(w64 - low, axis=1) + gamma * np.linalg.norm(low, axis=1),
+    )
     for got, bound in zip(columns, least, strict=False):
         assert (got >= bound).all()
         assert (got <= 1.001 * bound + 1e-6 * least[0]).all()
     assert (columns[2] > 0).all()
 
 
-@pytest.mark.parametrize(("d", "schedule"), zip([1, 31, 32, 33, 1000], itertools.cycle(SCHEDULES), strict=False))
+@pytest.mark.parametrize(
+    ("d", "schedule"), zip([1, 31, 32, 33, 1000], itertools.cycle(SCHEDULES), strict=False)
+)
 def test_encoder_shadow(d, schedule):
     w = random_array(np.random.default_rng(d), (37, d))
     check_shadow(w, *encoder_shadow(w, schedule=schedule))
@@ -283,7 +294,15 @@ def update_inputs(t: Training, loss: float, shadow: bool) -> list[np.ndarray]:
 
 
 def feature_update(
-    t: Training, *, loss=1.0, project=True, normalize=True, through_input=False, clip_norm=0.0, shadow=False, **options
+    t: Training,
+    *,
+    loss=1.0,
+    project=True,
+    normalize=True,
+    through_input=False,
+    clip_norm=0.0,
+    shadow=False,
+    **options,
 ):
     """params, m, v, norm of the gradients[, w16, columns] in the shapes of the inputs."""
     sizes = update_sizes(t, project=project, normalize=normalize, through_input=through_input, clip_norm=clip_norm, shadow=shadow)  # fmt: skip
@@ -293,12 +312,16 @@ def feature_update(
     return [*four, out[12][0], *rest]
 
 
-def exact_update(t: Training, *, project=True, normalize=True, through_input=False, clip_norm=0.0, shadow=False):
+def exact_update(
+    t: Training, *, project=True, normalize=True, through_input=False, clip_norm=0.0, shadow=False
+):
     as64 = lambda p: {name: a.astype(np.float64) for name, a in zip(NAMES, p, strict=True)}  # noqa: E731
     terms = []
     for term in t.terms:
         v, i = term.code.slots()
-        terms.append((term.residual.astype(np.float64), v.astype(np.float64), i, float(np.float32(term.scale))))
+        terms.append(
+            (term.residual.astype(np.float64), v.astype(np.float64), i, float(np.float32(term.scale)))
+        )
     params, m, v, norm = oracle.feature_update(
         t.x.astype(np.float64), terms, as64(t.params), as64(t.m), as64(t.v), lr=LEARNING["lr"], step=LEARNING["step"],
         project=project, normalize=normalize, b_dec_to_input=through_input, clip_norm=clip_norm,
@@ -365,12 +388,15 @@ def hot_code(rng, n, d_sae, compressed=False) -> Code:
     indices = np.stack([np.full(n, 7), rng.choice([0, d_sae // 2, d_sae - 1], n)], axis=1).astype(np.uint32)
     values = rng.standard_normal((n, 2)).astype(np.float32)
     if compressed:
-        return Code(values.reshape(-1), indices.reshape(-1), np.arange(0, 2 * n + 1, 2, dtype=np.int64), "float")
+        return Code(
+            values.reshape(-1), indices.reshape(-1), np.arange(0, 2 * n + 1, 2, dtype=np.int64), "float"
+        )
     return Code(values, indices, None, "float")
 
 
 @pytest.mark.parametrize(
-    ("n", "d_sae", "compressed", "schedule"), [(2100, 300, False, 0), (1100, 70000, True, 1), (1030, 20, True, 2)]
+    ("n", "d_sae", "compressed", "schedule"),
+    [(2100, 300, False, 0), (1100, 70000, True, 1), (1030, 20, True, 2)],
 )
 def test_entries_are_sorted_by_feature_and_row(n, d_sae, compressed, schedule):
     """Two tiles of entries, one to three passes; NaN and values > 0 take part, the order is that of a stable sort."""
@@ -379,7 +405,9 @@ def test_entries_are_sorted_by_feature_and_row(n, d_sae, compressed, schedule):
     t = Training(*([None] * 5))._replace(x=np.zeros((n, 4), np.float32), terms=[Term(None, code, 1.0)], params=[None, None, np.zeros((d_sae, 4))])  # fmt: skip
     for firing in (False, True):
         if firing:
-            sizes = update_sizes(t, project=True, normalize=True, through_input=False, clip_norm=0, shadow=False)
+            sizes = update_sizes(
+                t, project=True, normalize=True, through_input=False, clip_norm=0, shadow=False
+            )
             plan = run_plan.plan("feature_update", **sizes)
             walk = next(i for i, s in enumerate(plan["steps"]) if s["kernel"].startswith("feature_update"))
             slots = (3, 4, 5)
@@ -423,7 +451,9 @@ def test_a_code_without_entries():
     w, x = random_array(rng, (9, 12)), random_array(rng, (3, 12))
     np.testing.assert_array_equal(sparse_outer(empty, x, "float", 9), 0)
     np.testing.assert_array_equal(sparse_decode(empty, w, "float"), 0)
-    np.testing.assert_array_equal(tokens_since_fired(np.arange(9, dtype=np.int32), empty, 3), np.arange(9) + 3)
+    np.testing.assert_array_equal(
+        tokens_since_fired(np.arange(9, dtype=np.int32), empty, 3), np.arange(9) + 3
+    )
     t = training(rng, 3, 12, 12, 9, 1)
     check_update(t._replace(terms=[t.terms[0]._replace(code=empty)]), {})
 
@@ -535,7 +565,9 @@ def test_products_move_little_more_than_they_must_in_whole_lines(d, type):
     assert counts.buffers["rows"].bytes == item * d * n * k / 4  # a piece of a row serves four slots
     assert counts.efficiency >= 0.9
 
-    counts = work("sparse_outer", [*code.arrays, rows], code.sizes() | common | dict(rows=type))[f"sparse_outer_{type}_4"]
+    counts = work("sparse_outer", [*code.arrays, rows], code.sizes() | common | dict(rows=type))[
+        f"sparse_outer_{type}_4"
+    ]
     assert counts.buffers["out"].bytes == item * d * d_sae
     assert counts.buffers["rows"].bytes == item * d * used
     assert counts.efficiency >= 0.9
@@ -625,7 +657,9 @@ def test_every_barrier_is_needed():
     assert not without_barrier("sparse_decode", lambda libs: decode_residual(few, w, x, libraries=libs))
 
     code, rows = random_code(rng, 80, 40, 20), random_array(rng, (80, 4))
-    assert not without_barrier("code_sort", lambda libs: sparse_outer(code, rows, "float", 40, libraries=libs))
+    assert not without_barrier(
+        "code_sort", lambda libs: sparse_outer(code, rows, "float", 40, libraries=libs)
+    )
 
     narrow, wide = (training(rng, 4, d, d, 9, 3) for d in (301, 2051))
 

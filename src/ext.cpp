@@ -1,5 +1,6 @@
 // The Python module _ext: one m.def per op and no logic. Only mlxsae/ops.py imports it.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -117,6 +118,8 @@ NB_MODULE(_ext, m) {
               "normalize_decoder: bool, b_dec_to_input: bool, clip_norm: float, " SHADOW ", " STREAM ") -> list[" ARRAY
               "]"));
 
+  m.def("gpu_plan", &mlxsae::gpu_plan, "op"_a, "sizes"_a, nb::kw_only(), "gpu"_a = "",
+        nb::sig("def gpu_plan(op: str, sizes: dict[str, int | float | str], *, gpu: str = '') -> str"));
   m.def("op_names", &mlxsae::op_names, nb::sig("def op_names() -> list[str]"));
   m.def("kernel_for", &mlxsae::kernel_for, "op"_a, "device"_a,
         nb::sig("def kernel_for(op: str, device: mlx.core.Device) -> str"));

@@ -8,11 +8,7 @@
 namespace mlxsae {
 
 void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  // Every output holds the inputs, and would keep them from being donated. All outputs come into being here, so only
-  // the list that this call reads is needed; MLX drops the others right after it anyway.
-  for (auto& out : outputs)
-    if (&out.inputs() != &inputs) out.inputs().clear();
-
+  let_go(inputs, outputs);
   size_t n_terms = csr_.size(), first = place_of_offsets(csr_, n_terms);
   std::vector<std::tuple<char*, const char*, size_t>> copies;
   for (size_t i = 0; i < outputs.size(); ++i) {

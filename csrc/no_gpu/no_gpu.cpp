@@ -1,7 +1,16 @@
-#include "no_gpu/no_gpu.h"
+#include "ops/gpu.h"
 
 namespace mlxsae::gpu {
 
-bool has_kernel(const char*) { return false; }
+const Support& support(const std::string&) {
+  static const Support none{false, ""};
+  return none;
+}
+
+const Device& device() { return device_for(""); }
+
+void run(const Plan&, const std::vector<mlx::core::array>&, std::vector<mlx::core::array>&, mlx::core::Stream) {
+  throw std::logic_error("[gpu] this build has no GPU kernels.");  // not reached: support() says so
+}
 
 }  // namespace mlxsae::gpu

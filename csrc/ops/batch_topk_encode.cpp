@@ -1,5 +1,6 @@
 #include "ops/batch_topk_encode.h"
 
+#include "gpu/csr_encode.h"
 #include "ops/encoder_shadow.h"
 #include "ops/selection.h"
 
@@ -63,6 +64,7 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
   auto guess = hint ? mx::reshape(mx::astype(mx::stop_gradient(*hint, s), mx::float32, s), {}, s) : mx::array(0.0f);
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s), guess};
   if (!has_kernel(op, s.device)) return only_values(define(inputs), s);
+  one_type_on_gpu(inputs, s);
   if (shadow) {
     inputs[0] = mx::astype(x, mx::float32, s);
     inputs.insert(inputs.end(), {mx::stop_gradient(shadow->w16, s), mx::stop_gradient(shadow->columns, s)});
@@ -83,6 +85,10 @@ std::pair<CsrCode, mx::array> batch_topk_encode(const mx::array& x, const mx::ar
                                                 const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
   auto out = encode(x, w_enc, b_enc, k, hint, shadow, mx::to_stream(s));
   return {{out[0], out[1], out[2]}, out[3]};
+}
+
+gpu::Plan BatchTopKEncode::plan(const Arrays& in, const gpu::Device& device) {
+  return gpu::batch_topk_encode({encode_sizes(in, certified_), k_}, device);
 }
 
 Arrays BatchTopKEncode::again(const Arrays& in) {

@@ -12,6 +12,7 @@ class BatchTopKEncode : public CsrEncode {
       : CsrEncode(s, std::move(graph)), k_(k), certified_(certified) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   const char* name() const override { return "BatchTopKEncode"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& o = static_cast<const BatchTopKEncode&>(other);

@@ -4,7 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "no_gpu/no_gpu.h"
+#include "gpu/plans.h"
 
 namespace mlxsae {
 
@@ -32,9 +32,19 @@ Checked check_code(const char* op, const mx::array* values, const mx::array& ind
   return code;
 }
 
-void FusedPrimitive::eval_gpu(const Arrays&, Arrays&) {
+gpu::CodeSize code_size(const mx::array& indices, const std::optional<mx::array>& offsets, gpu::Type type) {
+  auto room = static_cast<int64_t>(indices.size());
+  if (offsets) return {offsets->shape(0) - 1, 0, room, true, type};
+  return {indices.shape(0), indices.shape(1), room, false, type};
+}
+
+gpu::Plan FusedPrimitive::plan(const Arrays&, const gpu::Device&) {
   // Not reached: without a kernel the op returns its graph instead of this primitive.
-  throw std::runtime_error(std::string("[") + name() + "] has no GPU kernel in this build.");
+  throw std::logic_error(std::string("[") + name() + "] has no GPU kernel.");
+}
+
+void FusedPrimitive::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  gpu::run(plan(inputs, gpu::device()), inputs, outputs, stream());
 }
 
 Arrays FusedPrimitive::jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) {
@@ -98,15 +108,28 @@ void enable_kernels(bool on) { enabled = on; }
 
 bool has_kernel(const char* op, mx::Device device) {
   if (!enabled) return false;
-  return device == mx::Device::cpu || gpu::has_kernel(op);
+  return device == mx::Device::cpu || gpu::support(op).kernel;
 }
 
 std::string kernel_for(const std::string& op, mx::Device device) {
   bool known = false;
   for (auto& name : op_names()) known |= name == op;
   if (!known) fail("kernel_for", "there is no op named ", op, ".");
-  if (!has_kernel(op.c_str(), device)) return "fallback";
-  return device == mx::Device::cpu ? std::string("kernel (") + cpu::kernels().isa + ")" : "kernel";
+  if (device == mx::Device::cpu) return enabled ? std::string("kernel (") + cpu::kernels().isa + ")" : "fallback";
+  const auto& gpu = gpu::support(op);
+  if (enabled && gpu.kernel) return "kernel (" + gpu.text + ")";
+  return gpu.kernel || gpu.text.empty() ? "fallback" : "fallback (" + gpu.text + ")";
+}
+
+std::string gpu_plan(const std::string& op, const std::map<std::string, gpu::Named::Item>& sizes,
+                     const std::string& gpu) {
+  auto* row = gpu::find_planned(op);
+  if (!row) fail("gpu_plan", "op must have a plan but ", op, " has none.");
+  auto device = gpu::device_for(gpu);
+  gpu::Named named(sizes);
+  device.chunk_bytes = named.get("chunk_bytes", device.chunk_bytes);
+  device.simdgroups = named.get("simdgroups", device.simdgroups);
+  return row->plan(named, device).json();
 }
 
 int num_threads() { return cpu::num_threads(); }

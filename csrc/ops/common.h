@@ -4,10 +4,12 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "gpu/code.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 #include "mlx/transforms.h"
 #include "mlxsae/ops.h"
+#include "ops/gpu.h"
 
 namespace mlxsae {
 
@@ -48,6 +50,18 @@ struct Checked {
 Checked check_code(const char* op, const mx::array* values, const mx::array& indices,
                    const std::optional<mx::array>& offsets, mx::Stream s);
 
+inline gpu::Type gpu_type(const mx::array& a) {
+  return a.dtype() == mx::float32 ? gpu::Type::f32 : a.dtype() == mx::float16 ? gpu::Type::f16 : gpu::Type::bf16;
+}
+/** A code as plans see it: what is [n, k], or with offsets [nnz]. */
+gpu::CodeSize code_size(const mx::array& indices, const std::optional<mx::array>& offsets,
+                        gpu::Type type = gpu::Type::f32);
+/** Whether a kernel may read the rows of an evaluated matrix in whole vectors. */
+inline bool aligned_rows(const mx::array& a) {
+  return a.offset() % gpu::kVectorBytes == 0 &&
+         a.shape(-1) * static_cast<int64_t>(a.itemsize()) % gpu::kVectorBytes == 0;
+}
+
 /** What an eval sees: row-contiguous arrays. A transposed view of a feature-major array is recognised, not copied. */
 inline mx::array normal(const mx::array& a, mx::Stream s) { return mx::contiguous(a, false, s); }
 
@@ -62,6 +76,9 @@ class FusedPrimitive : public mx::Primitive {
   FusedPrimitive(mx::Stream s, Graph graph) : Primitive(s), graph_(std::move(graph)) {}
 
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  /** What a GPU does for this primitive, with its inputs and outputs in their order. Defined where there are kernels.
+   */
+  virtual gpu::Plan plan(const Arrays& inputs, const gpu::Device& device);
   Arrays jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) override;
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override;

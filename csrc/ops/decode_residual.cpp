@@ -1,5 +1,7 @@
 #include "ops/decode_residual.h"
 
+#include "gpu/sparse_decode.h"
+
 namespace mlxsae {
 namespace {
 
@@ -41,6 +43,13 @@ std::pair<mx::array, mx::array> decode_residual(const mx::array& values, const m
   auto out = mx::array::make_arrays({target.shape(), {target.shape(0)}}, {mx::float32, mx::float32},
                                     std::make_shared<DecodeResidual>(s, define, csr), inputs);
   return {out[0], out[1]};
+}
+
+gpu::Plan DecodeResidual::plan(const Arrays& in, const gpu::Device&) {
+  auto bias = optional(in, 4);
+  bool aligned = aligned_rows(in[2]) && aligned_rows(in[3]) && (!bias || aligned_rows(*bias));
+  return gpu::decode_residual(code_size(in[1], offsets_of(in)), in[2].shape(1), in[2].shape(0), bias.has_value(),
+                              aligned);
 }
 
 }  // namespace mlxsae

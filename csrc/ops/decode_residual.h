@@ -11,6 +11,7 @@ class DecodeResidual : public CodePrimitive {
   using CodePrimitive::CodePrimitive;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   const char* name() const override { return "DecodeResidual"; }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[3].shape(), {in[3].shape(0)}}; }
 };

@@ -1,5 +1,7 @@
 #include "ops/encoder_shadow.h"
 
+#include "gpu/encoder_shadow.h"
+
 namespace mlxsae {
 namespace {
 
@@ -46,6 +48,10 @@ void check_shadow(const char* op, const Shadow& shadow, const mx::array& w_enc) 
     fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 ", w_enc.shape(), " and float32 [3, d_sae], but got ",
          shadow.w16.dtype(), " ", shadow.w16.shape(), " and ", shadow.columns.dtype(), " ", shadow.columns.shape(),
          ".");
+}
+
+gpu::Plan EncoderShadow::plan(const Arrays& in, const gpu::Device&) {
+  return gpu::encoder_shadow(in[0].shape(0), in[0].shape(1), aligned_rows(in[0]));
 }
 
 }  // namespace mlxsae

@@ -10,6 +10,7 @@ class EncoderShadow : public FusedPrimitive {
   using FusedPrimitive::FusedPrimitive;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   const char* name() const override { return "EncoderShadow"; }
   bool is_equivalent(const mx::Primitive&) const override { return true; }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[0].shape(), {3, in[0].shape(0)}}; }

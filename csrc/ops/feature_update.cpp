@@ -2,8 +2,18 @@
 
 #include <cmath>
 
+#include "gpu/feature_update.h"
+
 namespace mlxsae {
 namespace {
+
+struct BiasCorrection {
+  float step_size, inv_sqrt_bias;
+};
+BiasCorrection bias_correction(const UpdateOptions& o) {
+  auto step = static_cast<float>(o.step);
+  return {o.lr / (1 - std::pow(o.beta1, step)), 1 / std::sqrt(1 - std::pow(o.beta2, step))};
+}
 
 /** The definition in plain MLX ops, with dense gradients. */
 Arrays graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions& o, mx::Stream s) {
@@ -40,8 +50,7 @@ Arrays graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions
   auto factor =
       o.clip_norm > 0 ? mx::minimum(mx::array(1.0f), mx::divide(mx::array(o.clip_norm), norm, s), s) : mx::array(1.0f);
   auto ok = mx::isfinite(loss, s);
-  float step_size = o.lr / (1 - std::pow(o.beta1, static_cast<float>(o.step)));
-  float inv_sqrt_bias = 1 / std::sqrt(1 - std::pow(o.beta2, static_cast<float>(o.step)));
+  auto [step_size, inv_sqrt_bias] = bias_correction(o);
   Arrays w(4, x), m(4, x), v(4, x);
   for (int i = 0; i < 4; ++i) {
     auto g = mx::multiply(grads[i], factor, s);
@@ -138,6 +147,34 @@ std::vector<mx::Shape> FeatureUpdate::output_shapes(const Arrays& in) {
   for (size_t i = first; i < in.size(); ++i) shapes.push_back(in[i].shape());
   shapes.insert(shapes.begin() + 12, mx::Shape{});  // grad_norm
   return shapes;
+}
+
+void FeatureUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  let_go(inputs, outputs);
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+gpu::Plan FeatureUpdate::plan(const Arrays& in, const gpu::Device&) {
+  size_t n_terms = csr_.size(), first = place_of_offsets(csr_, n_terms);
+  const auto &x = in[0], &w_dec = in[first + 2];
+  gpu::FeatureUpdateSize size{x.shape(0),
+                              x.shape(1),
+                              w_dec.shape(1),
+                              w_dec.shape(0),
+                              {},
+                              in.size() > first + 12,
+                              aligned_rows(x) && aligned_rows(w_dec)};
+  for (size_t q = 0; q < n_terms; ++q) {
+    const auto* offsets = csr_[q] ? &in[place_of_offsets(csr_, q)] : nullptr;
+    size.terms.push_back(code_size(in[4 + 4 * q], offsets ? std::optional(*offsets) : std::nullopt));
+    size.aligned &= aligned_rows(in[2 + 4 * q]);
+  }
+  for (size_t i = first; i < in.size(); ++i)
+    if (in[i].ndim() == 2 && i != first + 13) size.aligned &= aligned_rows(in[i]);  // not the columns of the shadow
+  auto [step_size, inv_sqrt_bias] = bias_correction(options_);
+  const auto& o = options_;
+  return gpu::feature_update(size, {o.beta1, o.beta2, o.eps, step_size, inv_sqrt_bias, o.project_decoder,
+                                    o.normalize_decoder, o.b_dec_to_input, o.clip_norm});
 }
 
 }  // namespace mlxsae

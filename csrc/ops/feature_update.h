@@ -22,12 +22,20 @@ class FeatureUpdate : public FusedPrimitive {
   }
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override { no_derivative(); }
   Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override { no_derivative(); }
   const char* name() const override { return "FeatureUpdate"; }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override;
 
  private:
+  /** Every output holds the inputs, and would keep them from being donated. All outputs come into being in one eval, so
+   * only the list that it reads is needed; MLX drops the others right after it anyway. */
+  static void let_go(const Arrays& inputs, Arrays& outputs) {
+    for (auto& out : outputs)
+      if (&out.inputs() != &inputs) out.inputs().clear();
+  }
   [[noreturn]] static void no_derivative() { fail("feature_update", "an optimiser step has no derivative."); }
   std::vector<bool> csr_;  // for each term, whether it has offsets
   UpdateOptions options_;

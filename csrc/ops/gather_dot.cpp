@@ -1,5 +1,6 @@
 #include "ops/gather_dot.h"
 
+#include "gpu/gather_dot.h"
 #include "ops/slots.h"
 
 namespace mlxsae {
@@ -96,6 +97,11 @@ std::pair<Arrays, std::vector<int>> GatherDot::vmap(const Arrays& inputs, const 
   // More rows of the same problem.
   auto [batch, rows] = batch_rows({inputs[0], inputs[2]}, {axes[0], axes[2]}, s);
   return {{mx::unflatten(gather_dot(rows[0], inputs[1], rows[1], std::nullopt, s), 0, {batch, -1}, s)}, {0}};
+}
+
+gpu::Plan GatherDot::plan(const Arrays& in, const gpu::Device&) {
+  return gpu::gather_dot(code_size(in[2], offsets_of(in)), in[1].shape(1), in[1].shape(0), gpu_type(in[0]),
+                         gpu_type(in[1]), aligned_rows(in[0]) && aligned_rows(in[1]));
 }
 
 }  // namespace mlxsae

@@ -10,6 +10,7 @@ class GatherDot : public CodePrimitive {
   using CodePrimitive::CodePrimitive;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;
   Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override;

@@ -1,6 +1,7 @@
 #pragma once
 // What the encoders share: their checks, and selection in plain MLX ops.
 
+#include "gpu/encode.h"
 #include "ops/common.h"
 
 namespace mlxsae {
@@ -19,6 +20,26 @@ inline int check_encoder(const char* op, const mx::array& x, const mx::array& w_
 
 inline mx::array bias_or_zeros(const std::optional<mx::array>& b_enc, int d_sae, mx::Stream s) {
   return b_enc ? mx::astype(*b_enc, mx::float32, s) : mx::zeros({d_sae}, mx::float32, s);
+}
+
+/** The framework's product on a GPU wants operands of one type: x and w_enc become the promoted one. */
+inline void one_type_on_gpu(Arrays& inputs, mx::Stream s) {
+  if (s.device != mx::Device::gpu) return;
+  auto type = mx::promote_types(inputs[0].dtype(), inputs[1].dtype());
+  for (int i : {0, 1}) inputs[i] = mx::astype(inputs[i], type, s);
+}
+
+/** The sizes of an encoder's plan. float32 operands give the float32 result; others that of the product in their type.
+ */
+inline gpu::EncodeSizes encode_sizes(const Arrays& in, bool shadow) {
+  return {in[0].shape(0),
+          in[0].shape(1),
+          in[1].shape(0),
+          gpu_type(in[1]),
+          in[1].dtype() == mx::float32,
+          shadow,
+          aligned_rows(in[0]) && aligned_rows(in[1]),
+          in[2].offset() % gpu::kVectorBytes == 0};
 }
 
 /** Integers in the order of selection: larger values first (NaN first of all), of equal values the lower place. */

@@ -1,5 +1,6 @@
 #include "ops/sparse_decode.h"
 
+#include "gpu/sparse_decode.h"
 #include "ops/slots.h"
 
 namespace mlxsae {
@@ -110,6 +111,13 @@ std::pair<Arrays, std::vector<int>> SparseDecode::vmap(const Arrays& inputs, con
   auto [batch, rows] = batch_rows({inputs[0], inputs[1]}, {axes[0], axes[1]}, s);
   auto out = sparse_decode(rows[0], rows[1], inputs[2], optional(inputs, 3), std::nullopt, s);
   return {{mx::unflatten(out, 0, {batch, -1}, s)}, {0}};
+}
+
+gpu::Plan SparseDecode::plan(const Arrays& in, const gpu::Device&) {
+  auto bias = optional(in, 3);
+  bool aligned = aligned_rows(in[2]) && (!bias || aligned_rows(*bias));
+  return gpu::sparse_decode(code_size(in[1], offsets_of(in), gpu_type(in[0])), in[2].shape(1), in[2].shape(0),
+                            gpu_type(in[2]), bias ? std::optional(gpu_type(*bias)) : std::nullopt, aligned);
 }
 
 }  // namespace mlxsae

@@ -1,5 +1,6 @@
 #include "ops/sparse_outer.h"
 
+#include "gpu/sparse_outer.h"
 #include "ops/slots.h"
 
 namespace mlxsae {
@@ -102,6 +103,11 @@ std::pair<Arrays, std::vector<int>> SparseOuter::vmap(const Arrays& inputs, cons
   auto ids = mx::add(rows[1], mx::multiply(block, mx::array(d_sae_, mx::uint32), s), s);
   auto out = sparse_outer(rows[0], ids, rows[2], batch * d_sae_, std::nullopt, s);
   return {{mx::unflatten(out, 0, {batch, d_sae_}, s)}, {0}};
+}
+
+gpu::Plan SparseOuter::plan(const Arrays& in, const gpu::Device&) {
+  return gpu::sparse_outer(code_size(in[1], offsets_of(in), gpu_type(in[0])), in[2].shape(1), d_sae_, gpu_type(in[2]),
+                           aligned_rows(in[2]));
 }
 
 }  // namespace mlxsae

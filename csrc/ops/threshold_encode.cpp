@@ -1,5 +1,6 @@
 #include "ops/threshold_encode.h"
 
+#include "gpu/csr_encode.h"
 #include "ops/selection.h"
 
 namespace mlxsae {
@@ -46,6 +47,7 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
   auto bounds = mx::where(mx::less_equal(t, mx::array(0.0f), s), mx::array(0.0f), t, s);  // relu comes first
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s), bounds};
   if (!has_kernel(op, s.device)) return only_values(define(inputs), s);
+  one_type_on_gpu(inputs, s);
   for (auto& a : inputs) a = normal(a, s);
   auto primitive = std::make_shared<ThresholdEncode>(s, define, capacity);
   auto type = mx::promote_types(x.dtype(), w_enc.dtype());
@@ -61,6 +63,10 @@ std::pair<CsrCode, mx::array> threshold_encode(const mx::array& x, const mx::arr
                                                int capacity, mx::StreamOrDevice s) {
   auto out = encode(x, w_enc, b_enc, threshold, capacity, mx::to_stream(s));
   return {{out[0], out[1], out[2]}, out[3]};
+}
+
+gpu::Plan ThresholdEncode::plan(const Arrays& in, const gpu::Device& device) {
+  return gpu::threshold_encode({encode_sizes(in, false), capacity_}, device);
 }
 
 Arrays ThresholdEncode::again(const Arrays& in) { return encode(in[0], in[1], in[2], in[3], capacity_, stream()); }

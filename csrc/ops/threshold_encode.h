@@ -11,6 +11,7 @@ class ThresholdEncode : public CsrEncode {
   ThresholdEncode(mx::Stream s, Graph graph, int capacity) : CsrEncode(s, std::move(graph)), capacity_(capacity) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   const char* name() const override { return "ThresholdEncode"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     return static_cast<const ThresholdEncode&>(other).capacity_ == capacity_;

@@ -1,5 +1,7 @@
 #include "ops/tokens_since_fired.h"
 
+#include "gpu/tokens_since_fired.h"
+
 namespace mlxsae {
 namespace {
 
@@ -47,6 +49,10 @@ Arrays TokensSinceFired::vjp(const Arrays& primals, const Arrays&, const std::ve
   Arrays grads;
   for (int a : argnums) grads.push_back(mx::zeros_like(primals[a], stream()));
   return grads;
+}
+
+gpu::Plan TokensSinceFired::plan(const Arrays& in, const gpu::Device&) {
+  return gpu::tokens_since_fired(code_size(in[2], offsets_of(in), gpu_type(in[1])), in[0].shape(0), n_tokens_);
 }
 
 }  // namespace mlxsae

@@ -11,6 +11,7 @@ class TokensSinceFired : public CodePrimitive {
       : CodePrimitive(s, std::move(graph), csr), n_tokens_(n_tokens) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;
   Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override;
   const char* name() const override { return "TokensSinceFired"; }

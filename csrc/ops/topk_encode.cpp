@@ -1,5 +1,6 @@
 #include "ops/topk_encode.h"
 
+#include "gpu/topk_encode.h"
 #include "ops/encoder_shadow.h"
 #include "ops/selection.h"
 
@@ -56,6 +57,7 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
   if (mask) inputs.push_back(*mask);
   Arrays out;
   if (has_kernel("topk_encode", s.device)) {
+    one_type_on_gpu(inputs, s);
     if (shadow) {
       inputs[0] = mx::astype(x, mx::float32, s);
       inputs.insert(inputs.end(), {mx::stop_gradient(shadow->w16, s), mx::stop_gradient(shadow->columns, s)});
@@ -87,6 +89,10 @@ std::vector<mx::array> topk_encode_masked(const mx::array& x, const mx::array& w
                                           const std::optional<mx::array>& b_enc, const mx::array& mask, int k,
                                           int k_aux, const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
   return encode("topk_encode_masked", x, w_enc, b_enc, k, mask, k_aux, shadow, mx::to_stream(s));
+}
+
+gpu::Plan TopKEncode::plan(const Arrays& in, const gpu::Device& device) {
+  return gpu::topk_encode({encode_sizes(in, certified_), k_, k_aux_}, device);
 }
 
 Arrays TopKEncode::again(const mx::array& x, const Arrays& inputs) {

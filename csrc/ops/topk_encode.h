@@ -12,6 +12,7 @@ class TopKEncode : public FusedPrimitive {
       : FusedPrimitive(s, std::move(graph)), k_(k), k_aux_(k_aux), certified_(certified) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   Arrays jvp(const Arrays&, const Arrays&, const std::vector<int>&) override;
   Arrays vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays&, const std::vector<int>&) override;

@@ -12,9 +12,11 @@
 // All ops but `tokens_since_fired` and `feature_update` have derivatives (vjp, jvp) of every order, and vmap. On a
 // device without a kernel of its own an op is a graph of plain MLX ops; `kernel_for` tells.
 
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "mlx/array.h"
@@ -52,7 +54,9 @@ MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(const ml
  * zero where the value is not positive.
  *
  * With a shadow the product runs in bfloat16 where the processor has one; a proven bound decides which features are
- * computed again in float32, so that the result has the same bits ("certified").
+ * computed again in float32, so that the result has the same bits ("certified"). On a GPU float32 operands are always
+ * treated so, with MLX's own product; 16-bit operands, of more than eight rows, are not: there selection is on MLX's
+ * product, which has their type (fast, not exact).
  *
  * Throws std::invalid_argument for other ranks, sizes, types or k.
  */
@@ -195,8 +199,21 @@ MLXSAE_API std::vector<mlx::core::array> feature_update(
 /** The names of all ops. */
 MLXSAE_API const std::vector<std::string>& op_names();
 
-/** What runs `op` on a device: "kernel (avx512)" and the like, or "fallback" (plain MLX ops). */
+/**
+ * What runs `op` on a device: "kernel (avx512)" and the like, or "fallback" (plain MLX ops), with the compiler's words
+ * where a GPU's kernel did not compile.
+ */
 MLXSAE_API std::string kernel_for(const std::string& op, mlx::core::Device device);
+
+/**
+ * What a GPU does for `op`, as JSON: buffers, kernel launches, matrix products (csrc/gpu/plan.h). `sizes` are those
+ * that the op's plan names, types "float", "half" or "bfloat"; `gpu` is an architecture such as "applegpu_g14s", of
+ * which sizes "chunk_bytes" and "simdgroups" replace the constants. Throws std::invalid_argument for an op without a
+ * plan.
+ */
+MLXSAE_API std::string gpu_plan(const std::string& op,
+                                const std::map<std::string, std::variant<int64_t, double, std::string>>& sizes,
+                                const std::string& gpu = "");
 
 /** Whether ops built from now on may use kernels (true at start); otherwise they are graphs of plain MLX ops. */
 MLXSAE_API bool kernels_enabled();

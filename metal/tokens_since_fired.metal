@@ -1,0 +1,1 @@
+#include "tokens_since_fired.h"

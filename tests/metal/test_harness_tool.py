@@ -24,7 +24,8 @@ template <typename T>
 }
 template [[host_name("scale_float")]] [[kernel]] decltype(scale<float>) scale<float>;
 template [[host_name("scale_" "bfloat")]] [[kernel]] decltype(scale<bfloat>) scale<bfloat>;
-kernel void plain(device int4* o, constant ulong& big, constant bool& flag) { o[0] = int4(int(big), flag, 0, 0); }
+[[kernel, max_total_threads_per_threadgroup(64)]]
+void plain(device int4* o, constant ulong& big, constant bool& flag) { o[0] = int4(int(big), flag, 0, 0); }
 """
 )
 
@@ -97,6 +98,10 @@ def test_bindings(lib):
     for message, (name, buffers, options) in refused.items():
         with pytest.raises(msl.LaunchError, match=message):
             lib.launch(name, buffers, **(common | options))
+    with pytest.raises(
+        msl.LaunchError, match=r"plain: a threadgroup has at most 64 threads but got \(65, 1, 1\)"
+    ):
+        lib.launch("plain", {"o": o, "big": 1, "flag": True}, grid=(65,), threadgroup=(65,))
     with pytest.raises(msl.LaunchError, match="cannot hold -1"):
         lib.launch("plain", {"o": o, "big": -1, "flag": True}, grid=(1,), threadgroup=(1,))
 
@@ -253,7 +258,7 @@ kernel void k(device float* o, uint i [[thread_position_in_grid]], uint t [[thre
 
 def toolchain_program(text: str) -> str:
     from msl.frontend import rewrite
-    from msl.library import _wrappers, expand
+    from msl.library import expand, launch_table
 
     program = rewrite(expand(text))
-    return '#include "metal.h"\n' + program.text + _wrappers(program)
+    return '#include "metal.h"\n' + program.text + launch_table(program)

@@ -51,6 +51,7 @@ class KernelSource:
     parameters: tuple[Parameter, ...]
     template: bool
     line: int
+    most_threads: int | None  # max_total_threads_per_threadgroup, where it is a number
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class FrontEnd:
 
     # ------------------------------------------------------------------ attributes
 
-    def _attribute_at(self, i: int) -> int | None:
+    def attribute_at(self, i: int) -> int | None:
         """Index after the attribute list that starts at i, or None where there is none."""
         t = self.tokens
         if t.text(i) == "[" and t.text(i + 1) == "[" and not t[i + 1].lead:
@@ -114,7 +115,7 @@ class FrontEnd:
         return None
 
     def _after_attributes(self, i: int) -> int:
-        while (end := self._attribute_at(i)) is not None:
+        while (end := self.attribute_at(i)) is not None:
             i = end
         return i
 
@@ -122,7 +123,7 @@ class FrontEnd:
         t = self.tokens
         i = 0
         while i < len(t):
-            end = self._attribute_at(i)
+            end = self.attribute_at(i)
             if end is None:
                 i += 1
                 continue
@@ -148,13 +149,13 @@ class FrontEnd:
         """`template [[host_name("n")]] [[kernel]] decltype(f<T>) f<T>;` and the form that repeats the signature."""
         t = self.tokens
         for i in range(len(t)):
-            if t[i].text != "template" or self._attribute_at(i + 1) is None:
+            if t[i].text != "template" or self.attribute_at(i + 1) is None:
                 continue
             end = i
             while t.text(end) != ";":
                 end = t.match.get(end, end) + 1 if t.text(end) in ("(", "[", "{") else end + 1
             j, name = i + 1, None
-            while (k := self._attribute_at(j)) is not None:
+            while (k := self.attribute_at(j)) is not None:
                 texts = [x.text for x in t.list[j:k]]
                 if "host_name" in texts:
                     name = "".join(x.text[1:-1] for x in t.list[j:k] if x.kind == "string")
@@ -210,12 +211,17 @@ class FrontEnd:
         parameters = self._parameters(name, opening + 1, closing)
         start = self._statement_start(at)
         template = t.text(start) == "template"
-        self.program.kernels[name] = KernelSource(name, parameters, template, t[at].line)
+        header = [x.text for x in t.list[start:opening]]
+        most = None
+        if "max_total_threads_per_threadgroup" in header:
+            value = header[header.index("max_total_threads_per_threadgroup") + 2 :]
+            most = int(value[0]) if value[0].isdigit() and value[1] == ")" else None
+        self.program.kernels[name] = KernelSource(name, parameters, template, t[at].line, most)
         if not self._inside_attribute(at):
             t[at].blank()
         return closing + 1
 
-    def _split_commas(self, i: int, end: int) -> list[tuple[int, int]]:
+    def split_commas(self, i: int, end: int) -> list[tuple[int, int]]:
         t = self.tokens
         parts, first = [], i
         while i < end:
@@ -236,13 +242,13 @@ class FrontEnd:
         t = self.tokens
         result: list[Parameter] = []
         next_buffer = 0
-        for i, j in self._split_commas(first, end):
+        for i, j in self.split_commas(first, end):
             attributes: list[tuple[str, str]] = []
             plain: list[Token] = []
             k = i
             while k < j:
-                if (after := self._attribute_at(k)) is not None:
-                    for a, b in self._split_commas(k + 2, after - 2):
+                if (after := self.attribute_at(k)) is not None:
+                    for a, b in self.split_commas(k + 2, after - 2):
                         argument = spell(t.list[a + 2 : b - 1]) if t.text(a + 1) == "(" else ""
                         attributes.append((t[a].text, argument))
                     t.blank(k, after)
@@ -289,7 +295,7 @@ class FrontEnd:
         """`constant T name [[function_constant(i)]];` becomes a variable that each launch fills."""
         t = self.tokens
         for i in range(len(t)):
-            if t[i].text != "function_constant" or t.text(i - 1) != "[" or self._attribute_at(i - 2) is None:
+            if t[i].text != "function_constant" or t.text(i - 1) != "[" or self.attribute_at(i - 2) is None:
                 continue
             start = self._statement_start(i - 2)
             name = t[i - 3].text
@@ -357,7 +363,7 @@ class FrontEnd:
                 continue
             first, end = names[0], names[-1]
             kind = spell(t.list[i + 1 : first])
-            parts = self._split_commas(first, end)
+            parts = self.split_commas(first, end)
             lines = []
             for a, b in parts:
                 name, extents = t[a].text, spell(t.list[a + 1 : b])
@@ -416,7 +422,7 @@ class FrontEnd:
                 if text == "{" and header and header[-1].text in ("=", ",", "return"):
                     i = t.match[i] + 1
                     continue
-                kind = self._scope_of(header) if text == "{" else "declaration"
+                kind = self.scope_of(header) if text == "{" else "declaration"
                 body_end = t.match[i] if text == "{" else i
                 key = self._overload_key(header)
                 if key and kind != "namespace" and (text == "{" or seen[-1][0] == "class"):
@@ -445,7 +451,7 @@ class FrontEnd:
             i += 1
 
     @staticmethod
-    def _scope_of(header: list[Token]) -> str:
+    def scope_of(header: list[Token]) -> str:
         texts = [x.text for x in header if x.text]
         if "namespace" in texts or texts[:1] == ["extern"]:
             return "namespace"
@@ -555,7 +561,7 @@ class FrontEnd:
                     continue
                 start, end = self._statement_start(i), t.match[i]
                 mentioned = {x.text for x in t.list[start:end] if x.kind == "name"}
-                uses.setdefault(self._defined_name(start, i), set()).update(mentioned)
+                uses.setdefault(self.defined_name(start, i), set()).update(mentioned)
                 i = end
             elif t[i].text == "constant" and self.program.constants:
                 end = i
@@ -568,12 +574,12 @@ class FrontEnd:
             i += 1
         self.program.uses = {k: frozenset(v) for k, v in uses.items()}
 
-    def _defined_name(self, start: int, end: int) -> str:
+    def defined_name(self, start: int, end: int) -> str:
         """The name that the definition with header start..end - 1 gives to a function or class."""
         t = self.tokens
         i = start
         while i < end:
-            if (after := self._attribute_at(i)) is not None:
+            if (after := self.attribute_at(i)) is not None:
                 i = after
             elif t.text(i) == "operator":
                 return "operator"

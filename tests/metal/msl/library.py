@@ -130,8 +130,8 @@ def _element(d: _Described) -> str:
     return "bool" if letter == "?" else np.dtype(f"{letter}{d.scalar_bytes}").name
 
 
-def _wrappers(program: Program) -> str:
-    """C++ that lists the kernels and calls each with the arguments of a launch."""
+def launch_table(program: Program) -> str:
+    """C++ that lists the kernels and calls each with the arguments of a launch: the end of a rewritten program."""
     lines = ['\n#line 1 "launch table"']
     table = []
     for k, (name, expression) in enumerate(_entries(program).items()):
@@ -221,7 +221,7 @@ class Library:
             raise LaunchError(f"[launch] kernel must be one of {sorted(self.kernels)} but got '{name}'.")
         launch = _Launch(stacks=self._stacks)
         launch.schedule, launch.allow_uninitialised, launch.seconds = schedule, allow_uninitialised, seconds
-        self._bind_sizes(name, launch, grid, groups, threadgroup)
+        self._bind_sizes(name, launch, grid, groups, threadgroup, self._most_threads(name))
         keep = self._bind_buffers(signature, launch, buffers, undefined)
         self._bind_threadgroup(signature, launch, threadgroup_memory or {})
         self._bind_constants(signature, constants or {})
@@ -253,12 +253,18 @@ class Library:
             raise LaunchError(f"[launch] {what} must be one to three positive numbers but got {tuple(v)}.")
         return x, y, z
 
-    def _bind_sizes(self, name, launch, grid, groups, threadgroup) -> None:
+    def _most_threads(self, name: str) -> int:
+        declared = self._program.kernels[_base(self._program.entries[name])].most_threads
+        return min(declared or 1024, 1024)
+
+    def _bind_sizes(self, name, launch, grid, groups, threadgroup, most_threads) -> None:
         if (grid is None) == (groups is None):
             raise LaunchError(f"[launch] {name}: exactly one of grid and groups must be given.")
         size = self._three("threadgroup", threadgroup)
-        if size[0] * size[1] * size[2] > 1024:
-            raise LaunchError(f"[launch] {name}: a threadgroup has at most 1024 threads but got {size}.")
+        if size[0] * size[1] * size[2] > most_threads:
+            raise LaunchError(
+                f"[launch] {name}: a threadgroup has at most {most_threads} threads but got {size}."
+            )
         if grid is None:
             grid = [g * s for g, s in zip(self._three("groups", groups), size, strict=True)]
         launch.grid, launch.group = _U3(*self._three("grid", grid)), _U3(*size)
@@ -479,7 +485,7 @@ def compile_program(
                 f"[load] kernels must be of {sorted(program.entries)} but got {sorted(missing)}."
             )
         program = replace(program, entries={n: program.entries[n] for n in kernels})
-    text = '#include "metal.h"\n' + program.text + _wrappers(program)
+    text = '#include "metal.h"\n' + program.text + launch_table(program)
     key = toolchain.digest(text)
     _programs.setdefault(key, program)
     return _loaded(text, key, mode, compiler or toolchain.default_compiler())

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import FrontEndError
 from .frontend import ADDRESS_SPACES, FrontEnd
 from .library import expand, source_of
 from .tokens import Token, Tokens, spell
@@ -115,13 +116,13 @@ class _Linter:
             elif text == "{":
                 header = t.list[start:i]
                 closing = t.match[i]
-                inner = self.front._scope_of(header)
+                inner = self.front.scope_of(header)
                 if inner in ("namespace", "class"):
                     self._scope(i + 1, closing, inner)
                     start = closing + 1
                 elif inner == "function" and "=" not in [x.text for x in self._outside_brackets(start, i)]:
                     texts = [x.text for x in header]
-                    name = self.front._defined_name(start, i)
+                    name = self.front.defined_name(start, i)
                     self._parameters(start, i)
                     self.bodies.append((start, i, closing, name, "kernel" in texts))
                     self._body(i + 1, closing, "kernel" in texts)
@@ -175,7 +176,7 @@ class _Linter:
         t = self.t
         i = start
         while i < opening and t.text(i) != "(":
-            if (after := self.front._attribute_at(i)) is not None:
+            if (after := self.front.attribute_at(i)) is not None:
                 i = after
             else:
                 i = t.after_angles(i) if t.text(i) == "<" else i + 1
@@ -183,7 +184,7 @@ class _Linter:
             i = t.match[i] + 1 if i < opening and t.text(i + 2) == "(" else i
         if i >= opening or t.text(i) != "(":
             return
-        for a, b in self.front._split_commas(i + 1, t.match[i]):
+        for a, b in self.front.split_commas(i + 1, t.match[i]):
             texts = [x.text for x in t.list[a:b]]
             head = texts[: texts.index("=")] if "=" in texts else texts
             bare = "*" in head or "&" in head
@@ -237,7 +238,7 @@ class _Linter:
         if t.text(j) == "<":
             try:
                 j = t.after_angles(j)
-            except Exception:
+            except FrontEndError:
                 return
         marks = j
         while t.text(j) in ("*", "&", "const"):

@@ -43,6 +43,22 @@ _SSM = {"state_size": 4, "conv_kernel": 4, "use_bias": False, "use_conv_bias": T
 _SLIDING = {"sliding_window": 6, "sliding_window_pattern": 2}
 _LAYER_TYPES = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
 
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "partial_rotary_factor": 0.5,
+}
+_GEMMA4 = _LAYER_TYPES | {
+    "global_head_dim": 8,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": VOCAB,
+}
+
 # name -> (module of mlx_lm.models, fields on top of the base)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", {"num_key_value_heads": 4}),
@@ -52,7 +68,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3", {"text_config": _BASE | _SLIDING | {"model_type": "gemma3_text"}}),
     "gemma3_text": ("gemma3_text", _SLIDING),
+    "gemma4": ("gemma4", {"text_config": _BASE | _GEMMA4 | {"model_type": "gemma4_text"}}),
+    "gemma4_text": ("gemma4_text", _GEMMA4 | {"hidden_size_per_layer_input": 0}),
     "glm4": ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True}),
+    "glm4_moe": (
+        "glm4_moe",
+        _MOE
+        | {
+            "max_window_layers": 0,
+            "attention_bias": False,
+            "use_qk_norm": True,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "first_k_dense_replace": 2,
+            "n_shared_experts": 1,
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": None,
+        },
+    ),
     "gpt2": (
         "gpt2",
         {
@@ -84,6 +119,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_norm_epsilon": 1e-5,
         },
     ),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 4,
+            }
+        },
+    ),
+    "mistral3": ("mistral3", {"text_config": _BASE | {"model_type": "llama"}}),
     "mixtral": ("mixtral", _MOE),
     "nanochat": ("nanochat", {}),
     "olmo2": ("olmo2", {}),
@@ -94,7 +140,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2_moe": ("qwen2_moe", _MOE),
     "qwen3": ("qwen3", {}),
+    "qwen3_5": ("qwen3_5", {"text_config": _BASE | _LINEAR | {"model_type": "qwen3_5_text"}}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        {"text_config": _BASE | _LINEAR | _MOE | {"model_type": "qwen3_5_moe_text"}},
+    ),
     "qwen3_moe": ("qwen3_moe", _MOE),
+    "qwen3_next": ("qwen3_next", _LINEAR | _MOE),
+    "seed_oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": False}),
     "smollm3": ("smollm3", {}),
     "stablelm": ("stablelm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "qk_layernorm": False}),
     "stablelm-parallel": (

@@ -16,12 +16,13 @@ from mlxsae.lm.families import sites_of, submodule
 
 model_of = cache(make)
 PARALLEL = {"cohere", "cohere2", "gpt_neox", "phi", "stablelm-parallel"}
-EXPERTS = {"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+EXPERTS = {"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next"}
+HYBRID = {"qwen3_5", "qwen3_5_moe", "qwen3_next"}  # every second block has linear attention
 families = pytest.mark.parametrize("name", CONFIGS)
 
 
 def everything(model: nn.Module) -> list[HookPoint]:
-    return [HookPoint(layer, site) for layer in range(LAYERS) for site in sites_of(model)]
+    return [HookPoint(layer, site) for layer in range(LAYERS) for site in sites_of(model, layer)]
 
 
 def test_every_row_of_the_table_is_tested() -> None:
@@ -32,7 +33,12 @@ def test_every_row_of_the_table_is_tested() -> None:
 def test_sites(name: str) -> None:
     expected = {"resid_pre", "resid_post"} if name.startswith("mamba") else set(lm.SITES)
     absent = ({"resid_mid"} if name in PARALLEL else set()) | ({"mlp_post"} if name in EXPERTS else set())
-    assert set(sites_of(model_of(name))) == expected - absent
+    model = model_of(name)
+    assert set(lm.LanguageModel(model).sites) == expected - absent
+    for layer in range(LAYERS):
+        linear = {"attn_pattern", "z"} if name in HYBRID and layer % 2 == 0 else set()
+        experts = {"mlp_post"} if name == "glm4_moe" and layer >= 2 else set()
+        assert set(sites_of(model, layer)) == expected - absent - linear - experts
 
 
 @families
@@ -59,14 +65,14 @@ def test_capture_changes_no_bit_and_leaves_no_trace(name: str) -> None:
 def test_the_residual_stream_adds_up(name: str) -> None:
     model = model_of(name)
     found = lm.capture(model, tokens_of(2, 9), everything(model))
-    sites = sites_of(model)
     for layer in range(LAYERS):
-        at = {site: found[HookPoint(layer, site)] for site in sites}
+        at = {site: found[HookPoint(layer, site)] for site in sites_of(model, layer)}
         if layer:
             assert mx.array_equal(at["resid_pre"], found[HookPoint(layer - 1, "resid_post")])
         if "resid_mid" in at:
             assert mx.array_equal(at["resid_mid"], at["resid_pre"] + at["attn_out"])
-            assert mx.array_equal(at["resid_post"], at["resid_mid"] + at["mlp_out"])
+            if not name.startswith("gemma4"):
+                assert mx.array_equal(at["resid_post"], at["resid_mid"] + at["mlp_out"])
         elif "mlp_out" in at:
             total = at["resid_pre"] + at["attn_out"] + at["mlp_out"]
             assert mx.allclose(at["resid_post"], total, rtol=1e-6, atol=1e-6)
@@ -85,11 +91,11 @@ def test_the_inside_of_attention_and_mlp(name: str) -> None:
     family, found = FAMILIES[CONFIGS[name][0]], lm.capture(model, tokens, everything(model))
     plain = model(tokens)
     for layer in range(LAYERS):
-        at = {site: found[HookPoint(layer, site)] for site in sites_of(model)}
+        at = {site: found[HookPoint(layer, site)] for site in sites_of(model, layer)}
         block = model.layers[layer]
         for inner, path, outer, end in (
-            ("z", family.z, "attn_out", family.attn_out if family.attn_out != family.attn else ""),
-            ("mlp_post", family.mlp_post, "mlp_out", family.mlp_out if family.mlp_out != family.mlp else ""),
+            ("z", family.z, "attn_out", family.attn_out if "norm" in family.attn_out else ""),
+            ("mlp_post", family.mlp_post, "mlp_out", family.mlp_out if "norm" in family.mlp_out else ""),
         ):
             if inner in at:
                 y = submodule(block, path)(at[inner])
@@ -113,7 +119,7 @@ def test_patterns_under_a_cache_are_rows_of_the_whole_pattern(name: str) -> None
     from mlx_lm.models.cache import make_prompt_cache
 
     model, tokens = model_of(name), tokens_of(1, 5)  # within the sliding windows
-    if "attn_pattern" not in sites_of(model):
+    if "attn_pattern" not in sites_of(model, 1):
         pytest.skip("no attention")
     point = HookPoint(1, "attn_pattern")
     whole, cache_ = lm.capture(model, tokens, point)[point], make_prompt_cache(model)
@@ -125,7 +131,7 @@ def test_patterns_under_a_cache_are_rows_of_the_whole_pattern(name: str) -> None
 @families
 def test_capture_stops_after_the_deepest_hook_point(name: str) -> None:
     model, tokens = model_of(name), tokens_of(1, 7)
-    for site in sites_of(model):
+    for site in sites_of(model, 1):
         point = HookPoint(1, site)
         _, whole = lm.run_with_capture(model, tokens, point)
 
@@ -143,7 +149,7 @@ def test_capture_stops_after_the_deepest_hook_point(name: str) -> None:
 def test_an_edit_at_every_site_reaches_the_logits(name: str) -> None:
     model, tokens = model_of(name), tokens_of(2, 9)
     plain = model(tokens)
-    for site in sites_of(model):
+    for site in sites_of(model, 1):
         point = HookPoint(1, site)
         with lm.splice(model, {point: lambda x: x}):
             assert mx.array_equal(model(tokens), plain)
@@ -156,11 +162,13 @@ def test_an_edit_at_every_site_reaches_the_logits(name: str) -> None:
 @families
 def test_edits_of_the_residual_stream_are_what_the_rest_of_the_model_sees(name: str) -> None:
     """Replacing resid_mid or resid_post by another prompt's gives exactly that prompt's continuation."""
+    if name == "gemma4":
+        pytest.skip("every block also gets an input from the tokens themselves")
     model, tokens, other = model_of(name), tokens_of(1, 9, seed=1), tokens_of(1, 9, seed=2)
     expected = model(other)
     for site in ("resid_mid", "resid_post"):
         point = HookPoint(1, site)
-        if site not in sites_of(model):
+        if site not in sites_of(model, 1):
             continue
         # From block 2 on, all that the model knows is the residual stream (no cache here).
         value = lm.capture(model, other, point)[point]

@@ -160,6 +160,21 @@ def test_quantised_models(model: nn.Module, bits: int) -> None:
     assert isinstance(model.layers[2].mlp.down_proj, nn.QuantizedLinear)
 
 
+def test_a_pattern_cannot_be_read_from_a_quantised_cache() -> None:
+    from mlx_lm.models import llama
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    args = llama.ModelArgs("llama", 64, 1, 64, 2, 1e-5, VOCAB, num_key_value_heads=1)
+    wide = llama.Model(args)  # heads of 32, the least that a cache quantises
+    tokens, pattern = tokens_of(1, 4), HookPoint(0, "attn_pattern")
+    plain = wide(tokens, cache=[QuantizedKVCache(group_size=32, bits=8)])
+    cache = [QuantizedKVCache(group_size=32, bits=8)]
+    logits, _ = lm.run_with_capture(wide, tokens, "layers.0.z", cache=cache)
+    assert mx.array_equal(logits, plain)
+    with pytest.raises(ValueError, match="the KV cache must not be quantised where attn_pattern"):
+        lm.capture(wide, tokens, pattern, cache=[QuantizedKVCache(group_size=32, bits=8)])
+
+
 def test_edits_are_cast_to_the_models_dtype(model: nn.Module) -> None:
     model.set_dtype(mx.bfloat16)
     with lm.splice(model, {POST1: lambda x: x.astype(mx.float32) + 1e-3}):

@@ -137,7 +137,7 @@ def test_a_module_without_an_array_is_refused(vision: Vision, inputs: tuple[mx.a
             self.text("a")
             return x
 
-    with pytest.raises(ValueError, match="must return an array, or several, but gave str"):
+    with pytest.raises(ValueError, match="must return an array but gave str"):
         lm.capture(Holder(), inputs[1], "text")
     with pytest.raises(ValueError, match="must get an array first but got no such argument"):
         lm.capture(Holder(), inputs[1], "text.input")

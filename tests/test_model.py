@@ -299,6 +299,32 @@ def test_streamed_features_are_those_of_each_token(model: InterpretableModel) ->
         model.stream("a", max_tokens=2, features="layers.3.mlp")
 
 
+@pytest.mark.parametrize("rule", ["batchtopk", "jumprelu"])
+def test_codes_of_varying_length_stream_too(model: InterpretableModel, rule: str) -> None:
+    made = (
+        mlxsae.sae.BatchTopK(6, threshold=0.4)
+        if rule == "batchtopk"
+        else mlxsae.sae.JumpReLU(initial_threshold=0.4)
+    )
+    sae = mlxsae.SAE(WIDTH, 4 * WIDTH, rule=made, seed=0)
+    model.saes[POINT] = sae
+    edits = model.steering({(POINT, 3): 2.0})
+    plain = [s.token for s in lm.stream_generate(model.lm, TEXTS[0], max_tokens=5, edits=edits)]
+    steps = list(model.stream(TEXTS[0], max_tokens=5, interventions=edits))
+    assert [s.token for s in steps] == plain
+    prompt = model.lm.encode(TEXTS[0])
+    trace = model.trace(prompt + plain, interventions=edits)
+    dense = sae.to_dense(sae.encode(trace.activations[POINT][0]))
+    assert 0 < (dense > 0).sum() < dense.size
+    for i, step in enumerate(steps, start=len(prompt)):
+        assert mx.allclose(sae.to_dense(step.features[POINT])[0], dense[i], rtol=0, atol=1e-4)
+    with model.interpretation_enabled():
+        model(prompt)
+    found = sae.to_dense(model.get_active_features()[POINT])
+    expected = sae.to_dense(sae.encode(model.trace(prompt).activations[POINT]))
+    assert mx.array_equal(found, expected)
+
+
 # ---- features at run time
 
 
@@ -357,7 +383,7 @@ def test_train_sae_in_one_line(folder: Path, tmp_path: Path) -> None:
     sae = model.train_sae(
         layer=2, component="residual", dataset=texts, save_path=tmp_path / "sae", progress=False
     )
-    assert (sae.d_in, sae.d_sae) == (128, 2048)
+    assert (sae.d_in, sae.d_sae) == (128, 4096)
     assert model.saes["layers.2"] is sae
     assert sae.metadata["hook_name"] == "blocks.2.hook_resid_post"
     assert sae.metadata["model_name"] == "tiny"

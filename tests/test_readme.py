@@ -31,8 +31,8 @@ def test_the_example_of_language_models_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "saes" / "2" / "cfg.json").is_file()
 
 
-def test_the_table_of_hook_points_is_the_codes():
-    from mlxsae.lm import SITES, HookPoint
+def test_the_tables_of_hook_points_and_families_are_the_codes():
+    from mlxsae.lm import FAMILIES, SITES, HookPoint
 
     text = (README.parent / "docs" / "language-models.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|.*\|(.*)\|$", text, re.M)
@@ -40,3 +40,21 @@ def test_the_table_of_hook_points_is_the_codes():
     for site, _, aliases in rows:
         for alias in re.findall("`([^`]+)`", aliases):
             assert HookPoint.parse(alias, layer=1) == HookPoint(1, site)
+    named = re.search(r"Known block by block are (.*?);", text, re.S)
+    assert set(re.findall(r"[a-z]\w+", re.sub(r"\(.*?\)| and ", " ", named[1].replace("\n", " ")))) == set(
+        FAMILIES
+    )
+
+
+def test_the_examples_of_training_run(tmp_path, monkeypatch, capsys):
+    examples = re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "training.md").read_text(), re.S)
+    assert len(examples) == 6
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for example in examples:
+        exec(compile(example, "training.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert "step 100: loss" in out
+    assert "run  best recon_loss" in out
+    assert (tmp_path / "my_sae" / "cfg.json").is_file()
+    assert len(list((tmp_path / "runs" / "k4" / "best").iterdir())) == 2

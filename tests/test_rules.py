@@ -18,7 +18,7 @@ from mlxsae import loss as L
 from mlxsae.code import DenseCode, SparseCode, between, n_tokens, to_slots
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate, fire_counts, l0
-from mlxsae.sae import SAE, BatchTopK, JumpReLU, calibrate
+from mlxsae.sae import SAE, BatchTopK, GroupMax, JumpReLU, calibrate
 from mlxsae.sae.straight_through import jump_relu, step
 from mlxsae.train import LossConfig, NonFiniteError, OptimizerConfig, SAEConfig, TrainConfig, fit
 
@@ -204,8 +204,8 @@ def test_a_bad_batch_leaves_the_threshold_alone() -> None:
 
 
 def test_certified_says_which_rule_cannot() -> None:
-    sae = SAE(D, D_SAE, rule=BatchTopK(K), seed=0)
-    with pytest.raises(ValueError, match="the op of the rule BatchTopK does not screen in bfloat16"):
+    sae = SAE(D, D_SAE, rule=GroupMax(K), seed=0)
+    with pytest.raises(ValueError, match="the op of the rule GroupMax does not screen in bfloat16"):
         fit(sae, source(), settings(precision="certified"))
 
 

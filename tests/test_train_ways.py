@@ -184,6 +184,39 @@ def test_checkpointing_saves_memory_and_changes_no_bit() -> None:
     assert type(layer.body.layers[0]) is kind
 
 
+def test_what_is_computed_twice_draws_the_same_mask() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.drop = mx.ones(50), nn.Dropout(0.5)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.drop(x * self.scale)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Noisy(), Noisy()
+
+        def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+            return self.a(x), self.b(x)
+
+    module, x = Two(), mx.random.uniform(1, 2, (8, 50), key=mx.random.key(0))
+    with kept_random_state():
+        seed_step(0, 0)
+
+        def loss(params: Any) -> tuple[mx.array, Any]:
+            module.update(params)
+            with recomputed(module):
+                a, b = module(x)
+            return a.sum() + b.sum(), (a, b)
+
+        (_, outputs), gradients = mx.value_and_grad(loss)(module.parameters())
+    for name, out in zip("ab", outputs, strict=True):
+        np.testing.assert_allclose(np.array(gradients[name]["scale"]), np.array(out.sum(axis=0)), rtol=1e-5)
+    assert (np.array(outputs[0]) != np.array(outputs[1])).any()
+
+
 # ---- modules and losses of one's own -----------------------------------------------------------------------
 
 

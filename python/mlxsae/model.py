@@ -11,12 +11,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,12 +23,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxsae import io
+from mlxsae import io, train
 from mlxsae import lm as lm_room
 from mlxsae.analysis import steer as steering_edit
 from mlxsae.code import Code
-from mlxsae.data import ActivationSource, ShuffleBuffer
-from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io.collection import SAEs, load_saes
 from mlxsae.lm import ByPoint, Documents, Edit, Edits, HookPoint, LanguageModel
 from mlxsae.lm.families import resolve, resolve_all, sites_of
@@ -38,12 +34,11 @@ from mlxsae.lm.hook_point import HookPointLike, Point
 from mlxsae.lm.interventions import Positions, check_positions, place
 from mlxsae.metrics.in_model import evaluate_in_model
 from mlxsae.sae import SAE
-from mlxsae.train import Callback, SAEConfig, fit
+from mlxsae.train import SAEConfig
 
 Inputs = str | Sequence[Any] | mx.array
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
-_CONTEXT, _EPOCHS = 256, 10
+_CONTEXT = 256
 
 
 class Token(NamedTuple):
@@ -421,109 +416,45 @@ class InterpretableModel:
         dataset: Any = None,
         save_path: str | os.PathLike[str] | None = None,
         config: SAEConfig | None = None,
-        *,
-        text_field: str | None = None,
-        context_size: int | None = None,
-        lm_batch_size: int = 16,
-        buffer_tokens: int | None = None,
-        callbacks: Iterable[Callback] = (),
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        resume: bool = False,
-        progress: bool = True,
+        **options: Any,
     ) -> SAE:
-        """Train an SAE on the model's activations at one hook point.
-
-        Parameters
-        ----------
-        layer, component : int, str
-            Where: `mlp`, `attn`, `residual` (also `output`: the stream after the block), or a site of `HookPoint`.
-        dataset : texts, or a name
-            A list of str; a file, folder or hub dataset (`mlxsae.lm.read_texts`); rows of a dataset that have a text;
-            an :class:`~mlxsae.data.ActivationSource`, which is then read instead of the model. A one-way stream is
-            read once, everything else as often as `config.train.total_tokens`, or its `epochs`, asks.
-        save_path : folder, optional
-            Where to save it, as by :func:`mlxsae.io.save`.
-        config : SAEConfig, optional
-            By default `SAEConfig()`, with ten walks through the texts where they are fewer than its tokens.
-        text_field : str, optional
-            Where an object keeps its text; "text" by default.
-        context_size, lm_batch_size : int
-            Tokens of a row (the model's context, at most 256), rows of one pass.
-        buffer_tokens : int, optional
-            Activations held for shuffling: 131,072, or what fits in 1 GiB.
-        callbacks, checkpoint_dir, resume : see :func:`mlxsae.fit`
-        progress : bool
-            Draw a progress bar on stderr.
-
-        Returns
-        -------
-        SAE
-            Trained, for raw activations, with its origin in `metadata`; it is also in `model.saes`.
-
-        Padding, BOS and special tokens are left out. Nothing is stored on disk but checkpoints and the result.
+        """Train an SAE on the model's activations at one hook point: :func:`mlxsae.train.train_sae` says what each
+        argument means. Afterwards it is also in `model.saes`.
         """
-        point = self.lm.hook_point(component, layer=layer)
-        d_in = self.lm.shape_at(point)[-1]
-        context_size = context_size or min(_CONTEXT, self.lm.context_size or _CONTEXT)
-        if point.site == "attn_pattern":
-            raise ValueError(
-                "[train_sae] component must have one width but attn_pattern has as many as keys."
-            )
-        if dataset is None:
-            raise ValueError("[train_sae] dataset must be given: texts, a file, a folder or a hub dataset.")
-        chosen = config or SAEConfig()
-        if isinstance(dataset, ActivationSource):
-            source: ActivationSource = dataset
-        else:
-            documents = Documents(dataset, text_field)
-            batches = partial(
-                lm_room.token_batches, self.lm, documents, context_size=context_size, batch_size=lm_batch_size
-            )
-            train = chosen.train
-            if not documents.once and (epochs := _EPOCHS if config is None else train.epochs):
-                # Of a default run, no more is counted than tells that it is long enough.
-                there = _count(batches(), train.total_tokens // _EPOCHS if config is None else None)
-                total = math.ceil(epochs * there)
-                total = min(train.total_tokens, total) if config is None else total
-                train = replace(train, total_tokens=total, epochs=None)
-                chosen = replace(chosen, train=train)
-            stream = ModelActivations(
-                self.lm,
-                point,
-                partial(
-                    batches,
-                    max_tokens=train.total_tokens,
-                    seed=train.seed,
-                    epochs=1 if documents.once else None,
-                ),
-            )
-            fits = max(_BUFFER_BYTES // (4 * d_in), train.batch_size)
-            capacity = max(buffer_tokens or min(_BUFFER_TOKENS, fits), train.batch_size)
-            source = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=capacity, seed=train.seed)
-        sae = chosen.build(d_in)
-        fit(
-            sae,
-            source,
-            chosen.train,
-            callbacks=callbacks,
-            checkpoint_dir=checkpoint_dir,
-            resume=resume,
-            progress=progress,
-        )
-        sae.metadata = sae.metadata | {
-            "model_name": self.lm.name,
-            "model_class_name": type(self.lm.model).__name__,
-            "hook_name": str(point),
-            "context_size": context_size,
-            "prepend_bos": self.lm.tokenizer is not None and self.lm.bos_id is not None,
-            "exclude_special_tokens": True,
-        }
-        if isinstance(dataset, (str, os.PathLike)):
-            sae.metadata = sae.metadata | {"dataset_path": os.fspath(dataset)}
-        if save_path is not None:
-            io.save(sae, save_path)
-        self.saes[point] = sae
+        sae = train.train_sae(self.lm, layer, component, dataset, save_path, config, **options)
+        self.saes[self.lm.hook_point(component, layer=layer)] = sae
         return sae
+
+    def train_transcoder(
+        self,
+        from_layer: int | None = None,
+        to_layer: int | None = None,
+        component: str | None = None,
+        dataset: Any = None,
+        save_path: str | os.PathLike[str] | None = None,
+        config: train.TranscoderConfig | None = None,
+        **options: Any,
+    ) -> SAE:
+        """Train a transcoder, which reads one activation and predicts another: :func:`mlxsae.train.train_transcoder`.
+        `layer=10` alone goes from what a block's MLP reads to what it adds to the stream.
+        """
+        return train.train_transcoder(
+            self.lm, from_layer, to_layer, component, dataset, save_path, config, **options
+        )
+
+    def train_crosscoder(
+        self,
+        layer: int | None = None,
+        components: Sequence[str] | None = None,
+        dataset: Any = None,
+        save_path: str | os.PathLike[str] | None = None,
+        config: train.CrosscoderConfig | None = None,
+        **options: Any,
+    ) -> SAE:
+        """Train one dictionary for several activations: :func:`mlxsae.train.train_crosscoder`. `layers=[8, 10]` with
+        `component="mlp"` in place of `layer` and `components`; `models=[...]` are further models.
+        """
+        return train.train_crosscoder(self.lm, layer, components, dataset, save_path, config, **options)
 
     def load_sae(
         self, path_or_name: str | os.PathLike[str], *, layer: int | None = None, component: str | None = None
@@ -636,13 +567,3 @@ class InterpretableModel:
 def _encode_rows(sae: SAE, x: mx.array) -> Code:
     """The code of a single token [1, 1, d], as one row."""
     return sae.encode(x[0])
-
-
-def _count(batches: Iterable[lm_room.TokenBatch], enough: int | None) -> int:
-    """Valid tokens, counted no further than `enough`."""
-    count = 0
-    for batch in batches:
-        count += int(np.count_nonzero(np.array(batch.valid)))
-        if enough is not None and count >= enough:
-            break
-    return count

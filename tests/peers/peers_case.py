@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlxsae import SAE
-from mlxsae.loss import Forward
+from mlxsae.loss import Forward, Loss
+from mlxsae.sae import Rule, TopK
 from mlxsae.train import LossConfig
 
 N, D_IN, D_SAE, K = 96, 40, 352, 9
@@ -26,19 +27,36 @@ class Case(NamedTuple):
     x: np.ndarray
     dead: np.ndarray
 
-    def sae(self) -> SAE:
+    def sae(self, rule: Rule | None = None, **options: Any) -> SAE:
         arrays = {name: mx.array(getattr(self, name)) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-        return SAE.from_weights(**arrays, k=K)
+        sae = SAE.from_weights(**arrays, rule=TopK(K) if rule is None else rule)  # an empty module is false
+        for name, value in options.items():
+            setattr(sae, name, value)
+        return sae
 
-    def loss_and_grads(self, loss: LossConfig, *, dead: bool = False) -> tuple[dict, dict[str, np.ndarray]]:
-        """Our loss terms and the gradient of every parameter, in the public shapes."""
-        sae, x = self.sae(), mx.array(self.x)
-        total = loss.build(sae)
+    def stretched(self) -> Case:
+        """With decoder rows of norms from 1/2 to 2, so that weighing by them matters."""
+        return self._replace(W_dec=self.W_dec * np.linspace(0.5, 2, D_SAE, dtype=np.float32)[:, None])
+
+    def loss_and_grads(
+        self,
+        loss: LossConfig | Loss,
+        *,
+        dead: bool = False,
+        sae: SAE | None = None,
+        y: np.ndarray | None = None,
+    ) -> tuple[dict, dict[str, np.ndarray]]:
+        """Our loss terms and the gradient of every parameter, in the public shapes; a rule's under their own names."""
+        sae, x = sae or self.sae(), mx.array(self.x)
+        target = x if y is None else mx.array(y)
+        total = loss if isinstance(loss, Loss) else loss.build(sae)
 
         def of(x: mx.array) -> tuple:
-            code = sae.encode(x)
-            y_hat = sae.decode(code)
-            value, terms = total(Forward(sae, x, x, code, y_hat, mx.array(self.dead) if dead else None))
+            code, _, pre_acts = sae.learn(x, sae.rule.initial_state())
+            y_hat = sae.decode(code, x)
+            which = mx.array(self.dead) if dead else None
+            forward = Forward(sae, x, target, code, y_hat, which, pre_acts, total.scheduled(0, sae.d_sae))
+            value, terms = total(forward)
             return value, terms, y_hat
 
         (value, terms, y_hat), grads = nn.value_and_grad(sae, of)(x)
@@ -48,6 +66,9 @@ class Case(NamedTuple):
             "W_dec": np.array(grads["decoder"]["weight"]),
             "b_dec": np.array(grads["decoder"]["bias"]),
         }
+        named |= {name: np.array(grad) for name, grad in grads.get("rule", {}).items()}
+        if "W_skip" in grads:
+            named["W_skip"] = np.array(grads["W_skip"])
         return {"loss": value.item(), "y_hat": np.array(y_hat)} | {
             n: t.item() for n, t in terms.items()
         }, named

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxsae.io import arrays, atomic
-from mlxsae.sae import RULES, SAE, BatchTopK, JumpReLU, Rule, TopK
+from mlxsae.sae import RULES, SAE, BatchTopK, Crosscoder, Gated, JumpReLU, ReLU, Rule, TopK
 
 WEIGHTS, CONFIG, METADATA = "sae_weights.safetensors", "cfg.json", "metadata.json"
 FORMAT_VERSION = 1
@@ -30,8 +30,6 @@ SAELENS_VERSION = "6.54.12"
 """The SAELens release whose layout this is; its loader takes older files for another format."""
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_TRANSCODER = "_transcoder"
-_TRANSCODER_NAMES = {"standard": "transcoder"}
 _REQUIRED = {
     "architecture",
     "d_in",
@@ -67,14 +65,15 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
 
     Raises
     ------
-    ValueError : a rule that files do not know, metadata that JSON cannot hold.
+    ValueError : a rule or a shape that files do not know, metadata that JSON cannot hold.
     OSError : the folder cannot be written.
     """
     function, arguments, extra = _function(sae.rule, sae.d_sae)
+    shape = _shape(sae)
     known = sae.metadata | (metadata or {})
     config: dict[str, Any] = {
-        # Where SAELens has no transcoder of this function, a name of our own makes it refuse the file, not misread it.
-        "architecture": function if sae.d_out == sae.d_in else _transcoder(function),
+        # Where SAELens has nothing of this function and shape, a name of our own makes it refuse the file, not misread it.
+        "architecture": _name(function, shape),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.dtype).removeprefix("mlx.core."),
@@ -86,11 +85,23 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
         "metadata": {"sae_lens_version": SAELENS_VERSION}
         | {key: known[key] for key in _SAELENS_METADATA if key in known},
     }
-    if sae.d_out != sae.d_in:
+    if "d_out" in _SHAPES[shape]:
         config["d_out"] = sae.d_out
+    if isinstance(sae, Crosscoder):
+        config |= {"n_sources": sae.n_sources, "rank_by_decoder_norm": int(sae.rank_by_decoder_norm)}
     if function == "topk":
         config["rescale_acts_by_decoder_norm"] = False
-    weights = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    bias = _ENCODER_BIAS.get(function, "b_enc")
+    weights = {
+        "W_enc": sae.encoder.weight.T,
+        "W_dec": sae.decoder.weight,
+        bias: sae.b_enc,
+        "b_dec": sae.decoder.bias,
+    }
+    if "W_skip" in sae:
+        weights["W_skip"] = sae.W_skip
+    if sae.rank_by_decoder_norm and not isinstance(sae, Crosscoder):
+        weights = _with_norms_folded(weights, bias)
     rule = {"architecture": sae.rule.architecture} | sae.rule.config()
     ours = {"format": "mlxsae", "format_version": FORMAT_VERSION, "rule": rule, "metadata": known}
     atomic.write_files(
@@ -118,15 +129,17 @@ def load(directory: str | os.PathLike) -> SAE:
             raise FileNotFoundError(f"[load] {path} must exist but does not.")
     config = _read_json(directory / CONFIG)
     name = config.get("architecture")
-    names = {form: function for function in _FUNCTIONS for form in (function, _transcoder(function))}
+    names = {_name(function, shape): (function, shape) for function in _FUNCTIONS for shape in _SHAPES}
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"[load] architecture must be one of {sorted(names)} but got {name!r} in {CONFIG}.")
-    function = names[name]
-    _check_config(config, {"d_out"} if function != name else set(), _FUNCTIONS[function].arguments)
+    function, kind = names[name]
+    _check_config(config, _SHAPES[kind], _FUNCTIONS[function].arguments)
     d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
     weights = arrays.read(directory / WEIGHTS)
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,)}
+    bias = _ENCODER_BIAS.get(function, "b_enc")
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), bias: (d_sae,), "b_dec": (d_out,)}
     shapes |= {key: (d_sae,) for key in _FUNCTIONS[function].extra}
+    shapes |= {"W_skip": (d_out, d_in)} if kind == "skip_transcoder" else {}
     if weights.keys() != shapes.keys():
         raise ValueError(
             f"[load] {WEIGHTS} must hold {sorted(shapes)} but lacks {sorted(shapes.keys() - weights.keys())} "
@@ -140,17 +153,18 @@ def load(directory: str | os.PathLike) -> SAE:
     if config.get("rescale_acts_by_decoder_norm"):
         # Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms
         # folded in.
-        norm = mx.linalg.norm(weights["W_dec"].astype(mx.float32), axis=-1)
-        # (A threshold is already one of pre_acts * |W_dec|.)
-        for key, factor in (("W_enc", norm), ("b_enc", norm), ("W_dec", 1 / norm[:, None])):
-            weights[key] = (weights[key].astype(mx.float32) * factor).astype(weights[key].dtype)
+        weights = _with_norms_folded(weights, bias)
     dtype = _DTYPES[config["dtype"]]
     ours = _metadata(_read_json(directory / METADATA)) if (directory / METADATA).exists() else {}
-    sae = SAE.from_weights(
-        *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", "b_enc", "b_dec")),
+    sae = (Crosscoder if kind == "crosscoder" else SAE).from_weights(
+        *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", bias, "b_dec")),
         rule=_rule(function, config, weights, ours.get("rule", {})),
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
     )
+    if kind == "skip_transcoder":
+        sae.W_skip = weights["W_skip"].astype(dtype)
+    if isinstance(sae, Crosscoder):
+        sae.n_sources, sae.rank_by_decoder_norm = config["n_sources"], bool(config["rank_by_decoder_norm"])
     sae.metadata = {k: v for k, v in config["metadata"].items() if not k.startswith("sae_lens_")}
     sae.metadata = sae.metadata | ours.get("metadata", {})
     mx.eval(sae.parameters())
@@ -167,11 +181,51 @@ class _Function(NamedTuple):
 _FUNCTIONS = {
     "topk": _Function({"k"}, ()),
     "jumprelu": _Function(set(), ("threshold",)),
+    "standard": _Function(set(), ()),
+    "gated": _Function(set(), ("r_mag", "b_mag")),
+}
+# Gated SAEs have no b_enc: the encoder's bias is the gate's.
+_ENCODER_BIAS = {"gated": "b_gate"}
+
+
+# What surrounds the function, with further keys of cfg.json.
+_SHAPES: dict[str, set[str]] = {
+    "": set(),
+    "transcoder": {"d_out"},
+    "skip_transcoder": {"d_out"},
+    "crosscoder": {"n_sources", "rank_by_decoder_norm"},
 }
 
 
-def _transcoder(function: str) -> str:
-    return _TRANSCODER_NAMES.get(function, function + _TRANSCODER)
+def _name(function: str, shape: str) -> str:
+    """``jumprelu_skip_transcoder``; SAELens' plain ``transcoder`` is one of the standard function."""
+    if function == "standard" and shape.endswith("transcoder"):
+        return shape
+    return f"{function}_{shape}" if shape else function
+
+
+def _shape(sae: SAE) -> str:
+    if type(sae) not in (SAE, Crosscoder):
+        raise ValueError(
+            f"[save] the SAE must be a plain one, a transcoder or a crosscoder but is a {type(sae).__name__}; "
+            "save its parameters with sae.save_weights."
+        )
+    if isinstance(sae, Crosscoder):
+        return "crosscoder"
+    if "W_skip" in sae:
+        return "skip_transcoder"
+    return "" if sae.d_out == sae.d_in else "transcoder"
+
+
+def _with_norms_folded(weights: dict[str, mx.array], bias: str) -> dict[str, mx.array]:
+    """Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms folded in. (A threshold
+    is already one of pre_acts * |W_dec|.)"""
+    norm = mx.linalg.norm(weights["W_dec"].astype(mx.float32), axis=-1)
+    factors = {"W_enc": norm, bias: norm, "W_dec": 1 / norm[:, None]}
+    return weights | {
+        key: (weights[key].astype(mx.float32) * factor).astype(weights[key].dtype)
+        for key, factor in factors.items()
+    }
 
 
 def _function(rule: Rule, d_sae: int) -> tuple[str, dict[str, Any], dict[str, mx.array]]:
@@ -186,25 +240,32 @@ def _function(rule: Rule, d_sae: int) -> tuple[str, dict[str, Any], dict[str, mx
                 "[save] a BatchTopK rule must have a threshold but has none: train the SAE, or mlxsae.sae.calibrate it."
             )
         return "jumprelu", {}, {"threshold": mx.full(d_sae, rule.threshold, mx.float32)}
+    if isinstance(rule, ReLU):
+        return "standard", {}, {}
+    if isinstance(rule, Gated):
+        return "gated", {}, {"r_mag": rule.r_mag, "b_mag": rule.b_mag}
+    known = ["batchtopk", "gated", "jumprelu", "relu", "topk"]
     raise ValueError(
-        f"[save] rule must be one of {sorted(RULES)} but got {type(rule).__name__}; "
+        f"[save] rule must be one of {known} but got {type(rule).__name__}; "
         "save its parameters with sae.save_weights."
     )
 
 
 def _rule(function: str, config: dict[str, Any], weights: dict[str, mx.array], ours: dict[str, Any]) -> Rule:
     """The rule of a function; the one it was trained by where our own metadata remember that."""
-    threshold = weights.get("threshold")
     options = {key: value for key, value in ours.items() if key != "architecture"}
-    rule_type = RULES.get(ours.get("architecture", function), RULES[function])
+    rule_type = RULES.get(ours.get("architecture", function), JumpReLU)
     if unknown := sorted(options.keys() - set(rule_type.PARAMETERS)):
         raise ValueError(f"[load] the rule in {METADATA} must have only known keys but has {unknown}.")
     if function == "topk":
         return TopK(config["k"])
-    if rule_type is BatchTopK:
-        return BatchTopK(**options)
-    assert threshold is not None
-    return JumpReLU.of(threshold, **options)
+    if function == "standard":
+        return ReLU()
+    if function == "gated":
+        rule = Gated()
+        rule.r_mag, rule.b_mag = weights["r_mag"], weights["b_mag"]
+        return rule
+    return BatchTopK(**options) if rule_type is BatchTopK else JumpReLU.of(weights["threshold"], **options)
 
 
 def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> None:
@@ -213,7 +274,7 @@ def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> No
         raise ValueError(f"[load] {CONFIG} must have the keys {sorted(required)} but lacks {missing}.")
     if unknown := sorted(config.keys() - required - _OPTIONAL):
         raise ValueError(f"[load] {CONFIG} must have only known keys but has {unknown}.")
-    for key in ("d_in", "d_sae", *extra):
+    for key in ("d_in", "d_sae", *(extra - {"rank_by_decoder_norm"})):
         if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] <= 0:
             raise ValueError(f"[load] {key} must be a positive integer but got {config[key]!r} in {CONFIG}.")
     allowed: dict[str, tuple[Any, ...]] = {
@@ -223,6 +284,7 @@ def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> No
         "normalize_activations": ("none",),
         "reshape_activations": ("none",),
         "rescale_acts_by_decoder_norm": (True, False),
+        "rank_by_decoder_norm": (0, 1),
     }
     for key, values in allowed.items():
         if key in config and config[key] not in values:

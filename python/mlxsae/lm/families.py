@@ -28,7 +28,8 @@ def _add_clipped(x: mx.array, y: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Family:
-    """Paths of modules within a block. A site whose module is not there does not exist in the block.
+    """Paths of modules within a block, `a|b` where blocks differ and have one or the other. A site whose module is
+    not there does not exist in the block.
 
     `attn` is the attention module, for `attn_pattern`. `attn_out` and `mlp_out` name the module whose *output*
     is added to the residual stream, which is a norm where the family normalises after the sublayer. `z`, `mlp`
@@ -71,6 +72,7 @@ _PRE_NORM = _llama_like()
 _POST_NORM = _llama_like(attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
 _PARALLEL = _llama_like(parallel=_always)
 _GEMMA3 = replace(_POST_NORM, add=_add_clipped)
+_HYBRID = _llama_like(attn_out="self_attn|linear_attn")  # linear attention has neither heads' z nor a pattern
 
 # Keyed by the module of mlx_lm.models that defines the model's class (a "mistral" config makes a llama).
 # Every row is tested on a random model of its class: the residual sums must come out bit for bit.
@@ -82,13 +84,18 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _POST_NORM,
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
+    "gemma4": _POST_NORM,  # with per-layer inputs and a scale, resid_post is more than resid_mid + mlp_out
+    "gemma4_text": _POST_NORM,
     "glm4": _llama_like(attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm"),
+    "glm4_moe": _PRE_NORM,
     "gpt2": _llama_like("attn", "c_proj", "mlp", "c_proj"),
     "gpt_neox": _llama_like("attention", "dense", "mlp", "dense_4h_to_h", parallel=_as_configured),
     "gpt_oss": _PRE_NORM,
     "llama": _PRE_NORM,
     "mamba": Family(),
     "mamba2": Family(),
+    "ministral3": _PRE_NORM,
+    "mistral3": _PRE_NORM,
     "mixtral": _llama_like(mlp="block_sparse_moe"),
     "nanochat": _llama_like("attn", "c_proj", "mlp", "c_proj"),
     "olmo2": _POST_NORM,
@@ -99,7 +106,11 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _PRE_NORM,
     "qwen2_moe": _PRE_NORM,
     "qwen3": _PRE_NORM,
+    "qwen3_5": _HYBRID,
+    "qwen3_5_moe": _HYBRID,
     "qwen3_moe": _PRE_NORM,
+    "qwen3_next": _HYBRID,
+    "seed_oss": _PRE_NORM,
     "smollm3": _PRE_NORM,
     "stablelm": _llama_like(parallel=_as_configured),
     "starcoder2": _llama_like(down_proj="c_proj"),
@@ -155,9 +166,11 @@ def _places(model: nn.Module, block: nn.Module) -> dict[str, Place]:
     """The sites that `block` has, in the order of computation, and where they lie."""
     family = family_of(model)
 
-    def at(path: str, kind: str) -> Place | None:
-        module = submodule(block, path) if path else None
-        return None if module is None else Place(module, kind, block)
+    def at(paths: str, kind: str) -> Place | None:
+        for path in paths.split("|"):
+            if path and (module := submodule(block, path)) is not None:
+                return Place(module, kind, block)
+        return None
 
     attn = at(family.attn, "pattern")
     found = {

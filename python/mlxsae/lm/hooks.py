@@ -88,30 +88,26 @@ def _call(base: type, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         y = call(module, *args, **kwargs)
 
     if fns.keys() & {"after", "mid"}:
-        if not isinstance(y, mx.array) or y.ndim != 3:
-            got = f"shape {y.shape}" if isinstance(y, mx.array) else type(y).__name__
-            raise ValueError(
-                f"[hooks] {base.__module__}.{base.__name__} must return [b, t, d] but gave {got}."
-            )
-        y = _apply([*fns.get("after", ()), *(partial(fn, _resid_pre.get()) for fn in fns.get("mid", ()))], y)
+        y = _map_first(
+            [*fns.get("after", ()), *(partial(fn, _resid_pre.get()) for fn in fns.get("mid", ()))], y, base, 3
+        )
     if "output" in fns:
-        y = _map_first(partial(_apply, fns["output"]), y, base)
+        y = _map_first(fns["output"], y, base)
     return y
 
 
-def _map_first(fn: _Hook, y: Any, base: type) -> Any:
-    """`fn` of what a module returns, or of the first where it returns several."""
-    if isinstance(y, mx.array):
-        return fn(y)
-    if isinstance(y, (tuple, list)) and y and isinstance(y[0], mx.array):
-        first = fn(y[0])
-        if hasattr(y, "_replace"):  # a NamedTuple
-            return type(y)(first, *y[1:])
-        return type(y)([first, *y[1:]])
-    raise ValueError(
-        f"[hooks] {base.__module__}.{base.__name__} must return an array, or several, "
-        f"but gave {type(y).__name__}."
-    )
+def _map_first(fns: list[_Hook], y: Any, base: type, ndim: int | None = None) -> Any:
+    """What a module returns, or the first where it returns several, through `fns`."""
+    x = y[0] if isinstance(y, (tuple, list)) and y else y
+    if not isinstance(x, mx.array) or (ndim is not None and x.ndim != ndim):
+        what = "an array" if ndim is None else "[b, t, d]"
+        got = f"shape {x.shape}" if isinstance(x, mx.array) else type(x).__name__
+        raise ValueError(f"[hooks] {base.__module__}.{base.__name__} must return {what} but gave {got}.")
+    mapped = _apply(fns, x)
+    if x is y:
+        return mapped
+    rest: list[Any] = list(y)[1:]
+    return type(y)(mapped, *rest) if hasattr(y, "_replace") else type(y)([mapped, *rest])  # NamedTuple or not
 
 
 @cache

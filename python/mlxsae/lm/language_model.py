@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .families import Family, blocks_of, family_of, sites_of
-from .hook_point import HookPoint
+from .hook_point import SITES, HookPoint
 
 TINY = "tiny"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -58,14 +58,17 @@ class LanguageModel:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that this model's blocks have."""
-        return sites_of(self.model)
+        """The sites that this model's blocks have; in hybrids, not every block has all."""
+        there = {site for layer in range(self.n_layers) for site in sites_of(self.model, layer)}
+        return tuple(site for site in SITES if site in there)
 
     @cached_property
     def n_heads(self) -> int | None:
-        """Number of query heads; None where the blocks have no attention that can be looked into."""
-        point = HookPoint(0, "attn_pattern")
-        return self.shape_at(point)[1] if point.site in self.sites else None
+        """Number of query heads; None where no block has an attention that can be looked into."""
+        for layer in range(self.n_layers):
+            if "attn_pattern" in sites_of(self.model, layer):
+                return self.shape_at(HookPoint(layer, "attn_pattern"))[1]
+        return None
 
     def shape_at(self, spec: Any) -> tuple[int, ...]:
         """Shape of the activation at a hook point for one token, such as (1, 1, d_model).

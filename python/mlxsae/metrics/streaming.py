@@ -189,5 +189,5 @@ def evaluate(sae: Any, batches: Iterable[mx.array | tuple[mx.array, mx.array]]) 
     for batch in batches:
         x, y = batch if isinstance(batch, tuple) else (batch, batch)
         code = sae.encode(x)
-        evaluation.update(y, sae.decode(code).reshape(y.shape), code)
+        evaluation.update(y, sae.decode(code, x).reshape(y.shape), code)
     return evaluation.result()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCode
+from mlxsae.sae.encoder import Encoder
 
 
 class Decoder(nn.Module):
@@ -34,3 +36,15 @@ class Decoder(nn.Module):
 
     def _extra_repr(self) -> str:
         return f"d_sae={self.weight.shape[0]}, d_out={self.weight.shape[1]}"
+
+
+class TiedDecoder(Decoder):
+    """A decoder whose rows are the encoder's: holds ``bias`` alone."""
+
+    def __init__(self, encoder: Encoder, bias: mx.array):
+        nn.Module.__init__(self)
+        self.bias = bias
+        object.__setattr__(self, "_encoder", encoder)  # a reference, not a child: its weight is trained once
+
+    def __getattr__(self, key: str) -> Any:
+        return self._encoder.weight if key == "weight" else super().__getattr__(key)

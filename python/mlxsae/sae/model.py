@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxsae.code import Code, DenseCode, SparseCode, to_dense
-from mlxsae.sae.decoder import Decoder
+from mlxsae import ops
+from mlxsae.code import Code, DenseCode, SparseCode, SparseCodeCSR, to_dense
+from mlxsae.sae.decoder import Decoder, TiedDecoder
 from mlxsae.sae.encoder import Encoder
 from mlxsae.sae.rule import BatchTopK, Encoded, Rule, State, TopK
 
@@ -38,6 +39,11 @@ class SAE(nn.Module):
     k : entries kept per token; short for ``rule=TopK(k)``.
     rule : how latents are chosen. Give either ``k`` or ``rule``.
     d_out : width of the target. Giving it makes a transcoder.
+    skip : adds a linear path from input to target, ``x @ W_skip.T`` with ``W_skip [d_out, d_in]``, 0 at first (Paulo et
+        al. 2025). It sees ``x`` as it comes, without ``- b_dec``.
+    tied : the decoder's rows are the encoder's, one parameter.
+    rank_by_decoder_norm : latents compete by ``pre_acts * |W_dec|``, their size in the output, instead of by pre_acts; a
+        threshold is then one of these products. The values stay pre-activations.
     apply_b_dec_to_input : whether ``b_dec`` is subtracted from the input. By default it is, but for a
         transcoder. dtype : float32, float16 or bfloat16. seed : seed of the initial weights; without it they
         come from MLX's global random state. Rows of the decoder are random unit vectors, the encoder is its
@@ -61,6 +67,9 @@ class SAE(nn.Module):
         rule: Rule | None = None,
         d_out: int | None = None,
         apply_b_dec_to_input: bool | None = None,
+        skip: bool = False,
+        tied: bool = False,
+        rank_by_decoder_norm: bool = False,
         dtype: mx.Dtype = mx.float32,
         seed: int | None = None,
     ):
@@ -74,14 +83,21 @@ class SAE(nn.Module):
         if dtype not in _DTYPES:
             raise ValueError(f"[SAE] dtype must be float32, float16 or bfloat16 but got {dtype}.")
         keys = (None, None) if seed is None else mx.random.split(mx.random.key(seed))
-        w_dec = _unit_rows(d_sae, d_in if d_out is None else d_out, keys[0])
-        w_enc = w_dec if d_out is None else _unit_rows(d_sae, d_in, keys[1])
+        w_dec = unit_rows(d_sae, d_in if d_out is None else d_out, keys[0])
+        w_enc = w_dec if d_out is None else unit_rows(d_sae, d_in, keys[1])
+        encoder = Encoder(w_enc.astype(dtype), mx.zeros(d_sae, dtype))
+        b_dec = mx.zeros(w_dec.shape[1], dtype)
+        if tied and d_out is not None:
+            raise ValueError("[SAE] tied must be False for a transcoder, whose input is not its target.")
         self._assemble(
-            Encoder(w_enc.astype(dtype), mx.zeros(d_sae, dtype)),
+            encoder,
             _one_rule(k, rule),
-            Decoder(w_dec.astype(dtype), mx.zeros(w_dec.shape[1], dtype)),
+            TiedDecoder(encoder, b_dec) if tied else Decoder(w_dec.astype(dtype), b_dec),
             d_out is None if apply_b_dec_to_input is None else apply_b_dec_to_input,
         )
+        if skip:
+            self.W_skip = mx.zeros((self.d_out, d_in), dtype)
+        self.rank_by_decoder_norm = rank_by_decoder_norm
 
     @classmethod
     def from_weights(
@@ -130,7 +146,8 @@ class SAE(nn.Module):
         self.rule = rule
         self.decoder = decoder
         self.metadata = {}
-        rule.prepare(self.d_sae)
+        self.rank_by_decoder_norm = False
+        rule.prepare(self.d_in, self.d_sae)
         if apply_b_dec_to_input and self.d_in != self.d_out:
             raise ValueError(
                 "[SAE] apply_b_dec_to_input must be False where the input is not the target "
@@ -147,7 +164,7 @@ class SAE(nn.Module):
         """
         x = self.encoder_input(x)
         lead = x.shape[:-1]
-        code = self.rule.encode(x.reshape(math.prod(lead), self.d_in), self.encoder.weight, self.encoder.bias)
+        code = self._ranked(self.rule.encode, x.reshape(math.prod(lead), self.d_in))
         if not isinstance(code, SparseCode | DenseCode):
             return code
         return type(code)(*(part.reshape(*lead, part.shape[-1]) for part in code))
@@ -157,15 +174,47 @@ class SAE(nn.Module):
         SAE's own (annealing).
         """
         rule = self.rule if rule is None else rule
-        return rule.learn(self.encoder_input(x), self.encoder.weight, self.encoder.bias, state)
+        found: list[Encoded] = []
 
-    def decode(self, code: Code) -> mx.array:
-        """``x_hat [..., d_out]`` of a code; ``[n, d_out]`` of ``n`` compressed rows."""
-        return self.decoder(code)
+        def learn(x: mx.array, weight: mx.array, bias: mx.array) -> Code:
+            found.append(rule.learn(x, weight, bias, state))
+            return found[0].code
+
+        code = self._ranked(learn, self.encoder_input(x))
+        return found[0]._replace(code=code)
+
+    def _ranked(self, encode: Callable[..., Code], x: mx.array) -> Code:
+        """``encode(x, weight, bias)``, its latents chosen by their size in the output where the SAE asks for that."""
+        weight, bias = self.encoder.weight, self.encoder.bias
+        if not self.rank_by_decoder_norm:
+            return encode(x, weight, bias)
+        norms = mx.stop_gradient(self.decoder_norms()).astype(weight.dtype)
+        code = encode(x, weight * norms[:, None], bias * norms)
+        if isinstance(code, DenseCode):
+            return DenseCode(mx.where(norms > 0, code.values / norms, 0))
+        indices = mx.stop_gradient(code.indices)
+        where = code._replace(values=mx.stop_gradient(code.values), indices=indices)
+        products = ops.gather_dot(x, weight, where if isinstance(where, SparseCodeCSR) else indices)
+        return code._replace(values=mx.where(where.values > 0, products + bias[indices], 0), indices=indices)
+
+    def decoder_norms(self) -> mx.array:
+        """``|W_dec[i]|``, ``[d_sae]``: how strongly a latent of value 1 writes."""
+        return row_norms(self.decoder.weight)
+
+    def decode(self, code: Code, x: mx.array | None = None) -> mx.array:
+        """``x_hat [..., d_out]`` of a code; ``[n, d_out]`` of ``n`` compressed rows. An SAE with a skip connection wants
+        the input ``x [..., d_in]`` as well.
+        """
+        y_hat = self.decoder(code)
+        if "W_skip" not in self:
+            return y_hat
+        if x is None:
+            raise ValueError("[SAE] x must be given to decode, for the skip connection, but is None.")
+        return y_hat + x.reshape(*y_hat.shape[:-1], self.d_in).astype(self.dtype) @ self.W_skip.T
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x [..., d_in] -> x_hat [..., d_out]``."""
-        return self.decode(self.encode(x)).reshape(*x.shape[:-1], self.d_out)
+        return self.decode(self.encode(x), x).reshape(*x.shape[:-1], self.d_out)
 
     def units(self) -> dict[str, tuple[int, int]]:
         """How parameters are measured: for each the powers in which the scales of input and target enter. Those that are
@@ -175,6 +224,7 @@ class SAE(nn.Module):
             "encoder.bias": (1, 0),
             "decoder.weight": (-1, 1),
             "decoder.bias": (0, 1),
+            "W_skip": (-1, 1),
             **{f"rule.{name}": (power, 0) for name, power in self.rule.UNITS.items()},
         }
 
@@ -305,7 +355,14 @@ def _one_rule(k: int | None, rule: Rule | None) -> Rule:
     return TopK(k) if rule is None else rule  # type: ignore[arg-type]
 
 
-def _unit_rows(rows: int, columns: int, key: mx.array | None) -> mx.array:
+def row_norms(weight: mx.array) -> mx.array:
+    """Norms along the last axis in float32; a row of zeros has norm 0, and gradient 0 where MLX's has NaN."""
+    squares = mx.square(weight.astype(mx.float32)).sum(axis=-1)
+    some = squares > 0
+    return mx.where(some, mx.sqrt(mx.where(some, squares, 1)), 0)
+
+
+def unit_rows(rows: int, columns: int, key: mx.array | None) -> mx.array:
     w = mx.random.normal((rows, columns), key=key)
     return w / mx.linalg.norm(w, axis=-1, keepdims=True)
 

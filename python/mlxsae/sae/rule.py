@@ -23,7 +23,9 @@ State = dict[str, mx.array]
 
 
 class Encoded(NamedTuple):
-    """What a rule makes of a training batch. ``pre_acts [n, d_sae]`` where the rule made them, else None."""
+    """What a rule makes of a training batch. ``pre_acts [n, d_sae]``, which decide what fires, where the rule made them,
+    else None.
+    """
 
     code: Code
     state: State
@@ -102,8 +104,8 @@ class Rule(nn.Module):
         other.k = k
         return other
 
-    def prepare(self, d_sae: int) -> None:
-        """Make the parameters for ``d_sae`` latents; raise ``ValueError`` where the rule does not fit them."""
+    def prepare(self, d_in: int, d_sae: int) -> None:
+        """Make the parameters for ``d_sae`` latents of ``d_in`` inputs; raise ``ValueError`` where the rule does not fit them."""
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: ``type(rule)(**rule.config())`` is the rule without its parameters."""
@@ -152,7 +154,7 @@ class TopK(Rule):
         code, aux = ops.topk_encode_masked(x, weight, bias, mask=mask, k=self.k, k_aux=k_aux, shadow=shadow)
         return Encoded(code, state), aux
 
-    def prepare(self, d_sae: int) -> None:
+    def prepare(self, d_in: int, d_sae: int) -> None:
         at_most_d_sae(self.k, d_sae)
 
 
@@ -218,7 +220,7 @@ class BatchTopK(Rule):
         if weight > 0:  # type: ignore[operator]
             self.threshold = state["sum"].item() / weight / scale  # type: ignore[operator]
 
-    def prepare(self, d_sae: int) -> None:
+    def prepare(self, d_in: int, d_sae: int) -> None:
         at_most_d_sae(self.k, d_sae)
 
     def metrics(self, state: State) -> dict[str, mx.array]:
@@ -282,7 +284,7 @@ class JumpReLU(Rule):
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         return parameters | {"threshold": mx.maximum(parameters["threshold"], 0)}
 
-    def prepare(self, d_sae: int) -> None:
+    def prepare(self, d_in: int, d_sae: int) -> None:
         if "threshold" not in self:
             self.threshold = mx.full(d_sae, self.initial_threshold, mx.float32)
         elif self.threshold.shape != (d_sae,):
@@ -296,6 +298,74 @@ class JumpReLU(Rule):
         rule = cls(**options)
         rule.threshold = threshold.astype(mx.float32)
         return rule
+
+
+class TopKJumpReLU(Rule):
+    r"""The ``k`` largest pre-activations of each token, and of them those over a learned threshold of their latent: at most
+    ``k``, fewer where fewer stand out.
+
+    .. math:: f_j = z_j \, [j \in \mathrm{top}_k(z)] \, [z_j > \theta_j], \qquad \theta_j \ge 0
+
+    Sparse in training too: the threshold's pseudo-derivative comes from the selected pre-activations near it. The main
+    loss alone lowers thresholds; a sparsity term (L1, tanh) raises them.
+    """
+
+    architecture = "topk_jumprelu"
+    PARAMETERS = ("k", "bandwidth", "initial_threshold")
+    UNITS: ClassVar[dict[str, int]] = {"threshold": 1}
+
+    def __init__(self, k: int = 100, bandwidth: float = 0.05, initial_threshold: float = 0.1):
+        super().__init__()
+        self.k = positive_int("TopKJumpReLU", "k", k)
+        if not (bandwidth > 0 and initial_threshold >= 0):
+            raise ValueError(
+                "[TopKJumpReLU] bandwidth must be positive and initial_threshold at least 0 but got "
+                f"{bandwidth} and {initial_threshold}."
+            )
+        self.bandwidth, self.initial_threshold = bandwidth, initial_threshold
+
+    def encode(
+        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
+    ) -> SparseCode:
+        code = ops.topk_encode(x, weight, bias, k=self.k)
+        threshold = self.threshold[code.indices]
+        return code._replace(values=jump_relu(code.values, threshold, bandwidth=self.bandwidth))
+
+    def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
+        return parameters | {"threshold": mx.maximum(parameters["threshold"], 0)}
+
+    def prepare(self, d_in: int, d_sae: int) -> None:
+        at_most_d_sae(self.k, d_sae)
+        if "threshold" not in self:
+            self.threshold = mx.full(d_sae, self.initial_threshold, mx.float32)
+
+
+class GroupMax(Rule):
+    """The largest of each of ``k`` equal groups of neighbouring latents, then relu (sparsify): TopK without a sort, at the
+    price that two latents of a group never fire together. ``d_sae`` must be a multiple of ``k``.
+    """
+
+    architecture = "groupmax"
+    fused = True
+    PARAMETERS = ("k",)
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = positive_int("GroupMax", "k", k)
+
+    def encode(
+        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
+    ) -> SparseCode:
+        groups = mx.stop_gradient(mx.addmm(bias, x, weight.T)).reshape(x.shape[0], self.k, -1)
+        begins = mx.arange(self.k, dtype=mx.uint32) * groups.shape[-1]
+        indices = mx.argmax(groups, axis=-1) + begins
+        return SparseCode(nn.relu(ops.gather_dot(x, weight, indices) + bias[indices]), indices)
+
+    def prepare(self, d_in: int, d_sae: int) -> None:
+        if d_sae % self.k:
+            raise ValueError(
+                f"[GroupMax] d_sae must be a multiple of k but got d_sae={d_sae} with k={self.k}."
+            )
 
 
 def _topk_among(x: mx.array, weight: mx.array, bias: mx.array, mask: mx.array, k: int) -> SparseCode:
@@ -319,7 +389,3 @@ def positive_int(who: str, name: str, value: Any) -> int:
 def at_most_d_sae(k: int, d_sae: int) -> None:
     if k > d_sae:
         raise ValueError(f"[SAE] k must be in (0, d_sae] but got k={k} with d_sae={d_sae}.")
-
-
-RULES: dict[str, type[Rule]] = {rule.architecture: rule for rule in (TopK, BatchTopK, JumpReLU)}
-"""The rules that files know, by architecture."""

@@ -20,7 +20,7 @@ def _near(pre_acts: mx.array, threshold: mx.array, bandwidth: float) -> mx.array
 def jump_relu(
     pre_acts: mx.array, threshold: mx.array, *, bandwidth: float, through_input: bool = False
 ) -> mx.array:
-    r""":math:`z [z > \theta]` of ``pre_acts [n, d_sae]`` and ``threshold [d_sae]``.
+    r""":math:`z [z > \theta]` of ``pre_acts [n, d_sae]`` and ``threshold [d_sae]``, or one of the shape of ``pre_acts``.
 
     Derivatives: :math:`[z > \theta]` for z, :math:`-\theta K(u) / \epsilon` for the threshold. ``through_input`` adds the
     negative of the latter to z's (Anthropic, January 2025): moving the threshold down is moving z up.
@@ -64,6 +64,7 @@ def _stepped(
         z, t = primals
         jump = cotangent * height(_near(z, t, bandwidth), t)
         dz = cotangent * (z > t) if slope else mx.zeros_like(z)
-        return (dz + jump if through_input else dz), -jump.sum(axis=0)
+        per_latent = t.ndim < z.ndim
+        return (dz + jump if through_input else dz), -(jump.sum(axis=0) if per_latent else jump)
 
     return f  # type: ignore[return-value]

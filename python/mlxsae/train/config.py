@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import mlx.core as mx
 
@@ -23,8 +24,10 @@ from mlxsae.loss import (
     RandomPrefixes,
 )
 from mlxsae.loss.compose import Weight
-from mlxsae.sae import RULES, SAE, Rule
+from mlxsae.sae import RULES, SAE, Crosscoder, Rule
+from mlxsae.train.flat_names import nested
 from mlxsae.train.optimizers import OPTIMIZERS, WITH_WEIGHT_DECAY
+from mlxsae.train.schedules import in_steps
 
 
 class _Config:
@@ -103,7 +106,7 @@ class LossConfig(_Config):
 
     ``terms`` are weights of further terms by their names in :data:`mlxsae.loss.TERMS`; None means those that the rule
     cannot do without (:data:`mlxsae.loss.DEFAULT_TERMS`: JumpReLU's L0, ReLU's L1, ...). They rise linearly from 0 over
-    the fraction ``warmup`` of the run.
+    the fraction ``warmup`` of the run (steps where over 1).
 
     ``prefixes`` makes the SAE a Matryoshka: widths as ascending shares of ``d_sae`` (or numbers of latents, over 1), the
     full width being added; ``random_prefixes`` draws so many anew for each step instead.
@@ -125,7 +128,7 @@ class LossConfig(_Config):
         for name, weight in (self.terms or {}).items():
             _require("terms", name, name in TERMS, f"be among {sorted(TERMS)}")
             _require(f"terms.{name}", weight, weight >= 0, "not be negative")
-        _require("warmup", self.warmup, 0 <= self.warmup <= 1, "be a fraction in [0, 1]")
+        _require("warmup", self.warmup, self.warmup >= 0, "not be negative")
         if self.prefixes is not None and self.random_prefixes is not None:
             raise ValueError("[config] prefixes and random_prefixes must not both be given but are.")
         self._prefixes()
@@ -150,7 +153,7 @@ class LossConfig(_Config):
             weight = AUXK_PRESETS[self.auxk].weight if self.auxk_weight is None else self.auxk_weight
             auxk = weight, AuxK(max(d_in // 2, 1) if self.k_aux is None else self.k_aux, self.auxk)
         weights = DEFAULT_TERMS.get(sae.rule.architecture, {}) if self.terms is None else self.terms
-        rising = round(self.warmup * total_steps)
+        rising = in_steps(self.warmup, total_steps)
 
         def weight_of(weight: float) -> Weight:
             return (lambda step: weight * min(1.0, (step + 1) / rising)) if rising else weight
@@ -169,7 +172,8 @@ class TrainConfig(_Config):
     ``normalize`` is folded into the weights of the SAE that comes out: ``expected_norm`` scales activations so that
     their mean norm is ``sqrt(d_in)``, ``mean_std`` brings each coordinate to mean 0 and standard deviation 1.
     ``b_dec_init`` is ``geometric_median``, ``mean`` or ``keep``; both normalisation and initial ``b_dec`` come from
-    ``sample_size`` rows. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
+    ``sample_size`` rows, and so do the dictionary's first directions where ``decoder_init`` is ``pca``, ``data`` or
+    ``random`` (:func:`~mlxsae.train.initialize`) and not ``keep``. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
     ``engine`` is ``auto``, ``autodiff`` or ``fused``.
 
     ``precision`` is that of the encoder's product: ``float32``, or ``certified``, which multiplies in bfloat16,
@@ -180,7 +184,9 @@ class TrainConfig(_Config):
     ``gradient_checkpointing`` are for the autodiff engine, see :mod:`mlxsae.train.gradients`; a step then takes
     ``gradient_accumulation_steps * batch_size`` rows. The fused engine holds nothing that they could save.
 
-    ``k_start`` anneals the rule's ``k``: linearly from there to its own over the fraction ``k_warmup`` of the run.
+    ``k_start`` anneals the rule's ``k``: linearly from there to its own over the fraction ``k_warmup`` of the run (steps
+    where over 1). ``resample_every`` makes dead latents anew from rows that are explained badly, every so many steps
+    (:class:`~mlxsae.train.DeadNeuronCallback`).
 
     All randomness of a step comes from ``seed`` and the number of the step.
     """
@@ -191,6 +197,7 @@ class TrainConfig(_Config):
     epochs: float | None = None
     normalize: str = "expected_norm"
     b_dec_init: str = "geometric_median"
+    decoder_init: str = "keep"
     sample_size: int = 8192
     normalize_decoder: bool = True
     engine: str = "auto"
@@ -200,6 +207,7 @@ class TrainConfig(_Config):
     gradient_checkpointing: bool = False
     k_start: int | None = None
     k_warmup: float = 0.1
+    resample_every: int | None = None
     log_every: int = 100
     validate_every: int = 1000
     checkpoint_every: int = 1000
@@ -224,6 +232,7 @@ class TrainConfig(_Config):
         for name, values in (
             ("normalize", ("expected_norm", "mean_std", "none")),
             ("b_dec_init", ("geometric_median", "mean", "keep")),
+            ("decoder_init", ("keep", "data", "pca", "random")),
             ("engine", ("auto", "autodiff", "fused")),
         ):
             _require(name, getattr(self, name), getattr(self, name) in values, f"be one of {list(values)}")
@@ -236,7 +245,9 @@ class TrainConfig(_Config):
         )
         if self.k_start is not None:
             _require("k_start", self.k_start, self.k_start > 0, "be positive")
-        _require("k_warmup", self.k_warmup, 0 <= self.k_warmup <= 1, "be a fraction in [0, 1]")
+        _require("k_warmup", self.k_warmup, self.k_warmup >= 0, "not be negative")
+        if self.resample_every is not None:
+            _require("resample_every", self.resample_every, self.resample_every > 0, "be positive")
         known = ("float32", "certified")
         _require("precision", self.precision, self.precision in known, f"be one of {list(known)}")
 
@@ -250,7 +261,7 @@ class TrainConfig(_Config):
 
     def k_at(self, step: int, rule: Rule) -> int | None:
         """The ``k`` of a step of an annealed run; None where it is the rule's own."""
-        steps = round(self.k_warmup * self.total_steps)
+        steps = in_steps(self.k_warmup, self.total_steps)
         if self.k_start is None or step >= steps:
             return None
         if (k := getattr(rule, "k", None)) is None:
@@ -274,19 +285,84 @@ class TrainConfig(_Config):
 
 
 @dataclass(frozen=True)
+class DataConfig(_Config):
+    """How text becomes activations where a door reads it.
+
+    ``validation_split`` of the documents, chosen by a hash of their text, is never trained on (none by default); the
+    activations of at most ``validation_tokens`` of theirs serve for validation. ``context_size`` is that of the model, at most 256, unless
+    given; ``lm_batch_size`` rows go through the model at once; ``buffer_tokens`` activations are held for shuffling
+    (131,072, or what fits in 1 GiB).
+    """
+
+    validation_split: float = 0.0
+    validation_tokens: int = 20_000
+    context_size: int | None = None
+    lm_batch_size: int = 16
+    buffer_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        split = self.validation_split
+        _require("validation_split", split, 0 <= split < 1, "be a fraction in [0, 1)")
+        for name in ("validation_tokens", "context_size", "lm_batch_size", "buffer_tokens"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value > 0, "be positive")
+
+
+@dataclass(frozen=True)
+class TrackingConfig(_Config):
+    """Where a door sends metrics: Weights & Biases (``project``, ``name``, ``entity``, ``tags``), folders for TensorBoard
+    and for plain files."""
+
+    wandb: bool = False
+    project: str = "mlxsae"
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] | None = None
+    tensorboard: str | None = None
+    local: str | None = None
+
+
+T = TypeVar("T", bound=type)
+
+
+def _flat_names_too(cls: T) -> T:
+    """Let the constructor take :mod:`mlxsae.train.flat_names` beside the fields."""
+    make, fields = cls.__init__, {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+    @functools.wraps(make)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        for name, value in nested({k: v for k, v in options.items() if k not in fields}).items():
+            if isinstance(value, dict):
+                base = options.get(name) or fields[name].default_factory()  # type: ignore[misc]
+                value = type(base).from_dict(_merged(base.to_dict(), value))
+            options[name] = value
+        make(self, *args, **{k: v for k, v in options.items() if k in fields})
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+@_flat_names_too
+@dataclass(frozen=True)
 class SAEConfig(_Config):
-    """An SAE and how to train it. ``d_sae`` overrides ``expansion_factor``; ``d_in`` comes from the data if
-    None. ``architecture`` names a rule of :data:`mlxsae.sae.RULES`, ``rule`` gives its further arguments.
+    """An SAE, how to train it, and what on. ``d_sae`` overrides ``expansion_factor``; ``d_in`` comes from the data if
+    None. ``architecture`` names a rule of :data:`mlxsae.sae.RULES`, ``rule`` gives its further arguments. ``tied`` makes
+    the decoder the encoder's transpose.
+
+    The constructor also takes the flat names of :mod:`mlxsae.train.flat_names`: ``SAEConfig(learning_rate=3e-4)``.
     """
 
     d_in: int | None = None
     d_sae: int | None = None
-    expansion_factor: int = 16
+    expansion_factor: int = 32
     architecture: str = "topk"
     k: int = 32
     rule: dict[str, Any] | None = None
+    tied: bool = False
     dtype: str = "float32"
     train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "expansion_factor", "k"):
@@ -302,15 +378,98 @@ class SAEConfig(_Config):
 
     def build(self, d_in: int) -> SAE:
         """The untrained SAE for activations of width ``d_in``."""
+        return SAE(
+            d_in, self._width(d_in), **self._arguments(), **(dict[str, Any](tied=True) if self.tied else {})
+        )
+
+    def _width(self, d_in: int) -> int:
         if self.d_in is not None and self.d_in != d_in:
             raise ValueError(
-                f"[SAEConfig] d_in must be the activations' width {d_in} but got d_in={self.d_in}."
+                f"[{type(self).__name__}] d_in must be the activations' width {d_in} but got d_in={self.d_in}."
             )
-        d_sae = self.expansion_factor * d_in if self.d_sae is None else self.d_sae
+        return self.expansion_factor * d_in if self.d_sae is None else self.d_sae
+
+    def _arguments(self) -> dict[str, Any]:
         rule_type = RULES[self.architecture]
         known = {"k": self.k} if "k" in rule_type.PARAMETERS else {}
         rule = rule_type(**known | (self.rule or {}))
-        return SAE(d_in, d_sae, rule=rule, dtype=getattr(mx, self.dtype), seed=self.train.seed)
+        return {"rule": rule, "dtype": getattr(mx, self.dtype), "seed": self.train.seed}
+
+
+@_flat_names_too
+@dataclass(frozen=True)
+class TranscoderConfig(SAEConfig):
+    """A transcoder: reads one activation, predicts another. ``skip`` adds a linear path from input to target."""
+
+    expansion_factor: int = 8
+    k: int = 50
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("tied", self.tied, not self.tied, "be False for a transcoder")
+
+    def build(self, d_in: int, d_out: int | None = None) -> SAE:
+        """The untrained transcoder from width ``d_in`` to ``d_out``."""
+        d_out = d_in if d_out is None else d_out
+        skip: dict[str, Any] = {"skip": True} if self.skip else {}
+        return SAE(d_in, self._width(d_in), d_out=d_out, **self._arguments(), **skip)
+
+
+@_flat_names_too
+@dataclass(frozen=True)
+class CrosscoderConfig(SAEConfig):
+    """A crosscoder: one dictionary for ``n_sources`` activations of one width. ``expansion_factor`` is ``d_sae`` over the
+    width of one source. ``source_weights`` weigh the sources' squared errors, alike by default. Each source gets a scale
+    of its own, folded into the weights; with ``rank_by_decoder_norm``, where that cannot be, all get one.
+    """
+
+    expansion_factor: int = 24
+    k: int = 150
+    source_weights: tuple[float, ...] | None = None
+    rank_by_decoder_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("tied", self.tied, not self.tied, "be False for a crosscoder")
+        weights = self.source_weights
+        _require("source_weights", weights, weights is None or min(weights, default=0) > 0, "be positive")
+
+    def build(self, d_in: int, n_sources: int = 2) -> SAE:
+        """The untrained crosscoder for ``n_sources`` activations of width ``d_in``."""
+        if self.source_weights is not None and len(self.source_weights) != n_sources:
+            raise ValueError(
+                f"[CrosscoderConfig] source_weights must be {n_sources} numbers but got {self.source_weights}."
+            )
+
+        made = Crosscoder(
+            d_in,
+            n_sources,
+            self._width(d_in),
+            rank_by_decoder_norm=self.rank_by_decoder_norm,
+            **self._arguments(),
+        )
+        if self.source_weights is not None:
+            made.metadata = made.metadata | {"source_weights": list(self.source_weights)}
+        return made
+
+
+C = TypeVar("C", bound=SAEConfig)
+
+
+def overruled(config: C, options: dict[str, Any]) -> C:
+    """``config`` with ``options`` in place of what it says: its own fields, or flat names."""
+    names = [f.name for f in dataclasses.fields(config)]
+    return type(config)(**({name: getattr(config, name) for name in names} | options))
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid upon ``base``, object by object."""
+    found = dict(base)
+    for key, value in over.items():
+        old = found.get(key)
+        found[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return found
 
 
 def _require(name: str, value: Any, holds: bool, what: str) -> None:

@@ -102,7 +102,7 @@ class AutodiffEngine:
                 rule = sae.rule if k is None else sae.rule.with_k(k)
                 code, state, pre_acts = sae.learn(x, carried["rule"], rule=rule)
                 dead = silent >= config.dead_after if auxk else None
-                forward = Forward(sae, x, y, code, sae.decode(code), dead, pre_acts, scheduled)
+                forward = Forward(sae, x, y, code, sae.decode(code, x), dead, pre_acts, scheduled)
                 total, terms = self._loss(forward)
                 metrics = terms | {"l0": l0(code)} | rule.metrics(state)
             fired = ops.update_tokens_since_fired(silent, detached(code))
@@ -168,6 +168,8 @@ class FusedEngine:
         """Why the pass cannot make this run's steps; empty where it can."""
         if config.autodiff_only:
             return config.autodiff_only
+        if type(sae).learn is not SAE.learn or sae.rank_by_decoder_norm:
+            return f"the {type(sae).__name__} chooses latents in a way of its own"
         rule = type(sae.rule)
         if not rule.fused or tree_flatten(sae.rule.parameters()):
             return f"the rule {rule.__name__} has no fused op"
@@ -177,7 +179,10 @@ class FusedEngine:
             return f"the loss has the terms {sorted(loss.terms)}"
         if loss.auxk is not None and not loss.auxk[1].fused:
             return f"the AuxK preset {loss.auxk[1].preset} has no fused form"
-        if len(tree_flatten(sae.trainable_parameters())) != len(tree_flatten(sae.parameters())):
+        trained = {name for name, _ in tree_flatten(sae.parameters())}
+        if trained != {f"{part}.{name}" for part, name in _PLACES}:
+            return "encoder and decoder are not all of its parameters, or are tied"
+        if len(tree_flatten(sae.trainable_parameters())) != len(trained):
             return "some parameters are frozen"
         return ""
 

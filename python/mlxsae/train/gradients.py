@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxsae.train.config import TrainConfig
+from mlxsae.train.randomness import fork
 
 LossOf = Callable[..., tuple[mx.array, dict[str, mx.array], Any]]
 """``(params, frozen, x, y, carried) -> (total, terms, carried)``: what is carried goes from part to part."""
@@ -70,7 +71,7 @@ def recomputed(module: nn.Module, active: bool = True) -> Iterator[None]:
     pass (gradient checkpointing): memory for time.
 
     Layers are the direct children of ``module``, and those of an ``nn.Sequential`` among them. Acts by changing the
-    class of each for the length of the block; parameters and results stay the same.
+    class of each for the length of the block; parameters and results stay the same. Dropout draws the same mask twice.
     """
     changed: list[tuple[nn.Module, type]] = []
     try:
@@ -109,7 +110,10 @@ def _forgetful(kind: type) -> type:
     if kind not in _FORGETFUL:
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            draw_again = fork()
+
             def inner(params: Any, *args: Any, **kwargs: Any) -> Any:
+                draw_again()
                 self.update(params)
                 return kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
 

@@ -1,11 +1,14 @@
-"""What the first sample of activations decides: the scale of the data and where ``b_dec`` starts."""
+"""What the first sample of activations decides: the scale of the data, where ``b_dec`` and the dictionary start."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
+
+from mlxsae.sae import SAE, Decoder, Encoder
 
 
 def geometric_median(x: mx.array, *, iterations: int = 100, tolerance: float = 1e-6) -> mx.array:
@@ -61,3 +64,82 @@ def column_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
     mean = x.mean(axis=0)
     std = mx.sqrt(mx.square(x - mean).mean(axis=0))
     return mean, mx.where(std > 0, std, mx.ones_like(std))
+
+
+def source_statistics(
+    x: mx.array, n_sources: int, weights: list[float] | None = None
+) -> tuple[mx.array, mx.array]:
+    """Centre 0 and a scale for each source of ``x [n, n_sources * d]``: its rows come to norm ``sqrt(d)`` on average, times
+    the root of its weight, so that its squared error counts ``weight`` times. Float32 ``[n_sources * d]`` each.
+    """
+    apart = x.astype(mx.float32).reshape(x.shape[0], n_sources, -1)
+    d = apart.shape[-1]
+    norms = mx.linalg.norm(apart, axis=-1).mean(axis=0)
+    if not bool((norms > 0).all()):
+        raise ValueError(f"[fit] every source must have a positive mean norm but got {norms.tolist()}.")
+    weight = mx.ones(n_sources) if weights is None else mx.array(weights)
+    scale = mx.repeat(norms / (math.sqrt(d) * mx.sqrt(weight)), d)
+    return mx.zeros_like(scale), scale
+
+
+DIRECTIONS = ("data", "pca", "random")
+
+
+def directions(how: str, x: mx.array, n: int, *, seed: int = 0) -> mx.array:
+    """``n`` unit rows to start a dictionary for centred activations ``x [rows, d]`` with: float32 ``[n, d]``.
+
+    ``pca``: both signs of the principal components, those of most variance first, then random directions (there are but
+    ``2 d`` signed components). ``data``: directions of random rows of ``x``, then random ones. ``random``: uniform.
+    """
+    if how not in DIRECTIONS:
+        raise ValueError(f"[directions] how must be one of {list(DIRECTIONS)} but got {how!r}.")
+    rng = np.random.default_rng(seed)
+    rows, found = np.array(x.astype(mx.float32), np.float64), np.empty((0, x.shape[1]))
+    if how == "pca":
+        _, vectors = np.linalg.eigh(rows.T @ rows)  # ascending
+        found = np.stack([vectors.T[::-1], -vectors.T[::-1]], axis=1).reshape(-1, x.shape[1])
+    elif how == "data":
+        found = rows[rng.permutation(len(rows))[:n]]
+        found = found[np.linalg.norm(found, axis=1) > 0]
+    found = found[:n]
+    found = np.concatenate([found, rng.standard_normal((n - len(found), x.shape[1]))])
+    return mx.array((found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32))
+
+
+def initialize(sae: SAE, x: mx.array, y: mx.array | None = None, *, how: str = "pca", seed: int = 0) -> SAE:
+    """Start ``sae`` from activations ``x [n, d_in]`` (and targets ``y [n, d_out]``), in place.
+
+    Decoder rows become :func:`directions` of the centred target, of the norm they had; encoder rows the same, or for a
+    transcoder those of the centred input. Then the encoder is scaled by the one factor that makes the first
+    reconstruction explain most (Gao et al. 2024, appendix A.1), where the rule has no threshold that would have to follow.
+    Biases stay.
+    """
+    target = x if y is None else y
+    norms = mx.linalg.norm(sae.decoder.weight.astype(mx.float32), axis=-1, keepdims=True)
+    rows = directions(how, target - target.mean(axis=0), sae.d_sae, seed=seed)
+    if "weight" in sae.decoder:
+        sae.decoder.weight = (rows * norms).astype(sae.dtype)
+    inner = rows if y is None else directions(how, x - x.mean(axis=0), sae.d_sae, seed=seed)
+    sae.encoder.weight = inner.astype(sae.dtype)
+    if "weight" in sae.decoder and not sae.rule.UNITS:
+        sample = x[:2048]
+        code = sae.encode(sample)
+        out = (sae.decode(code, sample) - sae.decoder.bias).astype(mx.float32)
+        along = (out * (target[:2048] - sae.decoder.bias)).sum() / mx.maximum(mx.square(out).sum(), 1e-12)
+        sae.encoder.weight = sae.encoder.weight * mx.maximum(along, 1e-3).astype(sae.dtype)
+    mx.eval(sae.parameters())
+    return sae
+
+
+def initialize_decoder_from_pca(decoder: Decoder, batches: Iterable[mx.array], *, seed: int = 0) -> Decoder:
+    """Decoder rows from the principal components of ``batches`` of activations ``[n, d]``, see :func:`directions`."""
+    x = mx.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
+    rows = directions("pca", x - x.mean(axis=0), decoder.weight.shape[0], seed=seed)
+    decoder.weight = rows.astype(decoder.weight.dtype)
+    return decoder
+
+
+def initialize_encoder_as_transpose(encoder: Encoder, decoder: Decoder) -> Encoder:
+    """Encoder rows that read what the decoder's write."""
+    encoder.weight = mx.array(decoder.weight)
+    return encoder

@@ -28,10 +28,18 @@ from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
 from mlxsae.train.config import TrainConfig, default_learning_rate
 from mlxsae.train.engine import Engine, make_engine, substituted
-from mlxsae.train.initial import column_statistics, expected_norm_scale, finite_rows, geometric_median
+from mlxsae.train.initial import (
+    column_statistics,
+    expected_norm_scale,
+    finite_rows,
+    geometric_median,
+    initialize,
+    source_statistics,
+)
 from mlxsae.train.module_engine import LossFunction, ModuleEngine, forward
 from mlxsae.train.optimizers import split_schedule
 from mlxsae.train.randomness import kept_random_state, seed_step
+from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import Schedule, warmup_decay
 from mlxsae.train.state import ACTIVATIONS, TrainState, flat, scaled_params, unnormalized
 
@@ -133,6 +141,7 @@ class Run:
     metrics: dict[str, mx.array] = field(default_factory=dict)
     watchers: list[Callback] = field(default_factory=list)
     _save: Callable[[], Path] | None = None
+    _sample: Callable[[Run, int], tuple[mx.array, mx.array]] | None = None
 
     @property
     def epoch(self) -> float | None:
@@ -145,6 +154,15 @@ class Run:
         sae = copy.deepcopy(self.sae)
         _write_back(sae, self.state)
         return sae
+
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """The SAE with the weights of this moment, in the scaled space of the run, for the length of a block."""
+        return substituted(self.module, self.state.params)
+
+    def sample(self, n: int) -> tuple[mx.array, mx.array]:
+        """Up to ``n`` rows of the data as the SAE sees them, ``(x, y)``; the batches to come are not disturbed."""
+        assert self._sample is not None
+        return self._sample(self, n)
 
     def stop(self, reason: str) -> None:
         """End the run in order after this step."""
@@ -354,7 +372,10 @@ class _Session:
         run.checkpoint_dir = self.directory
         run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
+        run._sample = lambda run, n: _Batch(self._prepared(self.source.sample(n))).pair(run)
         run.watchers = [as_callback(c) for c in job.callbacks]
+        if run.config.resample_every is not None:
+            run.watchers.insert(0, DeadNeuronCallback(resample_every=run.config.resample_every))
         return run
 
     # ---- training ------------------------------------------------------------------------------------------
@@ -552,11 +573,10 @@ class _Batch:
         """``(x, y)`` in the run's scaled space; one array where the target is the input."""
         i, j = _places(run.fields, len(self.arrays))
         state = run.state
-        x = self._scaled(i, state, 0)
-        return x, x if i == j else self._scaled(j, state, 1)
+        x = self.scaled(i, state.norm, state.scale[0], 0)
+        return x, x if i == j else self.scaled(j, state.norm, state.scale[1], 1)
 
-    def _scaled(self, i: int, state: TrainState, side: int) -> mx.array:
-        scale, norm = state.scale[side], state.norm
+    def scaled(self, i: int, norm: dict[str, mx.array], scale: float, side: int) -> mx.array:
         # Runs that start from one sample hold the very same statistics.
         key = i, scale, id(norm["mean_in"]) if norm else None, side if norm else 0
         if key not in self._made:
@@ -606,8 +626,19 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     if config.normalize == "mean_std":
         for name, which in (("in", 0), *((("out", 1),) if len(fields) > 1 else ())):
             norm[f"mean_{name}"], norm[f"std_{name}"] = start.of(column_statistics, fields, which)
+    if norm and "weight" not in sae.parameters().get("decoder", {}):
+        raise ValueError("[fit] normalize must not be mean_std where the decoder is tied to the encoder.")
+    ranked = getattr(sae, "rank_by_decoder_norm", False)
+    if norm and ranked:
+        raise ValueError("[fit] normalize must not be mean_std where latents are ranked by decoder norm.")
+    # Sources of a crosscoder get a scale each. Folding that changes decoder norms, so not where they rank latents.
+    apart = getattr(sae, "n_sources", 1) > 1 and not ranked and config.normalize == "expected_norm"
+    if apart:
+        weights = sae.metadata.get("source_weights")
+        mean, std = source_statistics(start.rows(fields)[0], sae.n_sources, weights)
+        norm = {"mean_in": mean, "std_in": std}
     if saved is None:
-        if config.normalize == "expected_norm":
+        if config.normalize == "expected_norm" and not apart:
             s_in = start.of(expected_norm_scale, fields, 0)
             same = sae.apply_b_dec_to_input or len(fields) == 1
             scale = (s_in, s_in if same else start.of(expected_norm_scale, fields, 1))
@@ -621,6 +652,12 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     working.set_dtype(mx.float32)
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
+    if saved is None and config.decoder_init != "keep":
+        batch = _Batch(tuple(start.rows(fields)))
+        seen = [batch.scaled(place, norm, scale[place], place) for place in range(len(fields))]
+        if centre is not None:
+            working.decoder.bias = centre * scale[1]
+        initialize(working, *seen, how=config.decoder_init, seed=config.seed)
     params = _tree(working.trainable_parameters())
     if not params:
         raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")
@@ -707,8 +744,10 @@ def _evaluate(run: Run, x: mx.array, y: mx.array) -> tuple[dict[str, mx.array], 
         return own(run.state.arrays, x, y, step=run.state.step)
     assert run.loss is not None
     with substituted(run.module, run.state.params) as sae:
-        code = sae.encode(x)
-        total, terms = run.loss(Forward(sae, x, y, code, sae.decode(code)))
+        code, _, pre_acts = sae.learn(x, run.state.rule)
+        scheduled = run.loss.scheduled(run.state.step, sae.d_sae, run.config.seed)
+        forward = Forward(sae, x, y, code, sae.decode(code, x), None, pre_acts, scheduled)
+        total, terms = run.loss(forward)
         return terms | {"loss": total, "l0": l0(code)}, fire_counts(code, run.widths.d_sae)
 
 

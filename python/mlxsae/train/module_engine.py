@@ -29,7 +29,7 @@ def forward(module: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, tuple]:
     ours, whose ``z`` is its code made dense."""
     if isinstance(module, SAE):
         code = module.encode(x)
-        return module.decode(code), module.to_dense(code), ()
+        return module.decode(code, x), module.to_dense(code), ()
     out = module(x)  # type: ignore[operator]
     if not isinstance(out, (tuple, list)) or len(out) < 2:
         raise ValueError(f"[fit] the module must return (x_recon, z) but returned {type(out).__name__}.")

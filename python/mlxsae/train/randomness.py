@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -26,7 +27,28 @@ def kept_random_state() -> Iterator[None]:
 def seed_step(seed: int, step: int, stream: int = 0) -> None:
     """Put MLX's global random state where step ``step`` of a run with ``seed`` begins. ``stream`` keeps users of one
     step apart."""
-    mx.random.seed(_mixed(_mixed(_mixed(seed & _MASK) ^ step) ^ stream))
+    _forks.begin(_mixed(_mixed(_mixed(seed & _MASK) ^ step) ^ stream))
+
+
+class _Forks(threading.local):
+    """Where the random state of this thread's step began, and how often it has forked since."""
+
+    key, count = 0, 0
+
+    def begin(self, key: int) -> None:
+        self.key, self.count = key, 0
+        mx.random.seed(key)
+
+
+_forks = _Forks()
+
+
+def fork() -> Callable[[], None]:
+    """A function that puts the random state to one place of its own each time it is called: what is computed twice
+    draws the same numbers twice."""
+    _forks.count += 1
+    key = _mixed(_forks.key ^ _forks.count)
+    return lambda: mx.random.seed(key)
 
 
 def _mixed(z: int) -> int:

@@ -134,6 +134,9 @@ def unnormalized(sae: SAE, params: dict[str, Any], norm: dict[str, mx.array]) ->
     if not sae.apply_b_dec_to_input:
         encoder["bias"] = encoder["bias"] - encoder["weight"] @ (mean / std)
     encoder["weight"] = encoder["weight"] / std
+    if "W_skip" in params:
+        decoder["bias"] = decoder["bias"] - params["W_skip"] @ (mean / std)
+        params["W_skip"] = params["W_skip"] * std_out[:, None] / std
     decoder["weight"] = decoder["weight"] * std_out
     decoder["bias"] = decoder["bias"] * std_out + mean_out
     return params

@@ -110,8 +110,8 @@ class CheckpointCallback(_Measured):
     """Every ``save_every`` steps save the SAE as it would come out, and keep the ``keep_best`` best by ``metric``.
 
     Folders ``step_00005000`` in ``directory`` (by default ``best`` in the run's ``checkpoint_dir``) that
-    ``mlxsae.io.load`` reads; a module of one's own is saved as ``weights.safetensors``. A measurement is the latest
-    one. These are for use; what a run resumes from are ``fit``'s own checkpoints.
+    ``mlxsae.io.load`` reads; a module of one's own is saved as ``weights.safetensors``. A ``val_...`` metric is
+    that of the latest validation, any other that of the very step. These are for use; what a run resumes from are ``fit``'s own checkpoints.
     """
 
     def __init__(
@@ -146,12 +146,17 @@ class CheckpointCallback(_Measured):
                 )
             self.directory = run.checkpoint_dir / ("best" + run.name)
 
+    def on_log(self, run: Run, record: dict[str, Any]) -> None:
+        """Nothing: a training metric is read when it decides."""
+
     def measured(self, run: Run, value: float) -> None:
         self._latest = value
 
     def on_step(self, run: Run) -> None:
         if run.state.step % self.save_every and not run.finished:
             return
+        if not self.metric.startswith("val"):
+            self._take(run, {name: value.item() for name, value in run.metrics.items()})
         if self._latest is None or not math.isfinite(self._latest):
             return
         assert self.directory is not None

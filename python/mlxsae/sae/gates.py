@@ -1,0 +1,118 @@
+"""Rules whose latents are dense in training: a gradient reaches what does not fire, or everything fires."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxsae import ops
+from mlxsae.code import Code, DenseCode, SparseCodeCSR
+from mlxsae.sae.rule import Encoded, Rule, State
+
+
+class ReLU(Rule):
+    """Every positive pre-activation (Bricken et al. 2023). Wants a sparsity term: L1, Lp or tanh.
+
+    Latents are dense in training; in use the code comes from one fused pass.
+    """
+
+    architecture = "relu"
+
+    def encode(
+        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
+    ) -> SparseCodeCSR:
+        return ops.threshold_encode(x, weight, bias, threshold=mx.array(0.0))
+
+    def learn(
+        self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
+    ) -> Encoded:
+        pre_acts = mx.addmm(bias, x, weight.T)
+        return Encoded(DenseCode(nn.relu(pre_acts)), state, pre_acts)
+
+
+class Activation(Rule):
+    """Any elementwise or row-wise function of pre-activations, ``fn(pre_acts [n, d_sae]) -> [n, d_sae]``; a module's
+    parameters train with the SAE. A latent fires where it is positive.
+    """
+
+    def __init__(self, fn: Callable[[mx.array], mx.array]):
+        super().__init__()
+        self.fn = fn
+
+    def select(self, pre_acts: mx.array) -> DenseCode:
+        return DenseCode(self.fn(pre_acts))
+
+
+class Gated(Rule):
+    r"""One direction decides whether a latent fires and how strongly, but with a scale and a bias of its own for the
+    latter (Rajamanoharan et al. 2024, arXiv 2404.16014):
+
+    .. math:: \pi = x W_{enc} + b_{gate}, \qquad
+              f = [\pi > 0] \; \mathrm{relu}(e^{r_{mag}} \, x W_{enc} + b_{mag})
+
+    The encoder's bias is ``b_gate``. The step has no derivative: the gate learns from the terms
+    :class:`~mlxsae.loss.GateL1` and :class:`~mlxsae.loss.GateReconstruction`, which the loss must have.
+    Parameters: ``r_mag``, ``b_mag``, both ``[d_sae]``.
+    """
+
+    architecture = "gated"
+    UNITS: ClassVar[dict[str, int]] = {"b_mag": 1}
+    r_mag: mx.array
+    b_mag: mx.array
+
+    def encode(
+        self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
+    ) -> SparseCodeCSR:
+        code = ops.threshold_encode(x, weight, bias, threshold=mx.array(0.0))
+        j = code.indices
+        return code._replace(
+            values=nn.relu(self._magnitude(code.values - bias[j], self.r_mag[j], self.b_mag[j]))
+        )
+
+    def learn(
+        self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
+    ) -> Encoded:
+        along = x @ weight.T
+        gate = along + bias
+        acts = mx.where(gate > 0, nn.relu(self._magnitude(along, self.r_mag, self.b_mag)), 0)
+        return Encoded(DenseCode(acts), state, gate)
+
+    @staticmethod
+    def _magnitude(along: mx.array, r_mag: mx.array, b_mag: mx.array) -> mx.array:
+        return mx.exp(r_mag) * along + b_mag
+
+    def prepare(self, d_in: int, d_sae: int) -> None:
+        for name in ("r_mag", "b_mag"):
+            self.setdefault(name, mx.zeros(d_sae))
+            if self[name].shape != (d_sae,):
+                raise ValueError(f"[Gated] {name} must have shape ({d_sae},) but got {self[name].shape}.")
+
+
+class SigmoidGated(Rule):
+    r"""A soft gate with an encoder of its own, ``gate_weight [d_sae, d_in]`` and ``gate_bias [d_sae]``:
+
+    .. math:: f = \mathrm{relu}(x W_{enc} + b_{enc}) \; \sigma(x W_{gate} + b_{gate})
+
+    Nothing is ever quite closed; :class:`~mlxsae.loss.GateMean` pushes gates down. Dense in training and in use.
+    """
+
+    architecture = "sigmoid_gated"
+    UNITS: ClassVar[dict[str, int]] = {"gate_weight": -1}
+
+    def encode(self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None) -> Code:
+        return self.learn(x, weight, bias, {}).code
+
+    def learn(
+        self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
+    ) -> Encoded:
+        gate = mx.addmm(self.gate_bias, x, self.gate_weight.T)
+        acts = nn.relu(mx.addmm(bias, x, weight.T)) * mx.sigmoid(gate)
+        return Encoded(DenseCode(acts), state, gate)
+
+    def prepare(self, d_in: int, d_sae: int) -> None:
+        if "gate_weight" not in self:
+            self.gate_weight = mx.random.normal((d_sae, d_in), key=mx.random.key(d_sae)) / d_in**0.5
+            self.gate_bias = mx.zeros(d_sae)

@@ -1,0 +1,492 @@
+"""From text to a trained SAE, transcoder or crosscoder, in one call: three doors to :func:`~mlxsae.train.fit`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxsae import lm as lm_room
+from mlxsae.data import ActivationSource, ArraySource, Chunk, ShuffleBuffer
+from mlxsae.io import native
+from mlxsae.lm import Documents, HookPoint, LanguageModel, TokenBatch
+from mlxsae.lm.hook_point import SITES
+from mlxsae.train.callbacks import Callback
+from mlxsae.train.config import CrosscoderConfig, SAEConfig, TrackingConfig, TranscoderConfig, overruled
+from mlxsae.train.loop import FitResult, fit
+from mlxsae.train.tracking import (
+    LocalTracker,
+    TensorBoardCallback,
+    TrackingCallback,
+    WandbCallback,
+)
+
+_CONTEXT, _EPOCHS = 256, 10
+_BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
+_LENGTHS = ("num_epochs", "epochs", "total_tokens", "num_activations")
+
+
+def train_sae(
+    model: Any,
+    layer: int,
+    component: str = "mlp",
+    dataset: Any = None,
+    save_path: str | os.PathLike | None = None,
+    config: SAEConfig | None = None,
+    **options: Any,
+) -> Any:
+    """Train an SAE on the activations of a language model at one hook point.
+
+    Parameters
+    ----------
+    model : what ``mlxsae.lm.load`` takes, a ``LanguageModel``, or a facade with one in ``lm``.
+    layer, component : ``mlp``, ``attn``, ``residual`` (also ``output``: the stream after the block), or a site of
+        ``HookPoint``.
+    dataset : texts (a list of str, or of objects with a ``text``; a file, folder or hub dataset by name), an
+        ``ActivationDataset``, an :class:`~mlxsae.data.ActivationSource`, or an array ``[n, d_in]``.
+    save_path : where to save it, as by ``mlxsae.io.save``.
+    config : by default ``SAEConfig()``, with at most ten walks through the texts.
+    options : ``callbacks``, ``checkpoint_dir``, ``resume``, ``progress`` (True), ``profile`` go to
+        :func:`~mlxsae.train.fit`; ``text_field`` says where an object keeps its text; any other is a flat name of
+        configuration (:mod:`mlxsae.train.flat_names`), such as ``k``, ``learning_rate`` or ``use_wandb``, and overrules
+        ``config``.
+
+    Returns
+    -------
+    SAE
+        For raw activations. Its ``metadata`` name model, hook point and training.
+
+    Padding, BOS and special tokens are left out. Nothing but checkpoints and the result is stored on disk. Documents held
+    out for validation (``config.data.validation_split``) are not trained on.
+    """
+    return SAETrainer(config or SAEConfig).train(
+        model, layer, component, dataset, save_path=save_path, **options
+    )
+
+
+def train_transcoder(
+    model: Any,
+    from_layer: int | None = None,
+    to_layer: int | None = None,
+    component: str | None = None,
+    dataset: Any = None,
+    save_path: str | os.PathLike | None = None,
+    config: TranscoderConfig | None = None,
+    *,
+    layer: int | None = None,
+    from_component: str | None = None,
+    to_component: str | None = None,
+    **options: Any,
+) -> Any:
+    """Train a transcoder, which reads one activation and predicts another; the rest as in :func:`train_sae`.
+
+    ``from_layer=10, to_layer=11, component="mlp"``: the same component of two layers. ``from_component`` and
+    ``to_component`` differ where both are given. ``layer=10`` alone: what the MLP of a block reads (``mlp_in``) to what it
+    adds to the stream (``mlp``), as circuit tracing needs it. The target must not be computed before the input.
+    """
+    return SAETrainer(config or TranscoderConfig).train(
+        model,
+        layer,
+        component,
+        dataset,
+        save_path=save_path,
+        from_layer=from_layer,
+        to_layer=to_layer,
+        from_component=from_component,
+        to_component=to_component,
+        **options,
+    )
+
+
+def train_crosscoder(
+    model: Any,
+    layer: int | None = None,
+    components: Sequence[str] | None = None,
+    dataset: Any = None,
+    save_path: str | os.PathLike | None = None,
+    config: CrosscoderConfig | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    component: str | None = None,
+    models: Sequence[Any] = (),
+    **options: Any,
+) -> Any:
+    """Train a crosscoder, one dictionary for several activations; the rest as in :func:`train_sae`.
+
+    ``layer=10, components=["mlp", "attn"]``, or ``layers=[8, 10, 12], component="mlp"``. ``models`` are further models of
+    the same tokenizer, which read the same tokens at the same hook points: sources are those of ``model``, then theirs.
+    """
+    return SAETrainer(config or CrosscoderConfig).train(
+        model,
+        layer,
+        component,
+        dataset,
+        save_path=save_path,
+        components=components,
+        layers=layers,
+        models=models,
+        **options,
+    )
+
+
+class _EitherWay:
+    """A method that also works on the class, on a new instance made with the ``config`` that it is given."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: SAETrainer | None, owner: type[SAETrainer]) -> Callable[..., Any]:
+        def call(*args: Any, config: SAEConfig | None = None, **options: Any) -> Any:
+            trainer = instance or owner(config)
+            if instance is not None and config is not None:
+                trainer = owner(config)
+            return self._function(trainer, *args, **options)
+
+        return call
+
+
+class SAETrainer:
+    """Train what a configuration describes: an SAE, or a transcoder or crosscoder by the class of ``config``.
+
+    ::
+
+        sae = SAETrainer(SAEConfig(k=64)).train(model, layer=10, component="mlp", dataset=texts)
+        sae = SAETrainer.train(model, layer=10, dataset=texts, config=SAEConfig(k=64))
+
+    ``train`` takes what :func:`train_sae`, :func:`train_transcoder` and :func:`train_crosscoder` take. ``result`` is the
+    :class:`~mlxsae.train.FitResult` of the last run.
+    """
+
+    def __init__(self, config: SAEConfig | type[SAEConfig] | None = None):
+        self._explicit = isinstance(config, SAEConfig)
+        self.config: SAEConfig = config if isinstance(config, SAEConfig) else (config or SAEConfig)()
+        self.result: FitResult | None = None
+
+    def _train(
+        self,
+        model: Any,
+        layer: int | None = None,
+        component: str | None = None,
+        dataset: Any = None,
+        *,
+        save_path: str | os.PathLike | None = None,
+        text_field: str | None = None,
+        from_layer: int | None = None,
+        to_layer: int | None = None,
+        from_component: str | None = None,
+        to_component: str | None = None,
+        layers: Sequence[int] | None = None,
+        components: Sequence[str] | None = None,
+        models: Sequence[Any] = (),
+        callbacks: Iterable[Any] = (),
+        checkpoint_dir: str | os.PathLike | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        profile: bool = False,
+        **flat: Any,
+    ) -> Any:
+        if dataset is None:
+            raise ValueError("[train] dataset must be given: texts, a file, a folder, activations.")
+        config = overruled(self.config, flat)
+        lms = [_language_model(m) for m in (model, *models)]
+        for other in lms[1:]:
+            _same_tokenizer(lms[0], other)
+        if isinstance(config, TranscoderConfig):
+            between = _ends(layer, component, from_layer, to_layer, from_component, to_component)
+            points = [lms[0].hook_point(c, layer=n) for n, c in between]
+            _check_order(*points)
+        elif isinstance(config, CrosscoderConfig):
+            points = [
+                lms[0].hook_point(c, layer=n) for n, c in _sources(layer, layers, component, components)
+            ]
+        elif layer is None:
+            raise ValueError("[train] layer must be given but is None.")
+        else:
+            points = [lms[0].hook_point(component or "mlp", layer=layer)]
+        if any(point.site == "attn_pattern" for point in points):
+            raise ValueError("[train] component must have one width but attn_pattern has as many as keys.")
+        task = _Task(lms, points, config, dataset, text_field)
+        lengthless = not self._explicit and not flat.keys() & set(_LENGTHS)
+        config, source, validation = task.data(_EPOCHS if lengthless else None)
+        coder = task.build(config)
+        self.result = fit(
+            coder,
+            source,
+            config.train,
+            validation=validation,
+            callbacks=[*callbacks, *tracking_callbacks(config.tracking)],
+            checkpoint_dir=checkpoint_dir,
+            resume=resume,
+            progress=progress,
+            profile=profile,
+        )
+        coder.metadata = coder.metadata | task.metadata()
+        if save_path is not None:
+            native.save(coder, save_path)
+        return coder
+
+    train = _EitherWay(_train)
+
+
+def tracking_callbacks(config: TrackingConfig) -> list[Callback]:
+    """The callbacks that a :class:`TrackingConfig` asks for."""
+    found: list[Callback] = []
+    if config.wandb:
+        more = {"entity": config.entity, "tags": None if config.tags is None else list(config.tags)}
+        found.append(WandbCallback(config.project, config.name, **{k: v for k, v in more.items() if v}))
+    if config.tensorboard is not None:
+        found.append(TensorBoardCallback(Path(config.tensorboard) / (config.name or "")))
+    if config.local is not None:
+        found.append(TrackingCallback(LocalTracker(config.local), config.name or ""))
+    return found
+
+
+@dataclass
+class _Task:
+    """Activations of ``lms`` at ``points``, and the coder that is trained on them."""
+
+    lms: list[LanguageModel]
+    points: list[HookPoint]
+    config: Any
+    dataset: Any
+    text_field: str | None
+
+    @property
+    def crosses(self) -> bool:
+        return isinstance(self.config, CrosscoderConfig)
+
+    @property
+    def context_size(self) -> int:
+        return self.config.data.context_size or min(_CONTEXT, self.lms[0].context_size or _CONTEXT)
+
+    def build(self, config: Any) -> Any:
+        widths = [lm.shape_at(point)[-1] for lm in self.lms for point in self.points]
+        if self.crosses:
+            if len(set(widths)) > 1:
+                raise ValueError(f"[train] sources of a crosscoder must have one width but have {widths}.")
+            return config.build(widths[0], len(widths))
+        return config.build(*widths)
+
+    def data(self, epochs: int | None) -> tuple[Any, ActivationSource, Any]:
+        """The configuration with its number of tokens, the source, and held-out activations or None."""
+        config, dataset = self.config, self.dataset
+        train = config.train
+        n = len(self.lms) * len(self.points)
+        if isinstance(dataset, (mx.array, np.ndarray)):
+            return config, ArraySource(dataset, batch_size=train.batch_size, seed=train.seed), None
+        if isinstance(dataset, ActivationSource):
+            return config, _Joined(dataset) if self.crosses else dataset, None
+        if hasattr(dataset, "source") and hasattr(dataset, "hook_points"):
+            names = [str(point) for point in self.points]
+            source = dataset.source(
+                train.batch_size, hook_points=tuple(names) if n > 1 else names[0], seed=train.seed
+            )
+            return config, _Joined(source) if self.crosses else source, None
+        texts = Documents(dataset, self.text_field)
+        split = 0.0 if texts.once else config.data.validation_split
+        held_out = self._held_out(texts, split) if split else None
+        # A validation split into which no document falls leaves all of them to training, by the same hash.
+        batches = self._batches(texts, "train" if split else None, split)
+        if not texts.once and train.epochs is not None:
+            tokens = math.ceil(train.epochs * _count(batches()))
+            train = replace(train, total_tokens=max(1, tokens), epochs=None)
+        elif not texts.once and epochs is not None:
+            # No more is counted than tells that the run is long enough.
+            there = _count(batches(), enough=train.total_tokens / epochs)
+            train = replace(train, total_tokens=min(train.total_tokens, epochs * there))
+        config = replace(config, train=train)
+        width = sum(lm.shape_at(point)[-1] for lm in self.lms for point in self.points)
+        fits = max(_BUFFER_BYTES // (4 * width), train.batch_size)
+        capacity = max(config.data.buffer_tokens or min(_BUFFER_TOKENS, fits), train.batch_size)
+        stream = _Stream(
+            self,
+            lambda: batches(max_tokens=train.total_tokens, seed=train.seed, epochs=1 if texts.once else None),
+        )
+        source = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=capacity, seed=train.seed)
+        return config, source, held_out
+
+    def metadata(self) -> dict[str, Any]:
+        lm, names = self.lms[0], [str(point) for point in self.points]
+        found: dict[str, Any] = {
+            "model_name": lm.name,
+            "model_class_name": type(lm.model).__name__,
+            "hook_name": names[0],
+            "context_size": self.context_size,
+            "prepend_bos": lm.tokenizer is not None and lm.bos_id is not None,
+            "exclude_special_tokens": True,
+        }
+        if self.crosses:
+            found["sources"] = [
+                f"{m.name} {name}" if len(self.lms) > 1 else name for m in self.lms for name in names
+            ]
+        elif len(names) > 1:
+            found["hook_name_out"] = names[1]
+        if isinstance(self.dataset, (str, os.PathLike)):
+            found["dataset_path"] = os.fspath(self.dataset)
+        return found
+
+    def chunk(self, batch: TokenBatch) -> Chunk:
+        """``x``, for a transcoder also ``y``; of a crosscoder the sources side by side."""
+        arrays = []
+        for lm in self.lms:
+            found = lm_room.capture(lm, batch.tokens, self.points)
+            arrays += [found[point] for point in self.points]
+        if self.crosses:
+            return Chunk(mx.concatenate([a.astype(mx.float32) for a in arrays], axis=-1), valid=batch.valid)
+        return Chunk(*arrays, valid=batch.valid)
+
+    def _batches(
+        self, texts: Documents, split: str | None, share: float
+    ) -> Callable[..., Iterator[TokenBatch]]:
+        def walk(**more: Any) -> Iterator[TokenBatch]:
+            return lm_room.token_batches(
+                self.lms[0],
+                texts,
+                context_size=self.context_size,
+                batch_size=self.config.data.lm_batch_size,
+                split=split,
+                heldout_fraction=share,
+                **more,
+            )
+
+        return walk
+
+    def _held_out(self, texts: Documents, split: float) -> tuple[np.ndarray, ...] | None:
+        if not any(lm_room.in_heldout(text, split) for text in texts if text.strip()):
+            return None
+        return self._collected(self._batches(texts, "heldout", split))
+
+    def all_rows(self) -> tuple[np.ndarray, ...]:
+        """The activations of the dataset's texts, at most ``validation_tokens``."""
+        return self._collected(self._batches(Documents(self.dataset, self.text_field), None, 0.0))
+
+    def _collected(self, batches: Callable[..., Iterator[TokenBatch]]) -> tuple[np.ndarray, ...]:
+        parts = []
+        for batch in batches(max_tokens=self.config.data.validation_tokens):
+            x, y, _ = self.chunk(batch)
+            fields = [mx.array(a) for a in ((x,) if y is None else (x, y))]
+            parts.append([np.array(lm_room.valid_rows(a.astype(mx.float32), batch.valid)) for a in fields])
+        return tuple(np.concatenate(field) for field in zip(*parts, strict=True))
+
+
+class _Stream:
+    """Chunks of a task's activations, from any batch of tokens on."""
+
+    def __init__(self, task: _Task, batches: Callable[[], Iterable[TokenBatch]]):
+        self._task, self._batches, self._used = task, batches, 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for batch in itertools.islice(self._batches(), self._used, None):
+            chunk = self._task.chunk(batch)
+            self._used += 1
+            yield chunk
+
+    def state(self) -> dict[str, Any]:
+        return {"points": [str(point) for point in self._task.points], "used": self._used}
+
+    def restore(self, position: dict[str, Any]) -> None:
+        mine = [str(point) for point in self._task.points]
+        if position["points"] != mine:
+            raise ValueError(f"[train] to resume, points must be {position['points']} but got {mine}.")
+        self._used = int(position["used"])
+
+
+class _Joined:
+    """A source whose arrays are laid side by side: what a crosscoder reads."""
+
+    def __init__(self, source: ActivationSource):
+        self._source = source
+        self.state, self.restore = source.state, source.restore
+
+    @property
+    def rows(self) -> int | None:
+        return getattr(self._source, "rows", None)
+
+    def next_batch(self) -> tuple[mx.array, ...] | None:
+        batch = self._source.next_batch()
+        return None if batch is None else (_side_by_side(batch),)
+
+    def sample(self, n: int) -> tuple[mx.array, ...]:
+        return (_side_by_side(self._source.sample(n)),)
+
+
+def _side_by_side(batch: tuple[mx.array, ...]) -> mx.array:
+    return batch[0] if len(batch) == 1 else mx.concatenate([a.astype(mx.float32) for a in batch], axis=-1)
+
+
+def _count(batches: Iterable[TokenBatch], enough: float = math.inf) -> int:
+    """Valid tokens, counted no further than ``enough``."""
+    count = 0
+    for batch in batches:
+        count += int(np.count_nonzero(np.array(batch.valid)))
+        if count >= enough:
+            break
+    return count
+
+
+def _language_model(model: Any) -> LanguageModel:
+    if isinstance(model, (str, os.PathLike)):
+        return lm_room.load(os.fspath(model))
+    found = getattr(model, "lm", model)
+    if not isinstance(found, LanguageModel):
+        raise ValueError(
+            f"[train] model must be a path, a name or a LanguageModel but got {type(model).__name__}."
+        )
+    return found
+
+
+def _same_tokenizer(a: LanguageModel, b: LanguageModel) -> None:
+    probe = "The 3 quick brown foxes, aren't they?\n\tÄh!"
+    if a.encode(probe) != b.encode(probe):
+        raise ValueError(
+            f"[train_crosscoder] models must have one tokenizer but {a.name} and {b.name} differ."
+        )
+
+
+def _ends(
+    layer: int | None,
+    component: str | None,
+    from_layer: int | None,
+    to_layer: int | None,
+    from_component: str | None,
+    to_component: str | None,
+) -> tuple[tuple[int, str], tuple[int, str]]:
+    first, last = (layer if n is None else n for n in (from_layer, to_layer))
+    if first is None or last is None:
+        raise ValueError("[train_transcoder] layer, or from_layer and to_layer, must be given.")
+    if first == last and component is None and from_component is None and to_component is None:
+        return (first, "mlp_in"), (last, "mlp")
+    return (first, from_component or component or "mlp"), (last, to_component or component or "mlp")
+
+
+def _check_order(a: HookPoint, b: HookPoint) -> None:
+    order = list(SITES)
+    if (a.layer, order.index(a.site)) >= (b.layer, order.index(b.site)):
+        raise ValueError(
+            f"[train_transcoder] the target must be computed after the input but got {a} to {b}."
+        )
+
+
+def _sources(
+    layer: int | None,
+    layers: Sequence[int] | None,
+    component: str | None,
+    components: Sequence[str] | None,
+) -> list[tuple[int, str]]:
+    numbers = [layer] if layers is None else list(layers)
+    if (layer is None) == (layers is None):
+        raise ValueError(
+            f"[train_crosscoder] either layer or layers must be given but got {layer} and {layers}."
+        )
+    if component is not None and components is not None:
+        raise ValueError("[train_crosscoder] component and components must not both be given.")
+    named = [component or "mlp"] if components is None else list(components)
+    return [(n, c) for n in numbers if n is not None for c in named]

@@ -1,0 +1,85 @@
+"""Every fault is named, with a remedy, and nothing is said of a healthy run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxsae.train import Callback, NonFiniteError, OptimizerConfig, diagnose, fit
+from mlxsae.train.diagnosis import bare_tokens_per_s
+from test_train import config, dictionary_data, new_sae, source
+
+
+def names(*arguments: Any, **options: Any) -> set[str]:
+    found = diagnose(*arguments, **options)
+    assert all(f.says.endswith(".") and f.remedy and str(f).startswith(f.name) for f in found)
+    return {f.name for f in found}
+
+
+def test_a_healthy_run_has_no_fault() -> None:
+    result = fit(new_sae(), source(), config(total_tokens=200 * 64))
+    assert names(result, dictionary_data(), bare_rate=1.0) == set()
+    assert diagnose() == []
+
+
+def test_nan_is_named() -> None:
+    x = dictionary_data(64)
+    x[3, 3] = np.nan
+    try:
+        fit(new_sae(), [mx.array(dictionary_data(64)), mx.array(x)], config())
+    except NonFiniteError as error:
+        (finding,) = diagnose(error)
+        assert "step 1" in finding.says
+        assert "learning rate" in finding.remedy
+    assert names([{"loss": 1.0}, {"loss": float("nan")}]) == {"nan"}
+    result = fit(new_sae(), source(), config(total_tokens=64))
+    broken = replace(result.state, failed=mx.array([3, 2], mx.int32))
+    assert names(replace(result, state=broken)) == {"nan"}
+    assert names(data=x) == {"nan"}
+
+
+def test_silence_and_death_are_named() -> None:
+    mute = new_sae()
+    mute.b_enc = mx.full((48,), -1e3)
+    still = OptimizerConfig(learning_rate=1e-9)
+    result = fit(mute, source(), config(optimizer=still))
+    assert names(result, bare_rate=1.0) == {"zero_l0", "not_learning"}
+    half = new_sae()
+    half.b_enc = mx.where(mx.arange(48) < 24, mx.array(-1e3), mx.array(0.0))
+    found = diagnose(fit(half, source(), config(total_tokens=200 * 64)), bare_rate=1.0)
+    assert [f.name for f in found] == ["many_dead"]
+    assert "50%" in found[0].says
+
+
+def test_outliers_are_named() -> None:
+    x = dictionary_data(1000)
+    assert names(data=x) == set()
+    x[:3] *= 200
+    (finding,) = diagnose(data=x)
+    assert finding.name == "norm_outliers"
+    assert "3 of 1,000 rows" in finding.says
+    assert "without_outliers" in finding.remedy
+
+
+def test_a_slow_run_is_named() -> None:
+    class Dawdle(Callback):
+        def on_step(self, run: Any) -> None:
+            time.sleep(0.02)
+
+    result = fit(new_sae(), source(), config(), callbacks=[Dawdle()])
+    (finding,) = (f for f in diagnose(result) if f.name == "slow")
+    assert "profile=True" in finding.remedy
+    assert bare_tokens_per_s(result.sae, config()) > 64 / 0.02
+
+
+@pytest.mark.parametrize("engine", ["fused", "autodiff"])
+def test_measuring_the_bare_rate_changes_nothing(engine: str) -> None:
+    sae = new_sae()
+    before = np.array(sae.W_dec)
+    assert bare_tokens_per_s(sae, config(engine=engine)) > 0
+    np.testing.assert_array_equal(np.array(sae.W_dec), before)

@@ -1,0 +1,318 @@
+"""Loss terms: values against dense definitions, gradients against finite differences, and where gradients may go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mlxsae import loss as L
+from mlxsae import to_dense
+from mlxsae.code import DenseCode
+from mlxsae.sae import RULES, SAE, BatchTopK, Gated, JumpReLU, ReLU, SigmoidGated, TopK
+from mlxsae.train import LossConfig, fit
+from test_rules import D_SAE, D, K, data, settings, source
+
+DEAD = np.arange(D_SAE) % 3 == 0
+
+
+def made(rule: Any, **options: Any) -> SAE:
+    """With decoder rows of several norms, biases, and a rule's own parameters away from where they start."""
+    sae = SAE(D, D_SAE, rule=rule, seed=0, **options)
+    key = iter(mx.random.split(mx.random.key(7), 8))
+    sae.decoder.weight = sae.decoder.weight * mx.random.uniform(0.5, 2, (D_SAE, 1), key=next(key))
+    sae.encoder.bias = 0.1 * mx.random.normal((D_SAE,), key=next(key))
+    sae.decoder.bias = 0.1 * mx.random.normal((D,), key=next(key))
+    own = sae.rule.parameters()
+    sae.rule.update(
+        tree_map(lambda p: p + mx.random.uniform(0, 0.2, p.shape, key=mx.random.key(p.size)), own)
+    )
+    return sae
+
+
+def forward(sae: SAE, x: mx.array, loss: L.Loss, *, dead: bool = True, step: int = 0) -> L.Forward:
+    code, _, pre_acts = sae.learn(x, sae.rule.initial_state())
+    scheduled = loss.scheduled(step, D_SAE)
+    return L.Forward(
+        sae, x, x, code, sae.decode(code, x), mx.array(DEAD) if dead else None, pre_acts, scheduled
+    )
+
+
+def gradient(sae: SAE, term: Any, x: mx.array, **options: Any) -> tuple[float, dict[str, np.ndarray]]:
+    loss = L.Loss({}, terms={"t": (1.0, term)})
+    value, grads = nn.value_and_grad(sae, lambda x: loss(forward(sae, x, loss, **options))[0])(x)
+    return value.item(), {name: np.array(g) for name, g in tree_flatten(grads)}
+
+
+def model_logits(y: mx.array) -> mx.array:
+    return mx.tanh(y @ mx.random.normal((D, 11), key=mx.random.key(3))) * 3
+
+
+def model_losses(y: mx.array) -> mx.array:
+    return nn.losses.cross_entropy(model_logits(y), mx.arange(y.shape[0]) % 11)
+
+
+SMOOTH = {
+    "l1": (L.L1(), ReLU()),
+    "l1 of slots": (L.L1(), TopK(K)),
+    "l1 of rows": (L.L1(), BatchTopK(K)),
+    "lp": (L.Lp(0.5), ReLU()),
+    "lp of rows": (L.Lp(0.5), BatchTopK(K)),
+    "lp root": (L.Lp(0.5, root=True), BatchTopK(K)),
+    "tanh": (L.Tanh(2.0), ReLU()),
+    "gate l1": (L.GateL1(), Gated()),
+    "gate": (L.GateReconstruction(detach=False), Gated()),
+    "gate relative": (L.GateReconstruction(detach=False, relative=True), Gated()),
+    "gate mean": (L.GateMean(), SigmoidGated()),
+    "pre-activations": (L.PreActs(), ReLU()),
+    "pre-activations of all": (L.PreActs(every=True), TopK(K)),
+    "multi": (L.MultiTopK(2), TopK(K)),
+    "kl": (L.KL(model_logits), TopK(K)),
+    "ce": (L.CrossEntropy(model_losses), BatchTopK(K)),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_gradients_against_finite_differences(name: str) -> None:
+    """Along random directions in the space of all parameters, small enough to change no selection."""
+    term, rule = SMOOTH[name]
+    sae, x = made(type(rule)(**rule.config())), mx.array(data(32))
+    loss = L.Loss({}, terms={"t": (1.0, term)})
+    _, grads = gradient(sae, term, x)
+    assert max(np.abs(g).max() for g in grads.values()) > 0
+    start = dict(tree_flatten(sae.trainable_parameters()))
+    rng = np.random.default_rng(0)
+    found, wanted = [], []
+    for _ in range(6):
+        move = {n: rng.normal(size=p.shape).astype(np.float32) for n, p in start.items()}
+        # Half of it along the gradient, so that the slope stands out of float32's noise.
+        size = {n: np.linalg.norm(g) + 1e-12 for n, g in grads.items()}
+        move = {n: 0.05 * m / np.linalg.norm(m) + grads[n] / max(size.values()) for n, m in move.items()}
+        values = []
+        for h in (2e-4, -2e-4):
+            sae.update(_tree({n: p + h * mx.array(move[n]) for n, p in start.items()}))
+            values.append(float(loss(forward(sae, x, loss))[0]))
+        sae.update(_tree(start))
+        found.append((values[0] - values[1]) / 4e-4)
+        wanted.append(sum(float((grads[n] * move[n]).sum()) for n in start))
+    np.testing.assert_allclose(np.median(np.array(found) / np.array(wanted)), 1, atol=0.03)
+
+
+def _tree(named: dict[str, mx.array]) -> Any:
+    from mlx.utils import tree_unflatten
+
+    return tree_unflatten(list(named.items()))
+
+
+@pytest.mark.parametrize("rule", ["relu", "topk", "batchtopk", "jumprelu"])
+def test_penalties_are_those_of_dense_latents(rule: str) -> None:
+    kind = RULES[rule]
+    sae, x = made(kind(K) if rule in ("topk", "batchtopk") else kind()), mx.array(data(32))
+    loss = L.Loss({})
+    f = forward(sae, x, loss)
+    acts = np.array(to_dense(f.code, D_SAE), np.float64) * np.linalg.norm(np.array(sae.W_dec), axis=1)
+    for term, want in (
+        (L.L1(), acts.sum(axis=1).mean()),
+        (L.Lp(0.5), (np.where(acts > 0, acts, 0) ** 0.5).sum(axis=1).mean()),
+        (L.Lp(2.0, root=True), np.sqrt((acts**2).sum(axis=1)).mean()),
+        (L.Tanh(3.0), np.tanh(3 * acts).sum(axis=1).mean()),
+    ):
+        assert term(f).item() == pytest.approx(want, rel=1e-5), term
+
+
+def test_l0_terms() -> None:
+    sae, x = made(JumpReLU(5)), mx.array(data(64))
+    f = forward(sae, x, L.Loss({}))
+    fires = (np.array(to_dense(f.code, D_SAE)) > 0).sum(axis=1)
+    assert L.L0()(f).item() == pytest.approx(fires.mean())
+    assert L.L0Target()(f).item() == pytest.approx((fires.mean() / 5 - 1) ** 2, rel=1e-5)
+    assert L.L0Target(9)(f).item() == pytest.approx((fires.mean() / 9 - 1) ** 2, rel=1e-5)
+    assert L.L0Quadratic()(f).item() == pytest.approx((2 / 5 * (fires - 5.0) ** 2).mean(), rel=1e-5)
+    _, grads = gradient(sae, L.L0(), x)
+    z, t = np.array(sae.pre_acts(x), np.float64), np.array(sae.rule.threshold)
+    near = (np.abs(z - t) < 0.025) / 0.05
+    np.testing.assert_allclose(grads["rule.threshold"], -near.sum(axis=0) / 64, rtol=1e-4, atol=1e-5)
+    assert not any(np.abs(g).any() for n, g in grads.items() if n != "rule.threshold")
+
+
+def test_pre_acts_reach_dead_latents_below_their_threshold_alone() -> None:
+    sae, x = made(JumpReLU(5)), mx.array(data(64))
+    value, grads = gradient(sae, L.PreActs(), x)
+    z, t = np.array(sae.pre_acts(x), np.float64), np.array(sae.rule.threshold, np.float64)
+    norms = np.linalg.norm(np.array(sae.W_dec), axis=1)
+    assert value == pytest.approx((np.maximum(t - z, 0) * DEAD * norms).sum(axis=1).mean(), rel=1e-5)
+    below = (z < t).sum(axis=0) * DEAD
+    np.testing.assert_array_equal(grads["encoder.bias"] != 0, below > 0)
+    np.testing.assert_allclose(grads["encoder.bias"], -below * norms / 64, rtol=1e-4)
+    assert L.PreActs()(forward(sae, x, L.Loss({}), dead=False)).item() == 0
+
+
+def test_ghost_gradients_against_the_equations() -> None:
+    sae, x = made(TopK(K)), mx.array(data(32))
+    value, grads = gradient(sae, L.GhostGradients(), x)
+    f = forward(sae, x, L.Loss({}))
+    z, w = np.array(sae.pre_acts(x), np.float64)[:, DEAD], np.array(sae.W_dec, np.float64)[DEAD]
+    r = np.array(x - f.y_hat, np.float64)
+    ghosts = np.exp(z)
+    out = ghosts @ w
+    scale = np.linalg.norm(r, axis=1, keepdims=True) / (1e-6 + 2 * np.linalg.norm(out, axis=1, keepdims=True))
+    each = (out * scale - r) ** 2
+    factor = r**2 / (each + 1e-6)
+    assert value == pytest.approx((each * factor).mean(), rel=1e-4)
+    assert value == pytest.approx((r**2).mean(), rel=0.05)  # as large as the loss it stands beside
+    d_out = 2 * (out * scale - r) * factor * scale / r.size
+    d_z, d_w = (d_out @ w.T) * ghosts, ghosts.T @ d_out
+    np.testing.assert_allclose(grads["decoder.weight"][DEAD], d_w, rtol=2e-3, atol=1e-4 * np.abs(d_w).max())
+    np.testing.assert_allclose(grads["encoder.bias"][DEAD], d_z.sum(axis=0), rtol=2e-3, atol=1e-6)
+    for name in ("encoder.weight", "encoder.bias", "decoder.weight"):
+        assert not grads[name][~DEAD].any(), name
+    assert L.GhostGradients()(forward(sae, x, L.Loss({}), dead=False)).item() == 0
+    none = forward(sae, x, L.Loss({}))._replace(dead=mx.zeros(D_SAE, mx.bool_))
+    assert L.GhostGradients()(none).item() == 0
+
+
+def test_the_gate_learns_from_its_terms_alone_and_the_decoder_not_from_the_gate() -> None:
+    sae, x = made(Gated()), mx.array(data(32))
+    _, grads = gradient(sae, lambda f: mx.square(f.y - f.y_hat).sum(), x)
+    assert not grads["encoder.bias"].any()  # the main loss cannot move a gate
+    assert grads["rule.r_mag"].any()
+    assert grads["rule.b_mag"].any()
+    _, grads = gradient(sae, L.GateReconstruction(), x)
+    assert grads["encoder.bias"].any()
+    assert not grads["decoder.weight"].any()
+    assert not grads["rule.b_mag"].any()
+
+
+def test_kl_is_zero_at_a_perfect_reconstruction_only() -> None:
+    sae, x = made(TopK(K)), mx.array(data(32))
+    f = forward(sae, x, L.Loss({}))
+    assert L.KL(model_logits)(f._replace(y_hat=x)).item() == pytest.approx(0, abs=1e-6)
+    assert L.KL(model_logits)(f).item() > 0.01
+    p, q = (np.array(mx.softmax(model_logits(a), axis=-1), np.float64) for a in (x, f.y_hat))
+    assert L.KL(model_logits)(f).item() == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=1e-4)
+    assert L.CrossEntropy(model_losses)(f).item() == pytest.approx(model_losses(f.y_hat).mean().item())
+
+
+def test_end_to_end_training_serves_the_model() -> None:
+    """Trained by KL alone, the SAE disturbs the model less than one trained by reconstruction for as long."""
+    held_out = mx.array(data(500, seed=7))
+    found = []
+    for loss in (L.Loss({}, terms={"kl": (1.0, L.KL(model_logits))}), L.Loss({"fvu": (1.0, L.fvu)})):
+        sae = SAE(D, D_SAE, k=2, seed=0)
+        fit(sae, source(), settings(300, normalize="none"), loss=loss)
+        code = sae.encode(held_out)
+        found.append(L.KL(model_logits)(L.Forward(sae, held_out, held_out, code, sae.decode(code))).item())
+    assert found[0] < found[1]
+
+
+def test_schedules_reach_the_terms() -> None:
+    p = L.anneal(1.0, 0.2, 10, 50)
+    assert [p(s) for s in (0, 10, 30, 50, 99)] == pytest.approx([1, 1, 0.6, 0.2, 0.2])
+    sae, x = made(ReLU()), mx.array(data(32))
+    loss = L.Loss({}, terms={"lp": (lambda step: 0.1 * step, L.Lp(p))})
+    for step in (5, 30):
+        total, values = loss(forward(sae, x, loss, step=step))
+        fixed = L.Lp(p(step))(forward(sae, x, loss))
+        assert values["lp"].item() == pytest.approx(fixed.item(), rel=1e-6)
+        assert total.item() == pytest.approx(0.1 * step * fixed.item(), rel=1e-5)
+    history = fit(
+        SAE(D, D_SAE, rule=ReLU(), seed=0),
+        source(),
+        settings(20, log_every=1, loss=LossConfig(terms={"l1": 0.01}, warmup=0.5, auxk=None)),
+    ).history
+    weights = [(r["loss"] - r["fvu"]) / r["l1"] for r in history]
+    np.testing.assert_allclose(weights, [0.01 * min(1, (s + 1) / 10) for s in range(20)], rtol=2e-2)
+    with pytest.raises(ValueError, match=r"\[anneal\] begin must be in \[0, finish\)"):
+        L.anneal(1, 0, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("term", "rule", "message"),
+    [
+        (L.L0(), TopK(K), r"\[l0\] the rule must have a learned threshold"),
+        (L.L0Target(), JumpReLU(), r"\[l0\] k must be given by the term or the rule"),
+        (L.GateL1(), TopK(K), r"\[gate\] the rule must be gated"),
+        (L.MultiTopK(), ReLU(), r"\[MultiTopK\] the rule must have a k but is ReLU"),
+    ],
+)
+def test_terms_that_do_not_fit_the_rule(term: Any, rule: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        term(forward(SAE(D, D_SAE, rule=rule, seed=0), mx.array(data(4)), L.Loss({})))
+
+
+# ---- AuxK: the cases that a definition must settle, on four latents by hand ------------------------------------
+
+
+def by_hand(pre_acts: list[float], dead: list[bool], k_aux: int, preset: str = "saelens") -> tuple[Any, Any]:
+    """One token of width 2, x = (1, 1), encoder rows that give these pre-activations, decoder rows at hand."""
+    w_dec = mx.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
+    w_enc = mx.array([[p, 0.0] for p in pre_acts])
+    sae = SAE.from_weights(w_enc.T, w_dec, k=1, apply_b_dec_to_input=False)
+    x, y_hat = mx.array([[1.0, 1.0]]), mx.array([[0.5, 0.0]])
+    term = L.AuxK(k_aux, preset)
+
+    def of(_: mx.array) -> mx.array:
+        code = DenseCode(mx.zeros((1, 4)))
+        return term(L.Forward(sae, x, x, code, y_hat + 0 * sae.decoder.bias, mx.array(dead)))
+
+    value, grads = nn.value_and_grad(sae, of)(x)
+    return value.item(), {n: np.array(g) for n, g in tree_flatten(grads)}
+
+
+def test_auxk_value() -> None:
+    """residual (0.5, 1); of dead 1 and 2 (pre-activations 0.5, 2) the largest is 2: it says 2 (0.6, 0.8)."""
+    value, _ = by_hand([9, 0.5, 2, 9], [False, True, True, False], 1)
+    assert value == pytest.approx((1.2 - 0.5) ** 2 + (1.6 - 1) ** 2)
+    value, _ = by_hand([9, 0.5, 2, 9], [False, True, True, False], 2)
+    assert value == pytest.approx((1.2 - 0.5) ** 2 + (1.6 + 0.5 - 1) ** 2)
+
+
+def test_auxk_takes_no_more_than_are_dead() -> None:
+    """k_aux over the number of dead latents: all dead ones, never a living one; scaled down by their share of k_aux."""
+    value, grads = by_hand([9, 0.5, 2, 9], [False, True, True, False], 4)
+    assert value == pytest.approx(2 / 4 * ((1.2 - 0.5) ** 2 + (1.6 + 0.5 - 1) ** 2))
+    assert not grads["encoder.weight"][[0, 3]].any()
+    unscaled, _ = by_hand([9, 0.5, 2, 9], [False, True, True, False], 4, "dictionary_learning")
+    assert unscaled == 0 or np.isfinite(unscaled)  # one token has no variance: the denominator is 1
+
+
+def test_auxk_gradient_is_at_the_selected_dead_latents_only() -> None:
+    _, grads = by_hand([9, 0.5, 2, 9], [False, True, True, False], 1)
+    error = np.array([1.2 - 0.5, 1.6 - 1])
+    want = np.zeros((4, 2))
+    want[2] = 2 * error * 2  # value 2
+    np.testing.assert_allclose(grads["decoder.weight"], want, rtol=1e-5)
+    d_act = 2 * error @ [0.6, 0.8]
+    want = np.zeros((4, 2))
+    want[2] = d_act * np.array([1.0, 1.0])
+    np.testing.assert_allclose(grads["encoder.weight"], want, rtol=1e-5)
+    np.testing.assert_allclose(grads["encoder.bias"], [0, 0, d_act, 0], rtol=1e-5)
+
+
+def test_auxk_does_not_pull_at_what_made_the_residual() -> None:
+    _, grads = by_hand([9, 0.5, 2, 9], [False, True, True, False], 1)
+    assert not grads["decoder.bias"].any()
+    _, grads = by_hand([9, 0.5, 2, 9], [False, True, True, False], 1, "openai")
+    assert grads["decoder.bias"].any()  # of the decoder, as documented, not of the residual
+
+
+@pytest.mark.parametrize("preset", sorted(L.AUXK_PRESETS))
+def test_auxk_without_dead_latents(preset: str) -> None:
+    value, grads = by_hand([9, 0.5, 2, 9], [False] * 4, 2, preset)
+    assert value == 0
+    assert not any(g.any() for g in grads.values())
+
+
+@pytest.mark.parametrize("preset", sorted(L.AUXK_PRESETS))
+def test_auxk_of_negative_pre_activations(preset: str) -> None:
+    """Where dead pre-activations are negative, relu silences them; SAELens' preset keeps value and gradient."""
+    value, grads = by_hand([9, -1, -2, 9], [False, True, True, False], 1, preset)
+    signed = L.AUXK_PRESETS[preset].signed
+    assert grads["encoder.weight"].any() == signed
+    if signed:
+        assert value == pytest.approx(0.5**2 + (-1 - 1) ** 2)
+        np.testing.assert_array_equal(grads["encoder.weight"].any(axis=1), [False, True, False, False])

@@ -63,11 +63,12 @@ class Case:
             for i, width in ((0, k), (2, k_aux))[: len(out) // 2]
         ]
 
-    def csr(self, op: str, rule: np.ndarray, *, size: int, **options: Any):
+    def csr(self, op: str, rule: np.ndarray, *, size: int, shadow=None, **options: Any):
         """(values, indices, offsets, number) by the plan."""
         sizes = {s: options.pop(s) for s in ("exact", "gpu", "chunk_bytes", "simdgroups") if s in options}
         name = "k" if op == "batch_topk_encode" else "capacity"
-        out = run_plan.run(self.plan(op, **{name: size}, **sizes), [self.x, self.w, self.b, rule], **options)
+        plan = self.plan(op, shadow=shadow is not None, **{name: size}, **sizes)
+        out = run_plan.run(plan, [self.x, self.w, self.b, rule, *(shadow or [])], **options)
         return run_plan.to_float(out[0]), out[1], out[2], out[3][0]
 
     # The same by the CPU kernels, on the operands as float32.
@@ -171,6 +172,8 @@ def test_second_selection_among_masked_features(n: int) -> None:
 def test_the_shadow_screens_in_bfloat16() -> None:
     for d_in in (32, 45):
         case = Case.random(12, d_in, 700)
+        rule = np.zeros(1, np.float32)
+        same(case.csr(CSR[0], rule, size=8, shadow=shadow_of(case.w)), case.csr_on_cpu(CSR[0], rule, 8))
         mask = np.random.default_rng(1).random(700) < 0.3
         same_codes(case.topk(8, shadow=shadow_of(case.w)), case.topk_on_cpu(8))
         same_codes(case.topk(8, shadow=shadow_of(case.w), mask=mask, k_aux=20), case.topk_on_cpu(8, mask, 20))

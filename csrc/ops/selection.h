@@ -29,6 +29,17 @@ inline void one_type_on_gpu(Arrays& inputs, mx::Stream s) {
   for (int i : {0, 1}) inputs[i] = mx::astype(inputs[i], type, s);
 }
 
+/**
+ * Rows that a GPU encodes as one node. All chunks of a node's product live until the GPU has done with them, since
+ * MLX's product allocates its output; more rows become several nodes, between which MLX waits for memory.
+ */
+inline int rows_at_once(const Arrays& inputs, mx::Stream s) {
+  if (s.device != mx::Device::gpu) return INT32_MAX;
+  constexpr int64_t bytes = int64_t{1} << 29;
+  int64_t row = std::max<int64_t>(1, inputs[1].shape(0)) * static_cast<int64_t>(inputs[1].itemsize());
+  return static_cast<int>(std::clamp<int64_t>(bytes / row / 256 * 256, 256, INT32_MAX));
+}
+
 /** The sizes of an encoder's plan. float32 operands give the float32 result; others that of the product in their type.
  */
 inline gpu::EncodeSizes encode_sizes(const Arrays& in, bool shadow) {

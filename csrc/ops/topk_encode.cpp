@@ -58,6 +58,17 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
   Arrays out;
   if (has_kernel("topk_encode", s.device)) {
     one_type_on_gpu(inputs, s);
+    if (int rows = rows_at_once(inputs, s); x.shape(0) > rows) {
+      std::vector<Arrays> blocks;  // by output
+      for (int t = 0; t < x.shape(0); t += rows) {
+        auto block = mx::slice(inputs[0], {t, 0}, {std::min(x.shape(0), t + rows), x.shape(1)}, s);
+        auto part = encode(op, block, inputs[1], inputs[2], k, mask, k_aux, shadow, s);
+        blocks.resize(part.size());
+        for (size_t q = 0; q < part.size(); ++q) blocks[q].push_back(part[q]);
+      }
+      for (auto& b : blocks) out.push_back(mx::concatenate(b, 0, s));
+      return out;
+    }
     if (shadow) {
       inputs[0] = mx::astype(x, mx::float32, s);
       inputs.insert(inputs.end(), {mx::stop_gradient(shadow->w16, s), mx::stop_gradient(shadow->columns, s)});

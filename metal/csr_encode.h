@@ -2,11 +2,11 @@
 // Encoders whose rows vary in length: the largest pre-activations of a whole batch, and those above thresholds, in
 // compressed rows.
 //
-// After each chunk of features the code of all features so far is made anew in compressed rows ("kept", at most `room` entries),
-// from the code before and what the chunk adds ("fresh", a list for each row). Where the product is of low precision,
-// fresh entries are intervals that hold their float32 results, and become these before they are kept. Entries are keys
-// (common/select.h); all are positive or NaN. A unit is a row; or, where there is but one chunk and few rows, one of the
-// equal parts that rows are cut into, so that units ascend by row and feature.
+// After each chunk of features the code of all features so far is made anew in compressed rows ("kept", at most `room`
+// entries), from the code before and what the chunk adds ("fresh", a list for each row). Where the product is of low
+// precision, fresh entries are intervals that hold their float32 results, and become these before they are kept.
+// Entries are keys (common/select.h); all are positive or NaN. A unit is a row; or, where there is but one chunk and
+// few rows, one of the equal parts that rows are cut into, so that units ascend by row and feature.
 
 #include "common/chain.h"
 #include "common/select.h"
@@ -16,7 +16,7 @@ struct CsrSizes {
   uint parts, width;  // units of a row; features of a unit, a multiple of 4: room of its fresh list
   uint room;
   uint d, d_sae;
-  uint first;         // 1 at the first chunk: nothing is kept yet
+  uint first;              // 1 at the first chunk: nothing is kept yet
   float cut, least, tiny;  // as in FilterSizes of topk_encode.h
 };
 
@@ -147,7 +147,7 @@ template <typename P, int V>
                                  group * simdgroups + simdgroup, lane);
 }
 
-constant constexpr uint kSettleSimdgroups = 4;
+constant constexpr uint kSettleSimdgroups = 4, kSettleThreads = kSettleSimdgroups * kSimd;
 
 /** Fresh intervals become float32 results; what does not reach the bound leaves the list. A simdgroup a unit. */
 template <typename T, int V, bool kBatch>
@@ -204,7 +204,7 @@ METAL_FUNC void csr_settle_unit(const device T* x, const device T* w, const devi
 }
 
 template <typename T, int V>
-[[kernel, max_total_threads_per_threadgroup(kSettleSimdgroups * kSimd)]] void csr_settle_batch(
+[[kernel, max_total_threads_per_threadgroup(kSettleThreads)]] void csr_settle_batch(
     const device T* x [[buffer(0)]], const device T* w [[buffer(1)]], const device float* bias [[buffer(2)]],
     device uint* ids [[buffer(3)]], device int* low [[buffer(4)]], const device int* up [[buffer(5)]],
     device uint* counts [[buffer(6)]], constant CsrSizes& s [[buffer(7)]], const device int* state [[buffer(8)]],
@@ -218,7 +218,7 @@ template <typename T, int V>
 }
 
 template <typename T, int V>
-[[kernel, max_total_threads_per_threadgroup(kSettleSimdgroups * kSimd)]] void csr_settle_threshold(
+[[kernel, max_total_threads_per_threadgroup(kSettleThreads)]] void csr_settle_threshold(
     const device T* x [[buffer(0)]], const device T* w [[buffer(1)]], const device float* bias [[buffer(2)]],
     device uint* ids [[buffer(3)]], device int* low [[buffer(4)]], const device int* up [[buffer(5)]],
     device uint* counts [[buffer(6)]], constant CsrSizes& s [[buffer(7)]], const device float* bounds [[buffer(8)]],
@@ -231,7 +231,8 @@ template <typename T, int V>
                                pieces + simdgroup * piece, group * kSettleSimdgroups + simdgroup, lane);
 }
 
-// ---- the cut: the room-th largest of kept and fresh keys, digit after digit of the 31 bits of a positive key ---------
+// ---- the cut: the room-th largest of kept and fresh keys, digit after digit of the 31 bits of a positive key
+// ---------
 
 constant constexpr uint kDigitBins = 2048, kDigitThreads = 256;
 
@@ -250,7 +251,8 @@ struct DigitSizes {
   threadgroup atomic_uint here[kDigitBins];
   bool top = s.shift + s.bits == 31;
   if (!top && state[kAll] != 0) return;
-  for (uint i = thread_index; i < kDigitBins; i += kDigitThreads) atomic_store_explicit(&here[i], 0u, memory_order_relaxed);
+  for (uint i = thread_index; i < kDigitBins; i += kDigitThreads)
+    atomic_store_explicit(&here[i], 0u, memory_order_relaxed);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   uint digits = top ? 0 : uint(state[kDigits]), mask = (1u << s.bits) - 1, step = kDigitThreads / kSimd;
   for (uint unit = group * step + simdgroup; unit < s.units; unit += groups * step) {
@@ -467,21 +469,23 @@ METAL_FUNC void csr_merge_unit(const device uint* ids, const device int* keys, c
                                 const device uint* next [[buffer(6)]], device uint* next_ids [[buffer(7)]],
                                 device int* next_keys [[buffer(8)]], constant DigitSizes& s [[buffer(9)]],
                                 const device int* state [[buffer(10)]], const device uint* quotas [[buffer(11)]],
-                                uint group [[threadgroup_position_in_grid]],
-                                uint lane [[thread_index_in_simdgroup]],
+                                uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
                                 uint simdgroup [[simdgroup_index_in_threadgroup]],
                                 uint simdgroups [[simdgroups_per_threadgroup]]) {
   csr_merge_unit<true>(ids, keys, offsets, fresh_ids, fresh_keys, counts, state, quotas, next, next_ids, next_keys, s,
                        group * simdgroups + simdgroup, lane);
 }
 
-[[kernel]] void csr_merge_threshold(
-    const device uint* ids [[buffer(0)]], const device int* keys [[buffer(1)]], const device uint* offsets [[buffer(2)]],
-    const device uint* fresh_ids [[buffer(3)]], const device int* fresh_keys [[buffer(4)]],
-    const device uint* counts [[buffer(5)]], const device uint* next [[buffer(6)]], device uint* next_ids [[buffer(7)]],
-    device int* next_keys [[buffer(8)]], constant DigitSizes& s [[buffer(9)]],
-    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel]] void csr_merge_threshold(const device uint* ids [[buffer(0)]], const device int* keys [[buffer(1)]],
+                                    const device uint* offsets [[buffer(2)]],
+                                    const device uint* fresh_ids [[buffer(3)]],
+                                    const device int* fresh_keys [[buffer(4)]], const device uint* counts [[buffer(5)]],
+                                    const device uint* next [[buffer(6)]], device uint* next_ids [[buffer(7)]],
+                                    device int* next_keys [[buffer(8)]], constant DigitSizes& s [[buffer(9)]],
+                                    uint group [[threadgroup_position_in_grid]],
+                                    uint lane [[thread_index_in_simdgroup]],
+                                    uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                    uint simdgroups [[simdgroups_per_threadgroup]]) {
   csr_merge_unit<false>(ids, keys, offsets, fresh_ids, fresh_keys, counts, nullptr, nullptr, next, next_ids, next_keys,
                         s, group * simdgroups + simdgroup, lane);
 }

@@ -1,9 +1,10 @@
 #pragma once
-// What the encoders need beside a product by the framework: products for few rows, and the norms that bound the error of
-// low precision.
+// What the encoders need beside a product by the framework: products for few rows, and the norms that bound the error
+// of low precision.
 //
 // With bars for the roundings, u = 2^-24 and gamma = 2 (d + 16) u, the product of row x and feature w differs from the
-// float32 result by at most (|x - x_bar| + gamma |x|) |w| + |x_bar| (|w - w_bar| + gamma |w_bar|) + ...: rows[0] columns[0]
+// float32 result by at most (|x - x_bar| + gamma |x|) |w| + |x_bar| (|w - w_bar| + gamma |w_bar|) + ...: rows[0]
+// columns[0]
 // + rows[1] columns[1] + columns[2]. Derived in csrc/cpu/kernel_screen.h; every norm is rounded up.
 
 #include "common/chain.h"
@@ -17,8 +18,8 @@ struct Norms {
 };
 
 /**
- * By one simdgroup. `cut` bounds the relative rounding of each number; kRound rounds to bfloat16 itself, stores that and knows the
- * rest exactly. A norm whose squares vanish is still not 0, unless the row is.
+ * By one simdgroup. `cut` bounds the relative rounding of each number; kRound rounds to bfloat16 itself, stores that
+ * and knows the rest exactly. A norm whose squares vanish is still not 0, unless the row is.
  */
 template <typename T, int V, bool kRound>
 METAL_FUNC void row_norms(const device T* row, device bfloat* rounded, uint d, float cut, float tiny, uint lane,
@@ -137,14 +138,14 @@ METAL_FUNC float or_infinite(float v) { return v < INFINITY ? v : INFINITY; }
   edge[group * 4 + thread_index] = v;
 }
 
-constant constexpr uint kChainSimdgroups = 2;
+constant constexpr uint kChainSimdgroups = 2, kChainThreads = kChainSimdgroups * kSimd;
 
 /**
- * The float32 results of up to N rows, without the bias: out [n, d_sae]. The weights are read once, a simdgroup takes 32
- * features.
+ * The float32 results of up to N rows, without the bias: out [n, d_sae]. The weights are read once, a simdgroup takes
+ * 32 features.
  */
 template <typename T, int V, int N>
-[[kernel, max_total_threads_per_threadgroup(kChainSimdgroups * kSimd)]] void encode_chain(
+[[kernel, max_total_threads_per_threadgroup(kChainThreads)]] void encode_chain(
     const device T* x [[buffer(0)]], const device T* w [[buffer(1)]], device float* out [[buffer(2)]],
     constant uint& n [[buffer(3)]], constant uint& d_sae [[buffer(4)]], constant uint& d [[buffer(5)]],
     uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],

@@ -3,21 +3,21 @@
 //
 // A row keeps a list of candidates in ascending order of the feature. A candidate is an interval of keys that holds
 // its float32 result (common/chain.h): the bound of csrc/cpu/kernel_screen.h where the product is of low precision
-// ("exact"), else the product itself, an interval of no width. The k-th largest lower end seen so far is a bound that only
-// grows; what does not reach it with its upper end can never be selected. A full list is cut by that rule; where too
-// many intervals overlap for that, they are settled: replaced by their float32 results. Nothing is ever dropped.
+// ("exact"), else the product itself, an interval of no width. The k-th largest lower end seen so far is a bound that
+// only grows; what does not reach it with its upper end can never be selected. A full list is cut by that rule; where
+// too many intervals overlap for that, they are settled: replaced by their float32 results. Nothing is ever dropped.
 
 #include "common/chain.h"
 #include "common/select.h"
 
 struct FilterSizes {
-  uint n, m, f0;              // the product is [n, m], of the features from f0 on
-  uint parts, width;          // lists of a row; features of a part, a multiple of 4
+  uint n, m, f0;      // the product is [n, m], of the features from f0 on
+  uint parts, width;  // lists of a row; features of a part, a multiple of 4
   uint k, capacity, k_aux, capacity_aux;
   uint d;
-  uint first;                 // 1 at the first chunk
-  float cut, least;           // rounding of the product's own type: relative, absolute
-  float tiny;                 // what squares that vanish may hide from a norm
+  uint first;        // 1 at the first chunk
+  float cut, least;  // rounding of the product's own type: relative, absolute
+  float tiny;        // what squares that vanish may hide from a norm
 };
 
 /** A list, in the hands of one simdgroup; all but the buffers' contents is the same in every thread. */
@@ -237,8 +237,7 @@ template <typename P, int V>
 [[kernel]] void topk_filter(const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]],
                             device int* lists [[buffer(2)]], device int* states [[buffer(3)]],
                             constant FilterSizes& s [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-                            uint lane [[thread_index_in_simdgroup]],
-                            uint simdgroup [[simdgroup_index_in_threadgroup]],
+                            uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                             uint simdgroups [[simdgroups_per_threadgroup]]) {
   filter<P, P, V, false, false>(product, bias, lists, states, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
                                 nullptr, nullptr, 0, s, group * simdgroups + simdgroup, lane);
@@ -249,8 +248,7 @@ template <typename P, int V>
                                 device int* lists [[buffer(2)]], device int* states [[buffer(3)]],
                                 constant FilterSizes& s [[buffer(4)]], const device bool* mask [[buffer(5)]],
                                 device int* aux_lists [[buffer(6)]], device int* aux_states [[buffer(7)]],
-                                uint group [[threadgroup_position_in_grid]],
-                                uint lane [[thread_index_in_simdgroup]],
+                                uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
                                 uint simdgroup [[simdgroup_index_in_threadgroup]],
                                 uint simdgroups [[simdgroups_per_threadgroup]]) {
   filter<P, P, V, false, true>(product, bias, lists, states, mask, aux_lists, aux_states, nullptr, nullptr, nullptr,
@@ -276,10 +274,11 @@ template <typename P, typename T, int V>
     const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device int* lists [[buffer(2)]],
     device int* states [[buffer(3)]], constant FilterSizes& s [[buffer(4)]], const device bool* mask [[buffer(5)]],
     device int* aux_lists [[buffer(6)]], device int* aux_states [[buffer(7)]], const device T* x [[buffer(8)]],
-    const device T* w [[buffer(9)]], const device float* rows [[buffer(10)]], const device float* columns [[buffer(11)]],
-    const device float* edge [[buffer(12)]], constant uint& d_sae [[buffer(13)]],
-    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
+    const device T* w [[buffer(9)]], const device float* rows [[buffer(10)]],
+    const device float* columns [[buffer(11)]], const device float* edge [[buffer(12)]],
+    constant uint& d_sae [[buffer(13)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   filter<P, T, V, true, true>(product, bias, lists, states, mask, aux_lists, aux_states, x, w, rows, columns, edge,
                               d_sae, s, group * simdgroups + simdgroup, lane);
 }
@@ -309,8 +308,8 @@ METAL_FUNC uint group_rank(uint keep, threadgroup uint* pad, thread uint& turn, 
 }
 
 /**
- * A threadgroup for each row: candidates of all parts, cut; float32 results of what is left; the k largest of these, ascending by
- * feature. `stage` [n][id, key][parts * capacity].
+ * A threadgroup for each row: candidates of all parts, cut; float32 results of what is left; the k largest of these,
+ * ascending by feature. `stage` [n][id, key][parts * capacity].
  */
 template <typename T, typename O, int V, bool kExact>
 [[kernel, max_total_threads_per_threadgroup(kFinishThreads)]] void topk_finish(

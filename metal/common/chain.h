@@ -13,8 +13,8 @@ METAL_FUNC float chain(const device T* x, const device T* w, uint d) {
 }
 
 // Many results: a simdgroup reads pieces of 32 rows side by side into threadgroup memory, then every thread goes on
-// with the chain of its own row. A piece is 128 bytes of a row, what the memory delivers at once; a row of the tile is 4
-// bytes longer, so that threads that read one column meet no bank twice.
+// with the chain of its own row. A piece is 128 bytes of a row, what the memory delivers at once; a row of the tile is
+// 4 bytes longer, so that threads that read one column meet no bank twice.
 constant constexpr uint kPieceBytes = 128, kTileRowBytes = kPieceBytes + 4;
 
 /** The piece from coordinate c on of the rows that the first `rows` threads name; 0 past d. */
@@ -41,8 +41,8 @@ METAL_FUNC void bring(const device T* base, uint row, uint rows, uint d, uint c,
 }
 
 /**
- * The chains of N rows of x, of which n are there, with the row of w that each thread names. `tile`, 32 * kTileRowBytes,
- * and `piece`, N * kPieceBytes, are the simdgroup's own.
+ * The chains of N rows of x, of which n are there, with the row of w that each thread names. `tile`, 32 *
+ * kTileRowBytes, and `piece`, N * kPieceBytes, are the simdgroup's own.
  */
 template <typename T, int V, int N>
 METAL_FUNC void chains(const device T* x, uint n, const device T* w, uint row, uint rows, uint d, threadgroup T* tile,

@@ -584,3 +584,29 @@ def test_normalisation_of_a_transcoder_folds(skip: bool) -> None:
     # Per coordinate the errors weigh differently, so the numbers agree roughly, and exactly in what the run saw.
     assert got == pytest.approx(result.validations[-1]["val_fvu"], rel=0.5)
     assert ("W_skip" in coder) == skip
+
+
+def test_every_door_reads_stored_activations(model: lm.LanguageModel, texts: list[str]) -> None:
+    from mlxsae.data import ActivationDataset
+
+    stored = ActivationDataset.from_texts(
+        model, texts[:20], layer=[0, 1], component=["resid", "mlp_in", "mlp"]
+    )
+    options = SMALL | {"total_tokens": 1000}
+    sae = train_sae(model, 1, "resid", stored, **options)
+    made = train_saes(model, [0, 1], "resid", stored, **options)
+    assert_same_bits(weights(made[1]), weights(sae))
+    coder = train_transcoder(model, layer=1, dataset=stored, **options)
+    assert coder.metadata["hook_name_out"] == "blocks.1.hook_mlp_out"
+    assert train_crosscoder(model, layers=[0, 1], component="resid", dataset=stored, **options).n_sources == 2
+    one = ActivationDataset.from_texts(model, texts[:10], layer=1, component="resid")
+    held_out = ActivationDataset.from_texts(model, texts[10:15], layer=1, component="resid")
+    result = ProfiSAETrainer().train(
+        SAE(model.d_model, 64, k=4, seed=0),
+        dataset=one,
+        num_steps=4,
+        batch_size=64,
+        validation_dataset=held_out,
+        validate_every=2,
+    )
+    assert [v["step"] for v in result.validations] == [2, 4]

@@ -493,13 +493,13 @@ class TextFiles:
 def hook_points_of(
     layer: int | Sequence[int] | None, component: str | Sequence[str], hook_points: Sequence[Any] | None
 ) -> list[Any]:
-    """Every component of every layer, or the hook points given; each once."""
+    """Every component of every layer, or the hook points given."""
     from mlxsae.lm import HookPoint
 
     if hook_points is not None:
         if layer is not None:
             raise ValueError("[activations] hook_points or layer must be given but got both.")
-        return list(dict.fromkeys(HookPoint.parse(point) for point in hook_points))
+        return list(hook_points)
     layers: list[Any] = [layer] if layer is None or isinstance(layer, int) else list(layer)
     components = [component] if isinstance(component, str) else list(component)
     return list(dict.fromkeys(HookPoint.parse(c, layer=number) for number in layers for c in components))

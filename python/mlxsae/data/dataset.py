@@ -453,6 +453,11 @@ class DatasetSource:
     def __init__(self, reader: BlockReader, names: Sequence[str]) -> None:
         self._reader, self.names = reader, tuple(names)
 
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch."""
+        return self._reader.rows
+
     def next_batch(self) -> tuple[mx.array, ...] | None:
         batch = self._reader.next_batch()
         return None if batch is None else tuple(batch[name] for name in self.names)

@@ -16,6 +16,7 @@ import textwrap
 import time
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,41 @@ def test_small_types_hold_what_the_model_said(toy: lm.LanguageModel, tmp_path: P
     b = np.array(next(large.batches(rows, shuffle=False)))
     assert np.array_equal(sorted_rows(b), sorted_rows(np.array(exact)))
     assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
+def test_several_hook_points_stream_from_one_pass(toy: lm.LanguageModel) -> None:
+    """In the order asked for; a tuple of two would be a hook point's name as well as two of them."""
+    points = tuple(lm.HookPoint.parse(p) for p in (("mlp_out", 2), ("resid", 1), ("mlp_in", 2)))
+
+    def stream() -> data.ShuffleBuffer:
+        batches = partial(lm.token_batches, toy, TEXTS, context_size=16, batch_size=3)
+        return data.ShuffleBuffer(ModelActivations(toy, points, batches), batch_size=50, capacity=100)
+
+    expected = expected_rows(toy, TEXTS, [str(p) for p in points])
+    source, rows = stream(), []
+    for step in range(100):
+        if step == 3:  # taken up again by another
+            position, arrays = source.state()
+            source = stream()
+            source.restore(json.loads(json.dumps(position)), arrays)
+        batch = source.next_batch()
+        if batch is None:
+            break
+        rows.append(np.concatenate([np.array(x) for x in batch], axis=1))
+    whole = np.concatenate([expected[str(p)] for p in points], axis=1)
+    assert np.array_equal(sorted_rows(np.concatenate(rows)), sorted_rows(whole))
+
+
+def test_a_model_trains_on_a_dataset(toy: lm.LanguageModel, tmp_path: Path) -> None:
+    import mlxsae
+
+    made = make(toy, tmp_path / "x", hook_points=[RESID, ("mlp_in", 2)])
+    config = mlxsae.SAEConfig(
+        k=4, expansion_factor=4, train=mlxsae.TrainConfig(total_tokens=2000, batch_size=100)
+    )
+    sae = mlxsae.InterpretableModel(toy).train_sae(2, "mlp_in", dataset=made, config=config)
+    assert sae.metadata["hook_name"] == "blocks.2.mlp.hook_in"
+    assert sae.metadata["training"]["tokens"] == 2000
 
 
 # ---- going on

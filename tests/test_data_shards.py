@@ -368,6 +368,44 @@ def test_fit_takes_a_dataset(stored: ActivationDataset) -> None:
     result = mlxsae.fit(sae, stored.source(200, hook_points="a"), config)
     assert result.state.tokens == 4000
     assert np.isfinite([r["loss"] for r in result.history]).all()
+    config = mlxsae.TrainConfig(epochs=3, batch_size=100, sample_size=500)
+    source = stored.source(100, hook_points="a")
+    assert source.rows == ROWS
+    assert mlxsae.fit(sae, source, config).state.tokens == 3 * ROWS
+
+
+def test_several_saes_train_on_one_stream(stored: ActivationDataset, tmp_path: Path) -> None:
+    """One on each stream and a transcoder between them; broken off and resumed, the same bits; alone, the same."""
+    import mlxsae
+    from mlxsae.train import Job, fit_many
+
+    config = mlxsae.TrainConfig(total_tokens=2000, batch_size=100, sample_size=500, checkpoint_every=7)
+
+    def jobs() -> list[Job]:
+        shapes = ((8, 8, (0,)), (16, 16, (1,)), (8, 16, (0, 1)))
+        return [
+            Job(mlxsae.SAE(d_in=a, d_out=b, d_sae=32, k=4, seed=0), config, fields=fields, name=f"job{i}")
+            for i, (a, b, fields) in enumerate(shapes)
+        ]
+
+    def source() -> data.DatasetSource:
+        return stored.source(100, hook_points=("a", "b"), seed=3)
+
+    whole = fit_many(jobs(), source(), checkpoint_dir=tmp_path / "whole")
+
+    class Broken(data.DatasetSource):
+        def next_batch(self) -> tuple[mx.array, ...] | None:
+            if self.cursor["taken"] == 1100:
+                raise RuntimeError("broken off")
+            return super().next_batch()
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit_many(jobs(), Broken(source()._reader, ("a", "b")), checkpoint_dir=tmp_path / "broken")
+    resumed = fit_many(jobs(), source(), checkpoint_dir=tmp_path / "broken", resume=True)
+    alone = mlxsae.fit(jobs()[0].sae, stored.source(100, hook_points="a", seed=3), config)
+    for a, b in zip([*whole, whole[0]], [*resumed, alone], strict=True):
+        assert mx.array_equal(a.sae.W_enc, b.sae.W_enc)
+        assert mx.array_equal(a.sae.W_dec, b.sae.W_dec)
 
 
 # ---- damage

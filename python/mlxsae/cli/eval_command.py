@@ -17,9 +17,9 @@ from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
 from mlxsae.cli.run_file import finite, place, read
-from mlxsae.cli.text_source import Texts, TextSource, default_context
+from mlxsae.cli.text_source import TextSource, default_context
 from mlxsae.io import native
-from mlxsae.lm import HookPoint
+from mlxsae.lm import Documents, HookPoint
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     lm = lm_room.load(model)
     text = TextSource(
         lm,
-        Texts(dataset, options.text_field or (None if options.dataset else made.get("text_field"))),
+        Documents(dataset, options.text_field or (None if options.dataset else made.get("text_field"))),
         options.context_size or sae.metadata.get("context_size") or default_context(lm),
         options.lm_batch_size,
         trained.get("config", {}).get("sae", {}).get("data", {}).get("validation_split", 0.1),

@@ -19,10 +19,11 @@ from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
 from mlxsae.cli.run_file import fingerprint, finite
-from mlxsae.cli.text_source import Texts, default_context
+from mlxsae.cli.text_source import default_context
 from mlxsae.data import ActivationDataset
 from mlxsae.data.encoding import DTYPES
 from mlxsae.data.shards import read_index
+from mlxsae.lm import Documents
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         made = ActivationDataset.from_texts(
             lm,
-            Texts(options.dataset, options.text_field),
+            Documents(options.dataset, options.text_field),
             layer=options.layer,
             component=options.component,
             cache_dir=options.out,

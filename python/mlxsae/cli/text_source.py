@@ -5,20 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlxsae.lm import LanguageModel, TokenBatch, read_texts, token_batches
+from mlxsae.lm import Documents, LanguageModel, TokenBatch, token_batches
 
 DEFAULT_CONTEXT = 256
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The documents of a file, folder or hub dataset, read anew on every walk: nothing but one document is held."""
-
-    source: str
-    text_field: str | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return read_texts(self.source, self.text_field)
 
 
 @dataclass(frozen=True)
@@ -26,7 +15,7 @@ class TextSource:
     """Documents cut into rows of ``context_size``, a share of them held out by a hash of their text."""
 
     lm: LanguageModel
-    texts: Texts
+    texts: Documents
     context_size: int
     batch_size: int
     heldout_fraction: float

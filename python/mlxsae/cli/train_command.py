@@ -26,11 +26,11 @@ from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
 from mlxsae.cli.run_file import RunFile, fingerprint, finite, place, read, unchanged
-from mlxsae.cli.text_source import Texts, TextSource, default_context
+from mlxsae.cli.text_source import TextSource, default_context
 from mlxsae.data import ActivationDataset, ShuffleBuffer
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io import native
-from mlxsae.lm import HookPoint
+from mlxsae.lm import Documents, HookPoint
 from mlxsae.loss import AUXK_PRESETS
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
@@ -252,7 +252,7 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
     buffer_tokens = max(data.buffer_tokens or min(_BUFFER_TOKENS, fits), train.batch_size)
     text = TextSource(
         lm,
-        Texts(record.place("dataset"), chosen.get("text_field")),
+        Documents(record.place("dataset"), chosen.get("text_field")),
         data.context_size or default_context(lm),
         data.lm_batch_size,
         data.validation_split,

@@ -62,7 +62,7 @@ class ActivationDataset:
     def from_texts(
         cls,
         model: LanguageModel | str | os.PathLike,
-        texts: Iterable[str],
+        texts: Iterable[Any],
         *,
         layer: int | Sequence[int] | None = None,
         component: str | Sequence[str] = "mlp",
@@ -84,7 +84,7 @@ class ActivationDataset:
         Parameters
         ----------
         model : LanguageModel, or what ``lm.load`` takes.
-        texts : iterable of str
+        texts : iterable of str, or of rows of a dataset that have a "text"
             Needs to be one that can be walked again, such as a list, only to go on with an interrupted folder
             within one process.
         layer, component : one or several each
@@ -113,6 +113,7 @@ class ActivationDataset:
             "heldout_fraction": heldout_fraction,
             "seed": seed if shuffle else None,
         }
+        documents = lm_room.Documents(texts)
         owner = None
         if cache_dir is None:
             owner = tempfile.TemporaryDirectory(prefix="mlxsae-activations-")
@@ -120,7 +121,7 @@ class ActivationDataset:
         harvest(
             model,
             points,
-            lambda: lm_room.token_batches(model, texts, **batching),
+            lambda: lm_room.token_batches(model, documents, **batching),
             cache_dir,
             max_rows=max_samples,
             seed=seed,
@@ -147,7 +148,9 @@ class ActivationDataset:
         (needs the package ``datasets``), or a local file or folder of text. Streamed: one document at a time is
         held, with ``streaming=False`` all.
         """
-        texts: Iterable[str] = TextFiles(os.fspath(dataset_name), text_field)
+        from mlxsae.lm import Documents
+
+        texts: Iterable[str] = Documents(dataset_name, text_field)
         if not streaming:
             texts = list(texts)
         recipe = {"source": os.fspath(dataset_name), "text_field": text_field}
@@ -200,7 +203,7 @@ class ActivationDataset:
     def curate(
         cls,
         model: LanguageModel | str | os.PathLike,
-        source: str | os.PathLike | Iterable[str],
+        source: str | os.PathLike | Iterable[Any],
         *,
         layer: int | None = None,
         component: str = "mlp",
@@ -230,11 +233,11 @@ class ActivationDataset:
         deduplicate : True drops exact repetitions, "near" near ones too, False none.
         """
         from mlxsae.data.curation import select_texts
+        from mlxsae.lm import Documents
 
         model = _language_model(model)
         point = hook_points_of(layer, component, None if hook_point is None else [hook_point])[0]
         named = isinstance(source, (str, os.PathLike))
-        texts = TextFiles(os.fspath(source), text_field) if isinstance(source, (str, os.PathLike)) else source
         how = {
             "diversity_metric": diversity_metric,
             "deduplicate": deduplicate,
@@ -243,7 +246,7 @@ class ActivationDataset:
         }
         chosen = select_texts(
             model,
-            texts,
+            Documents(source, text_field),
             point,
             max_tokens=max_samples,
             metric=diversity_metric,
@@ -450,6 +453,11 @@ class DatasetSource:
     def __init__(self, reader: BlockReader, names: Sequence[str]) -> None:
         self._reader, self.names = reader, tuple(names)
 
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch."""
+        return self._reader.rows
+
     def next_batch(self) -> tuple[mx.array, ...] | None:
         batch = self._reader.next_batch()
         return None if batch is None else tuple(batch[name] for name in self.names)
@@ -478,28 +486,16 @@ class DatasetSource:
         self._reader.cursor = position
 
 
-class TextFiles:
-    """The documents of a file, folder or hub dataset, read anew on every walk: nothing but one document is held."""
-
-    def __init__(self, source: str, text_field: str | None = None) -> None:
-        self.source, self.text_field = source, text_field
-
-    def __iter__(self) -> Iterator[str]:
-        from mlxsae.lm import read_texts
-
-        return read_texts(self.source, self.text_field)
-
-
 def hook_points_of(
     layer: int | Sequence[int] | None, component: str | Sequence[str], hook_points: Sequence[Any] | None
 ) -> list[Any]:
-    """Every component of every layer, or the hook points given; each once."""
+    """Every component of every layer, or the hook points given."""
     from mlxsae.lm import HookPoint
 
     if hook_points is not None:
         if layer is not None:
             raise ValueError("[activations] hook_points or layer must be given but got both.")
-        return list(dict.fromkeys(HookPoint.parse(point) for point in hook_points))
+        return list(hook_points)
     layers: list[Any] = [layer] if layer is None or isinstance(layer, int) else list(layer)
     components = [component] if isinstance(component, str) else list(component)
     return list(dict.fromkeys(HookPoint.parse(c, layer=number) for number in layers for c in components))
@@ -518,13 +514,13 @@ def _language_model(model: Any) -> LanguageModel:
     return model
 
 
-def _digest(texts: Iterable[str]) -> dict[str, Any]:
+def _digest(texts: Iterable[Any]) -> dict[str, Any]:
     """What tells one list of texts from another; a stream has nothing to be told by but its tokens."""
     if not isinstance(texts, (list, tuple)):
         return {}
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:
-        raw = text.encode("utf-8", "surrogatepass")
+        raw = str(text).encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return {"texts": len(texts), "digest": digest.hexdigest()}
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlxsae.data.encoding import Stream, encode, to_float32
 from mlxsae.data.progress import Progress
 from mlxsae.data.shards import TOKENS, ShardWriter
-from mlxsae.lm import LanguageModel, TokenBatch, capture
+from mlxsae.lm import LanguageModel, TokenBatch, capture, without_outliers
 
 T = TypeVar("T")
 SHARD_BYTES = 128 << 20
@@ -171,15 +171,12 @@ def _rows(
     """The fields of a batch's valid rows, and their tokens."""
     found = capture(lm, batch.tokens, points)
     flat = {str(p): found[p].reshape(batch.tokens.size, -1) for p in points}
-    kept = np.array(batch.valid).reshape(-1)
-    if min_norm > 0 or max_norm_ratio is not None:
-        valid = kept.copy()
-        for x in flat.values():
-            # A norm that is NaN is kept: it must be seen.
-            norm = np.array(mx.linalg.norm(x.astype(mx.float32), axis=-1))
-            kept &= ~(norm < min_norm)
-            if max_norm_ratio is not None and valid.any():
-                kept &= ~(norm > max_norm_ratio * np.median(norm[valid]))
+    valid = batch.valid.reshape(-1)
+    kept = np.array(valid)
+    for x in flat.values() if min_norm > 0 or max_norm_ratio is not None else ():
+        kept &= ~np.array(mx.linalg.norm(x.astype(mx.float32), axis=-1) < min_norm)  # NaN is kept, to be seen
+        if max_norm_ratio is not None:
+            kept &= np.array(without_outliers(x, valid, times_median=max_norm_ratio))
     at = np.flatnonzero(kept)
     rows = {TOKENS: np.array(batch.tokens).reshape(-1)[at].astype(np.int32, copy=False)}
     picked = mx.array(at.astype(np.uint32))

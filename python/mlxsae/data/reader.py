@@ -132,9 +132,9 @@ class BlockReader:
             )
         self._store, self._names = store, tuple(dict.fromkeys(names))
         self._batch_size, self._block_rows = batch_size, block_rows
-        self._rows, self._shuffle, self._seed = (begin, end), shuffle, seed
-        self._n = end - begin
-        self._total = None if math.isinf(epochs) else int(epochs * self._n)
+        self._range, self._shuffle, self._seed = (begin, end), shuffle, seed
+        self.rows = end - begin
+        self._total = None if math.isinf(epochs) else int(epochs * self.rows)
         self._taken = 0  # rows handed out
         self._ahead = 0  # rows handed out or being read
         self._jobs: deque[tuple[dict[str, mx.array], int, Future[None]]] = deque()
@@ -158,7 +158,7 @@ class BlockReader:
         """The next ``n`` rows of the order (at most an epoch); the batches that follow are as if it had not
         been called.
         """
-        job = self._start(self._taken, min(n, self._n), endless=True)
+        job = self._start(self._taken, min(n, self.rows), endless=True)
         assert job is not None
         job[2].result()
         return self._decoded(job[0])
@@ -171,7 +171,7 @@ class BlockReader:
             "seed": self._seed,
             "shuffle": self._shuffle,
             "block_rows": self._block_rows,
-            "rows": list(self._rows),
+            "rows": list(self._range),
             "taken": self._taken,
         }
 
@@ -192,7 +192,7 @@ class BlockReader:
         """Blocks in the order on disk."""
         firsts: list[np.ndarray] = []
         ends: list[np.ndarray] = []
-        begin, end = self._rows
+        begin, end = self._range
         at = 0
         for rows in shard_rows:
             low, high = max(begin, at), min(end, at + rows)
@@ -218,9 +218,9 @@ class BlockReader:
         """First row and number of rows of each stretch, for ``rows`` rows from ``begin`` of the endless order."""
         parts = []
         while rows > 0:
-            epoch, at = divmod(begin, self._n)
+            epoch, at = divmod(begin, self.rows)
             order = self._order_of(epoch)
-            take = min(rows, self._n - at)
+            take = min(rows, self.rows - at)
             low = int(np.searchsorted(order.at, at, side="right")) - 1
             high = int(np.searchsorted(order.at, at + take, side="left"))
             cut_low = np.maximum(at - order.at[low:high], 0)

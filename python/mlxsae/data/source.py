@@ -18,11 +18,11 @@ import numpy as np
 class Chunk(NamedTuple):
     """Activations as a model gives them.
 
-    ``x [..., d_in]``, the target ``y [..., d_out]`` for a transcoder, and ``valid [...]`` (bool): False for
-    tokens to leave out, such as padding and BOS.
+    ``x [..., d_in]``, or a tuple of several over the same tokens, the target ``y [..., d_out]`` for a transcoder, and
+    ``valid [...]`` (bool): False for tokens to leave out, such as padding and BOS.
     """
 
-    x: mx.array | np.ndarray
+    x: mx.array | np.ndarray | tuple[mx.array | np.ndarray, ...]
     y: mx.array | np.ndarray | None = None
     valid: mx.array | np.ndarray | None = None
 
@@ -290,10 +290,15 @@ def as_source(data: Any) -> ActivationSource:
 
 def _valid_rows(chunk: Chunk | mx.array | np.ndarray) -> tuple[np.ndarray, ...]:
     chunk = chunk if isinstance(chunk, Chunk) else Chunk(chunk)
+    given = (
+        *(chunk.x if isinstance(chunk.x, tuple) else (chunk.x,)),
+        *(() if chunk.y is None else (chunk.y,)),
+    )
+    tokens = tuple(given[0].shape[:-1])
     fields = []
-    for a in (chunk.x,) if chunk.y is None else (chunk.x, chunk.y):
+    for a in given:
         rows = _to_numpy(a)
-        if rows.ndim < 2 or (fields and rows.shape[:-1] != chunk.x.shape[:-1]):
+        if rows.ndim < 2 or rows.shape[:-1] != tokens:
             raise ValueError(
                 f"[ShuffleBuffer] activations must be [..., d] over the same tokens but got {rows.shape}."
             )
@@ -301,10 +306,9 @@ def _valid_rows(chunk: Chunk | mx.array | np.ndarray) -> tuple[np.ndarray, ...]:
     if chunk.valid is None:
         return tuple(fields)
     valid = np.array(chunk.valid)
-    if valid.shape != tuple(chunk.x.shape[:-1]) or valid.dtype != np.bool_:
+    if valid.shape != tokens or valid.dtype != np.bool_:
         raise ValueError(
-            f"[ShuffleBuffer] valid must be bool of shape {tuple(chunk.x.shape[:-1])} "
-            f"but got {valid.dtype} {valid.shape}."
+            f"[ShuffleBuffer] valid must be bool of shape {tokens} but got {valid.dtype} {valid.shape}."
         )
     return tuple(rows[valid.reshape(-1)] for rows in fields)
 

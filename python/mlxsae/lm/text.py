@@ -402,4 +402,5 @@ def without_outliers(activation: mx.array, valid: mx.array, *, times_median: flo
     mask = np.array(valid)
     if not mask.any():
         return valid
-    return mx.array(mask & (norms <= times_median * np.median(norms[mask])))
+    # A norm that is NaN is kept: it must be seen.
+    return mx.array(mask & ~(norms > times_median * np.median(norms[mask])))

@@ -99,32 +99,29 @@ METAL_FUNC void csr_collect(const device P* product, const device float* bias, c
 }
 
 template <typename P, int V>
-[[kernel]] void csr_filter_batch(const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]],
-                                 device uint* ids [[buffer(2)]], device int* low [[buffer(3)]],
-                                 device uint* counts [[buffer(4)]], constant CsrSizes& s [[buffer(5)]],
-                                 const device int* state [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
-                                 uint lane [[thread_index_in_simdgroup]],
-                                 uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                 uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_filter_batch(
+    const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device uint* ids [[buffer(2)]],
+    device int* low [[buffer(3)]], device uint* counts [[buffer(4)]], constant CsrSizes& s [[buffer(5)]],
+    const device int* state [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   csr_collect<P, V, false, true>(product, bias, nullptr, state, ids, low, nullptr, counts, nullptr, nullptr, s,
                                  group * simdgroups + simdgroup, lane);
 }
 
 template <typename P, int V>
-[[kernel]] void csr_filter_threshold(const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]],
-                                     device uint* ids [[buffer(2)]], device int* low [[buffer(3)]],
-                                     device uint* counts [[buffer(4)]], constant CsrSizes& s [[buffer(5)]],
-                                     const device float* bounds [[buffer(6)]],
-                                     uint group [[threadgroup_position_in_grid]],
-                                     uint lane [[thread_index_in_simdgroup]],
-                                     uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                     uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_filter_threshold(
+    const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device uint* ids [[buffer(2)]],
+    device int* low [[buffer(3)]], device uint* counts [[buffer(4)]], constant CsrSizes& s [[buffer(5)]],
+    const device float* bounds [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   csr_collect<P, V, false, false>(product, bias, bounds, nullptr, ids, low, nullptr, counts, nullptr, nullptr, s,
                                   group * simdgroups + simdgroup, lane);
 }
 
 template <typename P, int V>
-[[kernel]] void csr_filter_batch_exact(
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_filter_batch_exact(
     const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device uint* ids [[buffer(2)]],
     device int* low [[buffer(3)]], device uint* counts [[buffer(4)]], constant CsrSizes& s [[buffer(5)]],
     const device int* state [[buffer(6)]], device int* up [[buffer(7)]], const device float* rows [[buffer(8)]],
@@ -136,7 +133,7 @@ template <typename P, int V>
 }
 
 template <typename P, int V>
-[[kernel]] void csr_filter_threshold_exact(
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_filter_threshold_exact(
     const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device uint* ids [[buffer(2)]],
     device int* low [[buffer(3)]], device uint* counts [[buffer(4)]], constant CsrSizes& s [[buffer(5)]],
     const device float* bounds [[buffer(6)]], device int* up [[buffer(7)]], const device float* rows [[buffer(8)]],
@@ -333,12 +330,12 @@ METAL_FUNC uint group_scan(uint v, threadgroup uint* pad, thread uint& total, ui
 }
 
 /** How many keys of a unit are above the cut and equal to it: tallies [unit][2]. A simdgroup a unit. */
-[[kernel]] void csr_tally(const device int* kept [[buffer(0)]], const device uint* offsets [[buffer(1)]],
-                          const device int* low [[buffer(2)]], const device uint* counts [[buffer(3)]],
-                          const device int* state [[buffer(4)]], device uint* tallies [[buffer(5)]],
-                          constant DigitSizes& s [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
-                          uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                          uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_tally(
+    const device int* kept [[buffer(0)]], const device uint* offsets [[buffer(1)]], const device int* low [[buffer(2)]],
+    const device uint* counts [[buffer(3)]], const device int* state [[buffer(4)]], device uint* tallies [[buffer(5)]],
+    constant DigitSizes& s [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   uint unit = group * simdgroups + simdgroup;
   if (unit >= s.units) return;
   int cut = state[kCut];
@@ -463,34 +460,35 @@ METAL_FUNC void csr_merge_unit(const device uint* ids, const device int* keys, c
   }
 }
 
-[[kernel]] void csr_merge_batch(const device uint* ids [[buffer(0)]], const device int* keys [[buffer(1)]],
-                                const device uint* offsets [[buffer(2)]], const device uint* fresh_ids [[buffer(3)]],
-                                const device int* fresh_keys [[buffer(4)]], const device uint* counts [[buffer(5)]],
-                                const device uint* next [[buffer(6)]], device uint* next_ids [[buffer(7)]],
-                                device int* next_keys [[buffer(8)]], constant DigitSizes& s [[buffer(9)]],
-                                const device int* state [[buffer(10)]], const device uint* quotas [[buffer(11)]],
-                                uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-                                uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_merge_batch(
+    const device uint* ids [[buffer(0)]], const device int* keys [[buffer(1)]],
+    const device uint* offsets [[buffer(2)]], const device uint* fresh_ids [[buffer(3)]],
+    const device int* fresh_keys [[buffer(4)]], const device uint* counts [[buffer(5)]],
+    const device uint* next [[buffer(6)]], device uint* next_ids [[buffer(7)]], device int* next_keys [[buffer(8)]],
+    constant DigitSizes& s [[buffer(9)]], const device int* state [[buffer(10)]],
+    const device uint* quotas [[buffer(11)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   csr_merge_unit<true>(ids, keys, offsets, fresh_ids, fresh_keys, counts, state, quotas, next, next_ids, next_keys, s,
                        group * simdgroups + simdgroup, lane);
 }
 
-[[kernel]] void csr_merge_threshold(const device uint* ids [[buffer(0)]], const device int* keys [[buffer(1)]],
-                                    const device uint* offsets [[buffer(2)]],
-                                    const device uint* fresh_ids [[buffer(3)]],
-                                    const device int* fresh_keys [[buffer(4)]], const device uint* counts [[buffer(5)]],
-                                    const device uint* next [[buffer(6)]], device uint* next_ids [[buffer(7)]],
-                                    device int* next_keys [[buffer(8)]], constant DigitSizes& s [[buffer(9)]],
-                                    uint group [[threadgroup_position_in_grid]],
-                                    uint lane [[thread_index_in_simdgroup]],
-                                    uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                    uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_merge_threshold(
+    const device uint* ids [[buffer(0)]], const device int* keys [[buffer(1)]],
+    const device uint* offsets [[buffer(2)]], const device uint* fresh_ids [[buffer(3)]],
+    const device int* fresh_keys [[buffer(4)]], const device uint* counts [[buffer(5)]],
+    const device uint* next [[buffer(6)]], device uint* next_ids [[buffer(7)]], device int* next_keys [[buffer(8)]],
+    constant DigitSizes& s [[buffer(9)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   csr_merge_unit<false>(ids, keys, offsets, fresh_ids, fresh_keys, counts, nullptr, nullptr, next, next_ids, next_keys,
                         s, group * simdgroups + simdgroup, lane);
 }
 
-[[kernel]] void csr_clear(device uint* bins [[buffer(0)]], uint i [[thread_position_in_grid]]) { bins[i] = 0; }
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_clear(device uint* bins [[buffer(0)]],
+                                                                          uint i [[thread_position_in_grid]]) {
+  bins[i] = 0;
+}
 
 // ---- the end -------------------------------------------------------------------------------------------------------
 
@@ -500,10 +498,10 @@ struct WriteSizes {
 
 /** values, indices [room] and offsets [n + 1]; a thread for each. Entries in no row become 0. */
 template <typename O>
-[[kernel]] void csr_write(const device uint* ids [[buffer(0)]], const device int* keys [[buffer(1)]],
-                          const device uint* offsets [[buffer(2)]], device O* values [[buffer(3)]],
-                          device uint* indices [[buffer(4)]], device long* ends [[buffer(5)]],
-                          constant WriteSizes& s [[buffer(6)]], uint i [[thread_position_in_grid]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_write(
+    const device uint* ids [[buffer(0)]], const device int* keys [[buffer(1)]],
+    const device uint* offsets [[buffer(2)]], device O* values [[buffer(3)]], device uint* indices [[buffer(4)]],
+    device long* ends [[buffer(5)]], constant WriteSizes& s [[buffer(6)]], uint i [[thread_position_in_grid]]) {
   uint count = s.empty != 0 ? 0 : offsets[s.n * s.parts];
   if (i < s.room) {
     values[i] = i < count ? O(key_value(keys[i])) : O(0.0f);
@@ -534,4 +532,6 @@ template <typename O>
 }
 
 /** The number of entries where there are no rows. */
-[[kernel]] void csr_no_entries(device long* count [[buffer(0)]]) { count[0] = 0; }
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void csr_no_entries(device long* count [[buffer(0)]]) {
+  count[0] = 0;
+}

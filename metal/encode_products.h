@@ -64,12 +64,11 @@ METAL_FUNC void store_row(device float* rows, uint row, uint n, uint d, thread c
 
 /** rows [2][n] of x that is multiplied as it is. A simdgroup a row. */
 template <typename T, int V>
-[[kernel]] void encode_rows(const device T* x [[buffer(0)]], device float* rows [[buffer(1)]],
-                            constant uint& n [[buffer(2)]], constant uint& d [[buffer(3)]],
-                            constant float& cut [[buffer(4)]], constant float& tiny [[buffer(5)]],
-                            uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-                            uint simdgroup [[simdgroup_index_in_threadgroup]],
-                            uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void encode_rows(
+    const device T* x [[buffer(0)]], device float* rows [[buffer(1)]], constant uint& n [[buffer(2)]],
+    constant uint& d [[buffer(3)]], constant float& cut [[buffer(4)]], constant float& tiny [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   uint row = group * simdgroups + simdgroup;
   if (row >= n) return;
   Norms norms;
@@ -79,12 +78,11 @@ template <typename T, int V>
 
 /** The same for x that is multiplied in bfloat16, to which it is rounded here. */
 template <int V>
-[[kernel]] void encode_round(const device float* x [[buffer(0)]], device float* rows [[buffer(1)]],
-                             constant uint& n [[buffer(2)]], constant uint& d [[buffer(3)]],
-                             constant float& tiny [[buffer(5)]], device bfloat* rounded [[buffer(6)]],
-                             uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-                             uint simdgroup [[simdgroup_index_in_threadgroup]],
-                             uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void encode_round(
+    const device float* x [[buffer(0)]], device float* rows [[buffer(1)]], constant uint& n [[buffer(2)]],
+    constant uint& d [[buffer(3)]], constant float& tiny [[buffer(5)]], device bfloat* rounded [[buffer(6)]],
+    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   uint row = group * simdgroups + simdgroup;
   if (row >= n) return;
   Norms norms;
@@ -94,12 +92,11 @@ template <int V>
 
 /** columns [3][d_sae] of weights that are multiplied as they are. A simdgroup a feature. */
 template <typename T, int V>
-[[kernel]] void encode_columns(const device T* w [[buffer(0)]], device float* columns [[buffer(1)]],
-                               constant uint& d_sae [[buffer(2)]], constant uint& d [[buffer(3)]],
-                               constant float& cut [[buffer(4)]], constant float& tiny [[buffer(5)]],
-                               uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-                               uint simdgroup [[simdgroup_index_in_threadgroup]],
-                               uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void encode_columns(
+    const device T* w [[buffer(0)]], device float* columns [[buffer(1)]], constant uint& d_sae [[buffer(2)]],
+    constant uint& d [[buffer(3)]], constant float& cut [[buffer(4)]], constant float& tiny [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   uint j = group * simdgroups + simdgroup;
   if (j >= d_sae) return;
   Norms norms;

@@ -234,43 +234,41 @@ METAL_FUNC void filter(const device P* product, const device float* bias, device
 }
 
 template <typename P, int V>
-[[kernel]] void topk_filter(const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]],
-                            device int* lists [[buffer(2)]], device int* states [[buffer(3)]],
-                            constant FilterSizes& s [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-                            uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                            uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void topk_filter(
+    const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device int* lists [[buffer(2)]],
+    device int* states [[buffer(3)]], constant FilterSizes& s [[buffer(4)]],
+    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   filter<P, P, V, false, false>(product, bias, lists, states, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
                                 nullptr, nullptr, 0, s, group * simdgroups + simdgroup, lane);
 }
 
 template <typename P, int V>
-[[kernel]] void topk_filter_aux(const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]],
-                                device int* lists [[buffer(2)]], device int* states [[buffer(3)]],
-                                constant FilterSizes& s [[buffer(4)]], const device bool* mask [[buffer(5)]],
-                                device int* aux_lists [[buffer(6)]], device int* aux_states [[buffer(7)]],
-                                uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
-                                uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void topk_filter_aux(
+    const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device int* lists [[buffer(2)]],
+    device int* states [[buffer(3)]], constant FilterSizes& s [[buffer(4)]], const device bool* mask [[buffer(5)]],
+    device int* aux_lists [[buffer(6)]], device int* aux_states [[buffer(7)]],
+    uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   filter<P, P, V, false, true>(product, bias, lists, states, mask, aux_lists, aux_states, nullptr, nullptr, nullptr,
                                nullptr, nullptr, 0, s, group * simdgroups + simdgroup, lane);
 }
 
 template <typename P, typename T, int V>
-[[kernel]] void topk_filter_exact(const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]],
-                                  device int* lists [[buffer(2)]], device int* states [[buffer(3)]],
-                                  constant FilterSizes& s [[buffer(4)]], const device T* x [[buffer(8)]],
-                                  const device T* w [[buffer(9)]], const device float* rows [[buffer(10)]],
-                                  const device float* columns [[buffer(11)]], const device float* edge [[buffer(12)]],
-                                  constant uint& d_sae [[buffer(13)]], uint group [[threadgroup_position_in_grid]],
-                                  uint lane [[thread_index_in_simdgroup]],
-                                  uint simdgroup [[simdgroup_index_in_threadgroup]],
-                                  uint simdgroups [[simdgroups_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void topk_filter_exact(
+    const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device int* lists [[buffer(2)]],
+    device int* states [[buffer(3)]], constant FilterSizes& s [[buffer(4)]], const device T* x [[buffer(8)]],
+    const device T* w [[buffer(9)]], const device float* rows [[buffer(10)]],
+    const device float* columns [[buffer(11)]], const device float* edge [[buffer(12)]],
+    constant uint& d_sae [[buffer(13)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   filter<P, T, V, true, false>(product, bias, lists, states, nullptr, nullptr, nullptr, x, w, rows, columns, edge,
                                d_sae, s, group * simdgroups + simdgroup, lane);
 }
 
 template <typename P, typename T, int V>
-[[kernel]] void topk_filter_exact_aux(
+[[kernel, max_total_threads_per_threadgroup(kMaxThreads)]] void topk_filter_exact_aux(
     const device P* product [[buffer(0)]], const device float* bias [[buffer(1)]], device int* lists [[buffer(2)]],
     device int* states [[buffer(3)]], constant FilterSizes& s [[buffer(4)]], const device bool* mask [[buffer(5)]],
     device int* aux_lists [[buffer(6)]], device int* aux_states [[buffer(7)]], const device T* x [[buffer(8)]],

@@ -4,6 +4,9 @@
 
 #include "common/lanes.h"
 
+/** The most threads of a threadgroup whose simdgroups or threads work each for themselves. */
+constant constexpr uint kMaxThreads = 256;
+
 /** <x, w> by one thread that reads for itself: for few results. */
 template <typename T>
 METAL_FUNC float chain(const device T* x, const device T* w, uint d) {

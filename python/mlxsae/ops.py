@@ -446,7 +446,7 @@ def feature_update(
 def backends() -> dict[str, dict[str, str]]:
     """What runs each op on each device that MLX has here: ``{"topk_encode": {"cpu": "kernel (avx512)"}, ...}``.
 
-    ``"fallback"`` means a graph of plain MLX ops.
+    ``"fallback"`` means a graph of plain MLX ops; where a GPU's kernel did not compile, the compiler's text follows.
     """
     devices = {"cpu": mx.Device(mx.cpu)}
     if mx.is_available(mx.gpu):

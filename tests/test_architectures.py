@@ -363,6 +363,48 @@ def test_cross_layer_learns_and_folds_its_scales(rule: str) -> None:
     assert alone > 0.5 * np.linalg.norm(np.array(clt.W_dec_of(0))[:, 0])  # layer 0 does write further on
 
 
+@pytest.mark.parametrize("preset", sorted(L.AUXK_PRESETS))
+def test_auxk_where_pre_activations_are_not_one_product(preset: str) -> None:
+    """The dense selection is that of the fused one where both apply; it reaches dead latents of every level alone."""
+    dead = mx.arange(48) % 2 == 0
+    term, x = L.AuxK(5, preset), mx.array(X)
+    plain, hierarchical = SAE(D, 48, k=3, seed=0), HierarchicalSAE(D, 20, 28, k_coarse=2, k_fine=3, seed=0)
+    np.testing.assert_allclose(
+        term.dense_code(plain, x, dead).values, to_dense(term.code(plain, x, dead), 48), atol=1e-5
+    )
+    hierarchical.encoder.bias = 0.1 * mx.random.normal((48,), key=mx.random.key(0))
+    code = to_dense(hierarchical.learn(x, {}).code, 48)
+    pre_acts = np.array(hierarchical.pre_acts(x))
+    np.testing.assert_allclose(code, np.where(np.array(code) > 0, pre_acts, 0), atol=1e-5)
+
+    clt = CrossLayerTranscoder(D // 2, 2, 24, k=3, seed=0)
+    clt.W_decs = [mx.random.normal(w.shape, key=mx.random.key(i)) for i, w in enumerate(clt.W_decs)]
+    for sae in (hierarchical, clt):
+
+        def of(x: mx.array, sae: SAE = sae) -> mx.array:
+            code, _, pre_acts = sae.learn(x, {})
+            return term(L.Forward(sae, x, x, code, sae.decode(code), dead, pre_acts))
+
+        value, grads = nn.value_and_grad(sae, of)(x)
+        assert value.item() > 0
+        if sae is clt:
+            bias = np.concatenate([np.array(e["bias"]) for e in grads["encoders"]])
+        else:
+            bias = np.array(grads["encoder"]["bias"])
+            bias[:20] = np.where(
+                np.arange(20) % 2, 0, bias[:20]
+            )  # coarse latents also move what the fine level sees
+        assert bias.any()
+        assert not bias[1::2].any()
+
+
+def test_cross_layer_revives_the_dead_by_the_default_configuration() -> None:
+    clt = CrossLayerTranscoder(D // 2, 2, 24, k=2, seed=0)
+    clt.encoders[1].bias = mx.where(mx.arange(24) < 6, mx.array(-5.0), mx.array(0.0))
+    history = fit(clt, source(), settings(60, loss=LossConfig(dead_after=640))).history
+    assert max(r.get("auxk", 0) for r in history) > 0
+
+
 def test_bad_cross_layer_transcoders() -> None:
     with pytest.raises(ValueError, match=r"d, n_layers and d_layer must be positive but got 6, 0 and 20"):
         CrossLayerTranscoder(6, 0, 20, k=2)

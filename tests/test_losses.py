@@ -230,6 +230,17 @@ def test_schedules_reach_the_terms() -> None:
         L.anneal(1, 0, 5, 5)
 
 
+def test_lp_keeps_the_size_of_l1() -> None:
+    sae, x = made(ReLU()), mx.array(data(32))
+    f = forward(sae, x, L.Loss({}))
+    assert L.Lp(0.4, like=1)(f).item() == pytest.approx(L.L1()(f).item(), rel=1e-5)
+    ratio = L.L1()(f).item() / L.Lp(0.4)(f).item()
+    assert ratio != pytest.approx(1, rel=0.1)
+    (_, a), (_, b) = gradient(sae, L.Lp(0.4, like=1), x), gradient(sae, L.Lp(0.4), x)
+    for name in a:
+        np.testing.assert_allclose(a[name], ratio * b[name], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("term", "rule", "message"),
     [

@@ -224,6 +224,23 @@ def test_lens_loads_what_we_save_and_we_what_it_does(case, tmp_path: Path, rule)
     np.testing.assert_allclose(np.array(again(mx.array(case.x))), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", ["jumprelu", "relu"])
+def test_lens_loads_our_skip_transcoders(case, tmp_path: Path, rule):
+    rng = np.random.default_rng(5)
+    made = ReLU() if rule == "relu" else JumpReLU.of(mx.array(rng.random(D_SAE, np.float32)))
+    skip = mx.array(0.1 * rng.standard_normal((D_IN, D_IN), np.float32))
+    sae = case.sae(made, apply_b_dec_to_input=False, W_skip=skip)
+    io.save(sae, tmp_path / "ours")
+    theirs = LensSAE.load_from_disk(str(tmp_path / "ours"), device="cpu")
+    with torch.no_grad():
+        x = torch.from_numpy(case.x)
+        expected = theirs(x).numpy()
+    np.testing.assert_allclose(np.array(sae(mx.array(case.x))), expected, rtol=1e-4, atol=1e-4)
+    theirs.save_model(str(tmp_path / "theirs"))
+    again = io.load(tmp_path / "theirs")
+    np.testing.assert_allclose(np.array(again(mx.array(case.x))), expected, rtol=1e-4, atol=1e-4)
+
+
 # ---- dictionary_learning --------------------------------------------------------------------------------------
 
 LINEAR = {

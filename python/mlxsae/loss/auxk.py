@@ -33,7 +33,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxsae import ops
-from mlxsae.code import SparseCode
+from mlxsae.code import DenseCode, SparseCode
 from mlxsae.loss.compose import Forward
 from mlxsae.loss.reconstruction import nonzero, sum_about_mean
 from mlxsae.sae import SAE
@@ -81,7 +81,10 @@ class AuxK:
 
     def __call__(self, forward: Forward) -> mx.array:
         sae, dead = forward.sae, _dead(forward)
-        aux_hat = ops.sparse_decode(self.code(sae, forward.x, dead), sae.decoder.weight)
+        if sae.one_product:
+            aux_hat = ops.sparse_decode(self.code(sae, forward.x, dead), sae.decoder.weight)
+        else:
+            aux_hat = sae.decode(self.dense_code(sae, forward.x, dead)) - sae.decoder.bias
         if AUXK_PRESETS[self.preset].bias:
             aux_hat = aux_hat + (sae.decoder.bias - mx.stop_gradient(sae.decoder.bias))
         return self.distance(forward.y, forward.y_hat, aux_hat, dead)
@@ -101,6 +104,16 @@ class AuxK:
         indices = mx.stop_gradient(code.indices)
         pre_acts = ops.gather_dot(x, weight, indices) + bias[indices]
         return SparseCode(mx.where(dead[indices], pre_acts, mx.zeros_like(pre_acts)), indices)
+
+    def dense_code(self, sae: SAE, x: mx.array, dead: mx.array) -> DenseCode:
+        """:meth:`code` for an SAE whose pre-activations are not one product, from dense ones."""
+        pre_acts = sae.pre_acts(x)
+        k = min(self.k_aux, sae.d_sae)
+        ranked = mx.stop_gradient(mx.where(dead, pre_acts, -mx.inf))
+        places = mx.argpartition(-ranked, k - 1, axis=-1)[..., :k]
+        chosen = mx.put_along_axis(mx.zeros_like(ranked), places, mx.ones(places.shape), axis=-1)
+        acts = pre_acts if AUXK_PRESETS[self.preset].signed else mx.maximum(pre_acts, 0)
+        return DenseCode(mx.where((chosen > 0) & dead, acts, 0))
 
     def distance(self, y: mx.array, y_hat: mx.array, aux_hat: mx.array, dead: mx.array) -> mx.array:
         """``s * dist(aux_hat, y - y_hat)``; differentiable in ``aux_hat`` only."""

@@ -71,6 +71,8 @@ class MultiTopK:
         k = getattr(sae.rule, "k", None)
         if k is None:
             raise ValueError(f"[MultiTopK] the rule must have a k but is {type(sae.rule).__name__}.")
+        if not sae.one_product:
+            raise ValueError(f"[MultiTopK] the SAE must have one encoder but is a {type(sae).__name__}.")
         inner = sae.encoder_input(forward.x)
         code = ops.topk_encode(inner, sae.encoder.weight, sae.encoder.bias, k=min(self.factor * k, sae.d_sae))
         squares = row_squares(forward.y, sae.decode(code, forward.x))

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlxsae.code import DenseCode, SparseCode, n_tokens
 from mlxsae.loss.compose import Forward
-from mlxsae.loss.reconstruction import fvu
+from mlxsae.loss.reconstruction import fvu, nonzero
 from mlxsae.sae import JumpReLU
 from mlxsae.sae.straight_through import step
 
@@ -46,17 +46,25 @@ class Lp:
     r""":math:`\mathrm{mean}_n \sum_j (f_j |W^{dec}_j|)^p`, or with ``root`` the p-norm, its p-th root (SAELens).
 
     ``p`` may be a function of the step: p-annealing (Karvonen et al. 2024) goes from 1 down to 0.2, and then counts
-    latents rather than their size. Only latents that fire have a gradient.
+    latents rather than their size. Only latents that fire have a gradient. The penalty's size changes with p; ``like=1``
+    multiplies it, as a constant, to the size that the penalty of p = 1 has on the same batch, so one weight does for the
+    whole run. (dictionary_learning multiplies its weight by the ratio of both at each change of p, which comes to that.)
     """
 
     p: float | Callable[[int], float] = 1.0
     root: bool = False
+    like: float | None = None
 
     def scheduled(self, step: int) -> dict[str, mx.array]:
         return {"lp.p": mx.array(self.p(step) if callable(self.p) else self.p, mx.float32)}
 
     def __call__(self, forward: Forward) -> mx.array:
-        p = forward.scheduled["lp.p"] if callable(self.p) else self.p
+        penalty = self._of(forward, forward.scheduled["lp.p"] if callable(self.p) else self.p)
+        if self.like is None:
+            return penalty
+        return penalty * mx.stop_gradient(self._of(forward, self.like) / nonzero(penalty))
+
+    def _of(self, forward: Forward, p: float | mx.array) -> mx.array:
         f = weighed(forward)
         powers = mx.where(f > 0, mx.power(mx.where(f > 0, f, 1), p), 0)
         sums = row_sums(forward, powers)

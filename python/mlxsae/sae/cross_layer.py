@@ -24,14 +24,15 @@ class CrossLayerTranscoder(SAE):
     Trains like any SAE, on inputs and targets ``[n, n_layers * d]``, the layers one after the other; calls also take
     ``[..., n_layers, d]``. The code holds the latents of all layers, ``d_sae = n_layers * d_layer``, those of layer l from
     ``l * d_layer`` on. Decoders are ``W_dec(l) [d_layer, n_layers - l, d]``, stored by feature as everything else. Steps go
-    through autodiff, with the sparse ops for rules that keep k latents a token; dead latents are revived by the rule's own
-    means or resampling, AuxK knows one encoder only.
+    through autodiff, with the sparse ops for rules that keep k latents a token.
 
     Parameters
     ----------
     d, n_layers, d_layer : width of the residual stream, layers, latents of each layer.
     k : latents a token and layer; or rule : one rule, of which each layer gets a copy. Codes of k a token, or dense ones.
     """
+
+    one_product = False
 
     def __init__(
         self,

@@ -28,6 +28,8 @@ class HierarchicalSAE(SAE):
     coarse, fine : rules, both with codes of one kind.
     """
 
+    one_product = False
+
     def __init__(
         self,
         d_in: int,
@@ -63,14 +65,27 @@ class HierarchicalSAE(SAE):
         code = self.learn(x.reshape(-1, x.shape[-1]), {}).code
         return type(code)(*(part.reshape(*lead, part.shape[-1]) for part in code))
 
-    def learn(self, x: mx.array, state: State, *, rule: Rule | None = None) -> Encoded:
+    def pre_acts(self, x: mx.array) -> mx.array:
+        """Of both levels, ``[n, d_sae]`` for ``x [n, d_in]``: the fine level's after what the coarse one explains."""
+        inner, _, left = self._coarse(x)
+        cut, w, b = self.d_coarse, self.encoder.weight, self.encoder.bias
+        each = [mx.addmm(b[:cut], inner, w[:cut].T), mx.addmm(b[cut:], left, w[cut:].T)]
+        return mx.concatenate(each, axis=-1)
+
+    def _coarse(self, x: mx.array) -> tuple[mx.array, Code, mx.array]:
+        """What the coarse level sees, its code, and what that leaves to the fine level."""
         cut, inner = self.d_coarse, self.encoder_input(x)
-        w_enc, b_enc, w_dec = self.encoder.weight, self.encoder.bias, self.decoder.weight
-        coarse = self.levels.coarse.learn(inner, w_enc[:cut], b_enc[:cut], {}).code
+        w_dec = self.decoder.weight
+        coarse = self.levels.coarse.learn(inner, self.encoder.weight[:cut], self.encoder.bias[:cut], {}).code
         known = (
             coarse.values @ w_dec[:cut] if isinstance(coarse, DenseCode) else ops.sparse_decode(coarse, w_dec)
         )
-        fine = self.levels.fine.learn(inner - known, w_enc[cut:], b_enc[cut:], {}).code
+        return inner, coarse, inner - known
+
+    def learn(self, x: mx.array, state: State, *, rule: Rule | None = None) -> Encoded:
+        cut, w, b = self.d_coarse, self.encoder.weight, self.encoder.bias
+        _, coarse, left = self._coarse(x)
+        fine = self.levels.fine.learn(left, w[cut:], b[cut:], {}).code
         return Encoded(_joined(coarse, fine, cut), state)
 
 

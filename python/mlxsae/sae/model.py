@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -53,6 +53,9 @@ class SAE(nn.Module):
     ------
     ValueError, TypeError : for sizes, ``k`` or dtypes out of range, each naming what it got.
     """
+
+    one_product: ClassVar[bool] = True
+    """Whether all pre-activations are one encoder's product with :meth:`encoder_input`."""
 
     encoder: Encoder
     rule: Rule

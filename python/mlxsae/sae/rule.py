@@ -175,7 +175,8 @@ class BatchTopK(Rule):
     k : mean number of latents a token.
     threshold : None until trained or :func:`calibrate`d; until then :meth:`encode` takes the ``k n`` largest of what it
         is given.
-    decay : :math:`\beta`.
+    decay : :math:`\beta`. Of a batch's ``k n`` values the smallest says its threshold within a percent, so ten batches are
+        enough; a longer memory lags behind while thresholds still fall, and a short run ends with too few latents.
     """
 
     architecture = "batchtopk"
@@ -183,7 +184,7 @@ class BatchTopK(Rule):
     certified = True
     PARAMETERS = ("k", "threshold", "decay")
 
-    def __init__(self, k: int, threshold: float | None = None, decay: float = 0.99):
+    def __init__(self, k: int, threshold: float | None = None, decay: float = 0.9):
         super().__init__()
         self.k = positive_int("BatchTopK", "k", k)
         self.threshold = threshold

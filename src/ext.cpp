@@ -120,6 +120,8 @@ NB_MODULE(_ext, m) {
 
   m.def("gpu_plan", &mlxsae::gpu_plan, "op"_a, "sizes"_a, nb::kw_only(), "gpu"_a = "",
         nb::sig("def gpu_plan(op: str, sizes: dict[str, int | float | str], *, gpu: str = '') -> str"));
+  m.def("gpu_plan_of", &mlxsae::gpu_plan_of, "result"_a, nb::kw_only(), "gpu"_a = "",
+        nb::sig("def gpu_plan_of(result: " ARRAY ", *, gpu: str = '') -> str"));
   m.def("op_names", &mlxsae::op_names, nb::sig("def op_names() -> list[str]"));
   m.def("kernel_for", &mlxsae::kernel_for, "op"_a, "device"_a,
         nb::sig("def kernel_for(op: str, device: mlx.core.Device) -> str"));

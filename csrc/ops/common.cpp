@@ -132,6 +132,13 @@ std::string gpu_plan(const std::string& op, const std::map<std::string, gpu::Nam
   return row->plan(named, device).json();
 }
 
+std::string gpu_plan_of(const mx::array& result, const std::string& gpu) {
+  auto* primitive = result.has_primitive() ? dynamic_cast<FusedPrimitive*>(&result.primitive()) : nullptr;
+  if (!primitive) fail("gpu_plan_of", "result must come straight from an op with a kernel but does not.");
+  mx::eval(result.inputs());  // where they lie in memory counts
+  return primitive->plan(result.inputs(), gpu::device_for(gpu)).json();
+}
+
 int num_threads() { return cpu::num_threads(); }
 
 void set_num_threads(int n) {

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import msl
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import run_plan
 from run_plan import from_float, to_float
 
 import oracle
+from mlxsae import SparseCode, SparseCodeCSR, _ext, ops
 
 TYPES = ["float", "half", "bfloat"]
 RTOL = {t: oracle.RTOL[name] for t, name in zip(TYPES, ("float32", "float16", "bfloat16"), strict=True)}
@@ -668,3 +671,107 @@ def test_every_barrier_is_needed():
         feature_update(wide, libraries=libs)
 
     assert not without_barrier("feature_update", update)
+
+
+# ---- from arrays to plans --------------------------------------------------------------------------------------------
+
+
+def mlx(a: np.ndarray, type: str = "float") -> mx.array:
+    return mx.array(a).view(mx.bfloat16) if type == "bfloat" else mx.array(a)
+
+
+def plan_of(result: mx.array) -> dict[str, Any]:
+    return json.loads(_ext.gpu_plan_of(result, gpu="applegpu_g14s"))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(("value_type", "type"), [("float", "float"), ("half", "half"), ("half", "bfloat")])
+@pytest.mark.parametrize("d", [48, 33])
+def test_an_op_plans_what_is_tested_here(d, value_type, type, compressed):
+    """The plan that an op makes from its arrays is the one that the other tests execute."""
+    rng = np.random.default_rng(0)
+    n, d_sae, k = 6, 20, 3
+    code = random_code(rng, n, d_sae, k, value_type, compressed)
+    values, indices = mlx(code.values, value_type), mx.array(code.indices)
+    offsets = mx.array(code.offsets) if compressed else None
+    w, rows = random_array(rng, (d_sae, d), type), random_array(rng, (n, d), type)
+    left, bias = random_array(rng, (n, d), value_type), random_array(rng, d, value_type)
+    common = code.sizes() | dict(d=d, d_sae=d_sae)
+    same = run_plan.plan
+
+    for b in (None, bias):
+        got = _ext.sparse_decode(
+            values, indices, mlx(w, type), None if b is None else mlx(b, value_type), offsets=offsets
+        )
+        sizes = common | dict(w=type, bias=b is not None, bias_type=value_type)
+        assert plan_of(got) == same("sparse_decode", **sizes, aligned=aligned(w, *([] if b is None else [b])))
+    got = _ext.gather_dot(mlx(left, value_type), mlx(w, type), indices, offsets=offsets)
+    assert plan_of(got) == same("gather_dot", **common, rows=value_type, w=type, aligned=aligned(left, w))
+    got = _ext.sparse_outer(values, indices, mlx(rows, type), d_sae=d_sae, offsets=offsets)
+    assert plan_of(got) == same("sparse_outer", **common, rows=type, aligned=aligned(rows))
+    counts = mx.zeros(d_sae, mx.int32)
+    got = _ext.tokens_since_fired(counts, values, indices, n_tokens=n, offsets=offsets)
+    assert plan_of(got) == same("tokens_since_fired", **common, n_tokens=n)
+    if (value_type, type) == ("float", "float"):
+        for b in (None, bias):
+            got = _ext.decode_residual(
+                values, indices, mlx(w), mlx(rows), None if b is None else mlx(b), offsets=offsets
+            )
+            assert plan_of(got[1]) == same(
+                "decode_residual", **common, bias=b is not None, aligned=aligned(w)
+            )
+        assert plan_of(_ext.encoder_shadow(mlx(w))[0]) == same(
+            "encoder_shadow", d=d, d_sae=d_sae, aligned=aligned(w)
+        )
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("d", "n_terms", "clip", "shadow"), [(48, 1, 0.0, False), (33, 2, 0.5, True), (48, 3, 0.5, True)]
+)
+def test_the_update_plans_what_is_tested_here(d, n_terms, clip, shadow, compressed):
+    t = training(np.random.default_rng(0), 6, d, d, 20, 3, n_terms, compressed)
+    terms = [
+        ops.Term(mlx(q.residual), SparseCodeCSR(*map(mx.array, (*q.code.arrays, *q.code.tail))) if compressed else SparseCode(*map(mx.array, q.code.arrays)), mx.array(q.scale))
+        for q in t.terms
+    ]  # fmt: skip
+    params, m, v = (ops.Params(*map(mx.array, four)) for four in (t.params, t.m, t.v))
+    pair = (mx.zeros((20, d), mx.bfloat16), mx.zeros((3, 20))) if shadow else None
+    learning = dict(lr=LEARNING["lr"], step=LEARNING["step"])
+    out = ops.feature_update(
+        mlx(t.x),
+        terms,
+        params,
+        m,
+        v,
+        loss=mx.array(1.0),
+        clip_norm=clip,
+        b_dec_to_input=True,
+        shadow=pair,
+        **learning,
+    )
+    sizes = update_sizes(t, project=True, normalize=True, through_input=True, clip_norm=clip, shadow=shadow)
+    if shadow:
+        sizes["aligned"] = aligned(t.x, np.zeros((1, d), np.float16))
+    got, want = plan_of(out[3]), run_plan.plan("feature_update", **sizes)
+    for step, other in zip(got["steps"], want["steps"], strict=True):
+        mine, theirs = (s.pop("arguments") for s in (step, other))
+        for a, b in zip(mine, theirs, strict=True):
+            assert a[:2] == b[:2]
+            np.testing.assert_allclose(a[2], b[2], rtol=1e-5)  # float32 powers, and ours in float64
+    assert got == want
+
+
+def test_a_view_that_is_not_aligned_takes_the_narrow_kernel():
+    w = mx.zeros((21, 32)).reshape(-1)[1 : 1 + 20 * 32].reshape(20, 32)
+    mx.eval(w)
+    code = mx.ones((2, 2)), mx.zeros((2, 2), mx.uint32)
+    kernels = [
+        plan_of(_ext.sparse_decode(*code, a, None))["steps"][0]["kernel"] for a in (w, mx.zeros((20, 32)))
+    ]
+    assert kernels == ["sparse_decode_float_1", "sparse_decode_float_4"]
+
+
+def test_only_results_of_ops_have_plans():
+    with pytest.raises(ValueError, match=r"\[gpu_plan_of\] result must come straight from an op"):
+        _ext.gpu_plan_of(mx.zeros(3))

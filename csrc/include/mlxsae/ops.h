@@ -215,6 +215,12 @@ MLXSAE_API std::string gpu_plan(const std::string& op,
                                 const std::map<std::string, std::variant<int64_t, double, std::string>>& sizes,
                                 const std::string& gpu = "");
 
+/**
+ * The plan that a GPU would execute for this very result of an op, which must not have been evaluated; its inputs are.
+ * Throws std::invalid_argument for any other array.
+ */
+MLXSAE_API std::string gpu_plan_of(const mlx::core::array& result, const std::string& gpu = "");
+
 /** Whether ops built from now on may use kernels (true at start); otherwise they are graphs of plain MLX ops. */
 MLXSAE_API bool kernels_enabled();
 MLXSAE_API void enable_kernels(bool enabled);

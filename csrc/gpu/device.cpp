@@ -6,7 +6,9 @@ namespace mlxsae::gpu {
 
 // The last letter of an architecture is its size: p phone, g base and Pro, s Max, d Ultra. The chunk is about two
 // thirds of the system level cache of the smallest chip of the row; twelve simdgroups for each of its cores hide the
-// memory's latency. None of these numbers changes a result. They are estimates until somebody measures them on the
+// memory's latency. On NVIDIA's it
+// is two thirds of the second level cache, and sixteen warps for each multiprocessor; a GPU without a row of its own has
+// that of its generation or the one before. None of these numbers changes a result. They are estimates until somebody measures them on the
 // chips.
 const std::vector<Device>& devices() {
   constexpr int64_t MiB = 1 << 20;
@@ -17,7 +19,8 @@ const std::vector<Device>& devices() {
       {"g15g", "M3", 6 * MiB, 120, false},        {"g15s", "M3 Max", 32 * MiB, 360, false},
       {"g15d", "M3 Ultra", 64 * MiB, 720, false}, {"g16g", "M4", 8 * MiB, 120, false},
       {"g16s", "M4 Max", 32 * MiB, 384, false},   {"g17g", "M5", 8 * MiB, 120, true},
-      {"g17s", "M5 Max", 32 * MiB, 384, true},    {"", "any other", 8 * MiB, 120, true},
+      {"g17s", "M5 Max", 32 * MiB, 384, true},    {"sm_80", "A100", 24 * MiB, 1728, true},
+      {"sm_90", "H100, H200", 32 * MiB, 2112, true}, {"", "any other", 8 * MiB, 120, true},
   };
   return table;
 }
@@ -28,6 +31,7 @@ const Device& device_for(const std::string& architecture) {
   if (name.starts_with(prefix)) name.remove_prefix(prefix.size());
   for (auto& row : devices())
     if (name == row.architecture) return row;
+  if (name.starts_with("sm_")) return device_for(name.size() == 5 && name < "sm_90" ? "sm_80" : "sm_90");
   return devices().back();
 }
 

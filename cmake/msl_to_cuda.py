@@ -150,10 +150,10 @@ def entry(name: str, expression: str, kernel: Kernel) -> str:
     function, _, arguments = expression.partition("<")
     buffers = sorted((p for p in kernel.parameters if p.index is not None), key=lambda p: p.index or 0)
     declared = ", ".join(
-        f"MSL_VALUE({p.type}) {p.name}" if p.value else f"msl::Pointer {p.name}" for p in buffers
+        f"MSL_VALUE({p.type}) {p.name}" if p.value else f"metal::Pointer {p.name}" for p in buffers
     )
     given = ", ".join(
-        f"msl::place<{p.type}>(msl::{p.place}())" if p.place else p.name for p in kernel.parameters
+        f"metal::place<{p.type}>(metal::{p.place}())" if p.place else p.name for p in kernel.parameters
     )
     bound = f"__launch_bounds__({kernel.bound}) " if kernel.bound else ""
     called = f"{function.strip()}_body" + (f"<{arguments}" if arguments else "")
@@ -185,7 +185,7 @@ def translate(text: str) -> tuple[str, dict[str, tuple[str, Kernel]]]:
     units = {n: (e, found[e.partition("<")[0].strip()]) for n, e in {**plain, **entries}.items()}
     heads = "".join(entry(n, e, k) for n, (e, k) in units.items())
     translated = re.sub(r"\n\s*\n+", "\n", body(text))
-    return f"namespace msl::kernels {{\n{translated}\n{heads}}}  // namespace msl::kernels\n", units
+    return f"namespace metal::kernels {{\n{translated}\n{heads}}}  // namespace metal::kernels\n", units
 
 
 def is_template(text: str, name: str) -> bool:

@@ -4,7 +4,7 @@
 // Every simd operation is one of the whole warp: the kernels keep to that, and their tests refuse anything else
 // (tests/metal). Order of sums: a butterfly, the same in every run.
 
-namespace msl {
+namespace metal {
 
 using uchar = unsigned char;
 using ushort = unsigned short;
@@ -123,7 +123,7 @@ MSL_OPERATOR(/)
 // ---- functions ------------------------------------------------------------------------------------------------------
 
 #undef INFINITY
-#define INFINITY (msl::as_type<float>(0x7f800000u))
+#define INFINITY (metal::as_type<float>(0x7f800000u))
 
 #define MSL_EXTREME(T)                                         \
   MSL_FUNC T min(T a, T b) { return b < a ? b : a; }           \
@@ -253,4 +253,4 @@ MSL_FUNC T atomic_fetch_add_explicit(atomic<T>* a, T v, memory_order) {
   return atomicAdd(&a->value, v);
 }
 
-}  // namespace msl
+}  // namespace metal

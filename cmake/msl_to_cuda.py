@@ -135,9 +135,7 @@ def kernels(text: str) -> tuple[str, dict[str, Kernel]]:
         bound = re.search(r"max_total_threads_per_threadgroup\s*\((.*)\)", m[1])
         found[m[2]] = Kernel(parameters, bound[1] if bound else "")
         declared = ", ".join(
-            f"const {p.type}{'&' if p.value else ''} {p.name}"
-            if p.value or p.place
-            else f"{p.type} {p.name}"
+            f"const {p.type}{'&' if p.value else ''} {p.name}" if p.value or p.place else f"{p.type} {p.name}"
             for p in parameters
         )
         out += [text[at : m.start()], f"__device__ __forceinline__ void {m[2]}_body({declared})"]

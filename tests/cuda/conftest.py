@@ -1,9 +1,9 @@
-"""Puts the harness's folder and this one on the path."""
+"""Puts the build's tools, the harness and this folder on the path."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "metal")]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(p) for p in (HERE, HERE.parent / "metal", HERE.parents[1] / "cmake")]

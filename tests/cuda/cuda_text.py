@@ -6,12 +6,8 @@ import ctypes
 import functools
 import importlib.util
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "cmake"), str(ROOT / "tests" / "metal")]
 
 import embed_metal
 import msl_to_cuda
@@ -19,6 +15,7 @@ from msl import toolchain
 from msl.frontend import KernelSource, Parameter, Program
 from msl.library import Library
 
+ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 HEADER = (ROOT / "csrc" / "cuda" / "msl.cuh").read_text()
 LIBRARIES = sorted(p.stem for p in (ROOT / "metal").glob("*.metal"))
@@ -47,9 +44,7 @@ def on_cpu(library: str) -> Library:
             f"static constexpr int indices_{k}[] = {{{', '.join(map(str, indices))}}};\n"
             f"static void run_{k}() {{ cuda_on_cpu::call(&{name}, indices_{k}); }}"
         )
-        table.append(
-            f'{{"{name}", run_{k}, {len(kernel.parameters)}, cuda_on_cpu::describe_all(&{body})}}'
-        )
+        table.append(f'{{"{name}", run_{k}, {len(kernel.parameters)}, cuda_on_cpu::describe_all(&{body})}}')
     unit = "\n".join(
         [
             "#define MSL_ALL_KERNELS",

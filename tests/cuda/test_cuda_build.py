@@ -1,7 +1,7 @@
 """What can be verified of the CUDA room without a GPU: it compiles for real ones, and libmlxsae needs nothing of CUDA.
 
 NVRTC comes from the package nvidia-cuda-nvrtc; MLX's CUDA headers and library from an unpacked mlx-cuda-13 wheel in the folder that
-MLXSAE_MLX_CUDA names, CUDA's own headers from nvidia-cuda-runtime. `.ci/run` gets all three.
+MLX_CUDA_WHEEL names, CUDA's own headers from nvidia-cuda-runtime. `.ci/run` gets all three.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def test_without_a_gpu_nothing_is_claimed() -> None:
 
 
 def cuda_wheel() -> Path:
-    folder = Path(os.environ.get("MLXSAE_MLX_CUDA", ROOT / "build" / "mlx-cuda"))
+    folder = Path(os.environ.get("MLX_CUDA_WHEEL", ROOT / "build" / "mlx-cuda"))
     if not (folder / "mlx" / "include" / "mlx" / "backend" / "cuda" / "device.h").exists():
-        pytest.skip("MLXSAE_MLX_CUDA names no unpacked mlx-cuda-13 wheel")
+        pytest.skip("MLX_CUDA_WHEEL names no unpacked mlx-cuda-13 wheel")
     return folder / "mlx"
 
 

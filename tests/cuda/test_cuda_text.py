@@ -16,17 +16,18 @@ import test_sparse_kernels as sparse
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ on the path")
 
+
 @pytest.fixture(autouse=True)
 def cuda_in_the_place_of_metal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        run_plan, "library", lambda name, mode: cuda_text.on_cpu(name)
-    )
+    monkeypatch.setattr(run_plan, "library", lambda name, mode: cuda_text.on_cpu(name))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("types", [("float", "bfloat"), ("half", "float"), ("bfloat", "half")])
 @pytest.mark.parametrize(("n", "d", "d_sae", "k"), [(31, 33, 48, 48), (40, 48, 1000, 32)])
-def test_sparse_products(n: int, d: int, d_sae: int, k: int, types: tuple[str, str], compressed: bool) -> None:
+def test_sparse_products(
+    n: int, d: int, d_sae: int, k: int, types: tuple[str, str], compressed: bool
+) -> None:
     sparse.test_products_equal_the_oracle(n, d, d_sae, k, types, 1, compressed)
 
 

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from embed_metal import libraries, literal
@@ -87,8 +88,8 @@ def body(text: str) -> str:
     """Address spaces, threadgroup arrays and literals of anything but kernels' heads."""
     tokens = TOKEN.findall(text)
     words = [i for i, t in enumerate(tokens) if not t.isspace()]
-    before = {i: tokens[j] for j, i in zip(words, words[1:], strict=False)}
-    after = {j: tokens[i] for j, i in zip(words, words[1:], strict=False)}
+    before = {i: tokens[j] for j, i in pairwise(words)}
+    after = {j: tokens[i] for j, i in pairwise(words)}
     out = []
     for i, t in enumerate(tokens):
         if t in ("device", "thread"):

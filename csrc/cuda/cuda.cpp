@@ -47,8 +47,8 @@ cuda::Function kernel(const Launch& l, int device) {
  */
 void allocate(std::vector<mx::array>& arrays, mx::Stream s) {
   if (arrays.empty()) return;
-  static const std::string code =
-      cuda::compile("extern \"C\" __global__ void mlxsae_allocate() {}", "mlxsae_allocate", architecture(s.device.index));
+  static const std::string code = cuda::compile("extern \"C\" __global__ void mlxsae_allocate() {}", "mlxsae_allocate",
+                                                architecture(s.device.index));
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> types;
   for (auto& a : arrays) {

@@ -70,8 +70,8 @@ struct bfloat {
 template <class T, int N>
 struct vec;
 
-#define MSL_SUBSCRIPT                                             \
-  MSL_FUNC T& operator[](int i) { return (&x)[i]; }               \
+#define MSL_SUBSCRIPT                               \
+  MSL_FUNC T& operator[](int i) { return (&x)[i]; } \
   MSL_FUNC const T& operator[](int i) const { return (&x)[i]; }
 template <class T>
 struct MSL_ALIGN(2 * sizeof(T)) vec<T, 2> {
@@ -106,14 +106,14 @@ using half4 = vec<half, 4>;
 using uint2 = vec<uint, 2>;
 using ulong2 = vec<ulong, 2>;
 
-#define MSL_OPERATOR(op)                                                                                     \
-  MSL_FUNC float4 operator op(const float4& a, const float4& b) {                                            \
-    return float4(a.x op b.x, a.y op b.y, a.z op b.z, a.w op b.w);                                           \
-  }                                                                                                          \
-  MSL_FUNC float4 operator op(const float4& a, float b) { return a op float4(b); }                           \
-  MSL_FUNC float4 operator op(float a, const float4& b) { return float4(a) op b; }                           \
-  MSL_FUNC float4& operator op##=(float4& a, const float4& b) { return a = a op b; }                         \
-  MSL_FUNC float4& operator op##=(float4& a, float b) { return a = a op float4(b); }
+#define MSL_OPERATOR(op)                                                                \
+  MSL_FUNC float4 operator op(const float4& a, const float4& b) {                       \
+    return float4(a.x op b.x, a.y op b.y, a.z op b.z, a.w op b.w);                      \
+  }                                                                                     \
+  MSL_FUNC float4 operator op(const float4& a, float b) { return a op float4(b); }      \
+  MSL_FUNC float4 operator op(float a, const float4& b) { return float4(a) op b; }      \
+  MSL_FUNC float4& operator op## = (float4 & a, const float4& b) { return a = a op b; } \
+  MSL_FUNC float4& operator op## = (float4 & a, float b) { return a = a op float4(b); }
 MSL_OPERATOR(+)
 MSL_OPERATOR(-)
 MSL_OPERATOR(*)
@@ -125,8 +125,8 @@ MSL_OPERATOR(/)
 #undef INFINITY
 #define INFINITY (metal::as_type<float>(0x7f800000u))
 
-#define MSL_EXTREME(T)                                         \
-  MSL_FUNC T min(T a, T b) { return b < a ? b : a; }           \
+#define MSL_EXTREME(T)                               \
+  MSL_FUNC T min(T a, T b) { return b < a ? b : a; } \
   MSL_FUNC T max(T a, T b) { return a < b ? b : a; }
 MSL_EXTREME(int)
 MSL_EXTREME(uint)
@@ -202,14 +202,14 @@ template <class T>
 MSL_FUNC T simd_broadcast_first(T v) {
   return shuffled(v, 0);
 }
-#define MSL_REDUCTION(name, expression)                         \
-  template <class T>                                            \
-  MSL_FUNC T name(T a) {                                        \
-    for (int step = 16; step > 0; step /= 2) {                  \
-      T b = __shfl_xor_sync(kWarp, a, step);                    \
-      a = expression;                                           \
-    }                                                           \
-    return a;                                                   \
+#define MSL_REDUCTION(name, expression)        \
+  template <class T>                           \
+  MSL_FUNC T name(T a) {                       \
+    for (int step = 16; step > 0; step /= 2) { \
+      T b = __shfl_xor_sync(kWarp, a, step);   \
+      a = expression;                          \
+    }                                          \
+    return a;                                  \
   }
 MSL_REDUCTION(simd_sum, a + b)
 MSL_REDUCTION(simd_min, min(a, b))

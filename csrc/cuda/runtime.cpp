@@ -20,7 +20,8 @@ void* loaded(const char* name) {
 template <class F>
 void find(F*& function, void* library, const char* name) {
   function = reinterpret_cast<F*>(dlsym(library, name));
-  if (!function) throw std::runtime_error(std::string("[cuda] there must be a function ") + name + " but there is none.");
+  if (!function)
+    throw std::runtime_error(std::string("[cuda] there must be a function ") + name + " but there is none.");
 }
 
 // Results and handles as in the C interfaces of NVRTC and of the driver.
@@ -104,8 +105,7 @@ const MLX& mlx_cuda() {
     find(m.get_command_encoder, lib, "_ZN3mlx4core2cu19get_command_encoderENS0_6StreamE");
     find(m.set_input_array, lib, "_ZN3mlx4core2cu14CommandEncoder15set_input_arrayERKNS0_5arrayE");
     find(m.set_output_array, lib, "_ZN3mlx4core2cu14CommandEncoder16set_output_arrayERKNS0_5arrayE");
-    find(m.add_kernel_node, lib,
-         "_ZN3mlx4core2cu14CommandEncoder19add_kernel_node_rawEP9CUfunc_st4dim3S5_S5_jPPv");
+    find(m.add_kernel_node, lib, "_ZN3mlx4core2cu14CommandEncoder19add_kernel_node_rawEP9CUfunc_st4dim3S5_S5_jPPv");
     find(m.add_completed_handler, lib, "_ZN3mlx4core2cu14CommandEncoder21add_completed_handlerESt8functionIFvvEE");
     return m;
   }();

@@ -1,8 +1,8 @@
 #pragma once
 // What the CUDA room calls of MLX's CUDA backend, of NVRTC and of the driver. All of it is looked up by name in the
 // libraries that an MLX with CUDA has loaded already, so that one libmlxsae, built without CUDA, runs with and without:
-// no header, no library and no symbol of CUDA is needed to build it or to load it. tests/cuda compares every declaration
-// here with the headers of MLX's CUDA wheel.
+// no header, no library and no symbol of CUDA is needed to build it or to load it. tests/cuda compares every
+// declaration here with the headers of MLX's CUDA wheel.
 
 #include <cstddef>
 #include <cstdint>

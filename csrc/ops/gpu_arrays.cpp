@@ -62,7 +62,8 @@ std::vector<mx::array> arrays_of(const Plan& plan, const std::vector<mx::array>&
     } else {
       // Two dimensions, since one holds less than 2^31.
       int width = static_cast<int>(std::min<int64_t>(b.size, 1 << 20));
-      arrays.push_back({{static_cast<int>(ceil_div(b.size, std::max(width, 1))), width}, dtype_of(b.type), nullptr, {}});
+      arrays.push_back(
+          {{static_cast<int>(ceil_div(b.size, std::max(width, 1))), width}, dtype_of(b.type), nullptr, {}});
     }
   }
   return arrays;

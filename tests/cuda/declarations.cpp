@@ -4,8 +4,8 @@
 
 #include <cuda.h>
 
-#include "mlx/backend/cuda/device.h"
 #include "cuda/runtime.h"
+#include "mlx/backend/cuda/device.h"
 
 namespace cu = mlx::core::cu;
 namespace ours = mlxsae::cuda;

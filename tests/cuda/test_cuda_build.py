@@ -137,8 +137,13 @@ def test_declarations_are_those_of_mlx() -> None:
     includes = [
         p for f in (spec.submodule_search_locations or [] if spec else []) for p in Path(f).glob("*/include")
     ]
-    if not any((p / "cuda_runtime.h").exists() for p in includes):
-        pytest.skip("nvidia-cuda-runtime is not installed")
+    for header, package in (
+        ("cuda_runtime.h", "runtime"),
+        ("crt/host_config.h", "crt"),
+        ("cccl/cuda/std/complex", "cccl"),
+    ):
+        if not any((p / header).exists() for p in includes):
+            pytest.skip(f"nvidia-cuda-{package} is not installed")
     command = ["g++", "-std=c++20", "-fsyntax-only", f"-I{wheel / 'include'}"]
     command += [f"-I{p}" for p in includes] + [f"-I{cuda_text.HERE / 'stubs'}", f"-I{ROOT / 'csrc'}"]
     result = subprocess.run(

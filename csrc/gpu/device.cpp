@@ -6,8 +6,8 @@ namespace mlxsae::gpu {
 
 // The last letter of an Apple architecture is its size: p phone, g base and Pro, s Max, d Ultra. The chunk is about two
 // thirds of the system level cache of the smallest chip of the row (of the second level cache of NVIDIA's); twelve
-// simdgroups for each Apple core, sixteen for each multiprocessor, hide the memory's latency. An NVIDIA GPU without a row
-// has that of its generation or the one before. None of these numbers changes a result. They are estimates until
+// simdgroups for each Apple core, sixteen for each multiprocessor, hide the memory's latency. An NVIDIA GPU without a
+// row has that of its generation or the one before. None of these numbers changes a result. They are estimates until
 // somebody measures them on the chips.
 const std::vector<Device>& devices() {
   constexpr int64_t MiB = 1 << 20;

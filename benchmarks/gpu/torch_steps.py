@@ -34,7 +34,7 @@ class Dense:
 
     def _pre_activations(self, x: torch.Tensor) -> torch.Tensor:
         w_enc, b_enc, _, b_dec = self.params
-        return F.linear(x - b_dec, w_enc, b_enc.to(torch.bfloat16))
+        return F.linear(x - b_dec, w_enc, b_enc)
 
     def _forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast("cuda", torch.bfloat16):

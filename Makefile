@@ -6,7 +6,7 @@ VENV ?= .venv
 MLX ?= $(if $(filter Linux,$(shell uname -s)),cpu)
 comma := ,
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake -type f)
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake metal -type f)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .PHONY: demo test lint bench metal test-peers bench-peers clean
@@ -20,7 +20,7 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	find csrc src tests/cpp tests/metal -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc src tests/cpp tests/metal tests/cuda -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # SHAPES=S0,S1,S2 and others of benchmarks/shapes.py.
 SHAPES ?= S0,S1

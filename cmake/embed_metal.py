@@ -34,11 +34,13 @@ def libraries(root: Path) -> dict[str, str]:
     return {p.stem: flatten(p, root) for p in sorted(root.resolve().glob("*.metal"))}
 
 
-def as_cpp(texts: dict[str, str]) -> str:
-    def literal(text: str) -> str:
-        pieces = [text[i : i + 8000] for i in range(0, len(text), 8000)]
-        return "\n".join(f'R"metal({p})metal"' for p in pieces)
+def literal(text: str) -> str:
+    """A text as C++ string literals, each of a length that every compiler takes."""
+    pieces = [text[i : i + 8000] for i in range(0, len(text), 8000)]
+    return "\n".join(f'R"metal({p})metal"' for p in pieces)
 
+
+def as_cpp(texts: dict[str, str]) -> str:
     rows = "\n".join(
         f"      {{{name!r}, {literal(text)}}},".replace("'", '"', 2) for name, text in texts.items()
     )

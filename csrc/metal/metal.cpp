@@ -12,35 +12,14 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "mlx/backend/metal/metal.h"
-#include "mlx/ops.h"
-#include "mlx/primitives.h"
 #include "ops/gpu.h"
+#include "ops/gpu_arrays.h"
 
 namespace mlxsae::gpu {
 
 namespace mx = mlx::core;
 
 namespace {
-
-mx::Dtype dtype_of(Type t) {
-  switch (t) {
-    case Type::f32:
-      return mx::float32;
-    case Type::f16:
-      return mx::float16;
-    case Type::bf16:
-      return mx::bfloat16;
-    case Type::i32:
-      return mx::int32;
-    case Type::u32:
-      return mx::uint32;
-    case Type::i64:
-      return mx::int64;
-    case Type::boolean:
-      return mx::bool_;
-  }
-  throw std::logic_error("[metal] unknown type.");
-}
 
 /** Where libmlxsae lies, and mlxsae.metallib beside it where the build made one. */
 const std::string& own_folder() {
@@ -90,43 +69,17 @@ MTL::ComputePipelineState* pipeline(mx::metal::Device& d, const Launch& l) {
   return d.get_kernel(l.kernel, library(d, l.library), name, constants);
 }
 
-/** `rows` rows of a matrix from `first` on, in its memory. */
-mx::array rows_of(const mx::array& a, int64_t first, int64_t rows, int64_t d) {
-  mx::array view({static_cast<int>(rows), static_cast<int>(d)}, a.dtype(), nullptr, {});
-  view.copy_shared_buffer(a, {d, 1}, {true, true, rows <= 1 || d <= 1}, rows * d, first * d);
-  return view;
-}
-
-mx::array transposed(const mx::array& a) {
-  mx::array view({a.shape(1), a.shape(0)}, a.dtype(), nullptr, {});
-  view.copy_shared_buffer(a, {1, a.shape(1)}, {true, a.shape(0) <= 1 || a.shape(1) <= 1, true}, a.data_size());
-  return view;
-}
-
 /** One run of a plan. */
 class Run {
  public:
   Run(const Plan& plan, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, mx::Stream s)
-      : stream_(s), device_(mx::metal::device(s.device)), encoder_(mx::metal::get_command_encoder(s)) {
-    size_t in = 0, out = 0;
-    for (auto& b : plan.buffers) {
-      temporary_.push_back(false);
-      if (b.role == Role::input) {
-        arrays_.push_back(inputs.at(in++));
-      } else if (b.role == Role::output) {
-        auto& a = outputs.at(out++);
-        if (b.donor >= 0 && inputs.at(b.donor).is_donatable() && inputs[b.donor].nbytes() == a.nbytes())
-          a.copy_shared_buffer(inputs[b.donor]);
-        else
-          a.set_data(mx::allocator::malloc(a.nbytes()));
-        arrays_.push_back(a);
-      } else {
-        // Two dimensions, since one holds less than 2^31.
-        int width = static_cast<int>(std::min<int64_t>(b.size, 1 << 20));
-        arrays_.push_back(
-            {{static_cast<int>(ceil_div(b.size, std::max(width, 1))), width}, dtype_of(b.type), nullptr, {}});
-        temporary_.back() = true;
-      }
+      : stream_(s),
+        device_(mx::metal::device(s.device)),
+        encoder_(mx::metal::get_command_encoder(s)),
+        arrays_(arrays_of(plan, inputs, outputs)) {
+    for (size_t i = 0; i < arrays_.size(); ++i) {
+      temporary_.push_back(plan.buffers[i].role == Role::temporary);
+      if (plan.buffers[i].role == Role::output) allocated(static_cast<int>(i));
     }
   }
 
@@ -156,13 +109,9 @@ class Run {
 
   /** MLX's own product, whose eval allocates its output: a fresh one from MLX's cache of buffers each time. */
   void operator()(const Matmul& m) {
-    auto a = rows_of(allocated(m.a), 0, m.n, m.d);
-    auto b = transposed(rows_of(allocated(m.b), m.first, m.m, m.d));
-    auto out = mx::matmul(a, b, stream_);
-    std::vector<mx::array> result{out};
-    out.primitive().eval_gpu({a, b}, result);
+    auto out = product(m, allocated(m.a), allocated(m.b), stream_);
     release(m.out);
-    arrays_[m.out] = result[0];
+    arrays_[m.out] = out;
   }
 
   ~Run() {
@@ -178,12 +127,12 @@ class Run {
 
   mx::array& allocated(int i) {
     auto& a = arrays_[i];
-    if (temporary_[i] && !a.data_shared_ptr()) a.set_data(mx::allocator::malloc(a.nbytes()));
+    if (!has_memory(a)) a.set_data(mx::allocator::malloc(a.nbytes()));
     return a;
   }
   /** Temporaries live until the GPU has done with them. */
   void release(int i) {
-    if (temporary_[i] && arrays_[i].data_shared_ptr()) encoder_.add_temporary(arrays_[i]);
+    if (temporary_[i] && has_memory(arrays_[i])) encoder_.add_temporary(arrays_[i]);
   }
 
   mx::Stream stream_;

@@ -1,5 +1,5 @@
 #pragma once
-// What a GPU room offers to the ops: csrc/metal in a build for macOS, csrc/no_gpu elsewhere.
+// What a GPU room offers to the ops: csrc/metal in a build for macOS, csrc/cuda for Linux, csrc/no_gpu elsewhere.
 
 #include "gpu/device.h"
 #include "gpu/plan.h"

@@ -16,6 +16,8 @@ from pathlib import Path
 from .errors import CompileError, ToolMissing
 
 RUNTIME = Path(__file__).resolve().parent / "runtime"
+# The runtime's folder in debug information: what is cached must not depend on where this package lies.
+_RUNTIME_NAME = "msl-runtime"
 _CLANGS = [f"clang++-{v}" for v in range(24, 15, -1)] + ["clang++"]
 
 
@@ -203,7 +205,7 @@ def _built(path: Path, command: Sequence[str], text: str | None = None) -> Path:
 def build(text: str, *, mode: str, compiler: str) -> Path:
     """The shared library of a rewritten program."""
     flags = _kernel_flags(compiler, mode)
-    key = digest(_identity(compiler), _runtime_digest(), " ".join(flags), mode)
+    key = digest(_identity(compiler), _runtime_digest(), " ".join(flags), mode, _RUNTIME_NAME)
     library = cache_dir() / f"{digest(key, text)}-{mode}.so"
     if library.exists():
         library.touch()
@@ -224,6 +226,7 @@ def build(text: str, *, mode: str, compiler: str) -> Path:
         command += [str(RUNTIME / source), "-c", "-o"]
         objects.append(_built(cache_dir() / f"{key}-{Path(source).stem}.o", command))
     kernels = library.with_suffix(".o")
+    flags.append(f"-ffile-prefix-map={RUNTIME}={_RUNTIME_NAME}")
     _built(kernels, [compiler, *flags, f"-I{RUNTIME}", "-x", "c++", "-c", "-", "-o"], text)
     _built(library, [compiler, "-shared", str(kernels), *map(str, objects), "-lm", "-o"])
     kernels.unlink(missing_ok=True)
@@ -250,7 +253,12 @@ def places(library: Path, addresses: Sequence[int]) -> list[tuple[str, int] | No
                 tool, f"--obj={library}", "--output-style=GNU", "-i", hex(address)]  # fmt: skip
             for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
                 file, _, number = line.split(" (discriminator")[0].rpartition(":")
-                if not file or file == "??" or Path(file).parent == RUNTIME or not number.isdigit():
+                if (
+                    not file
+                    or file == "??"
+                    or Path(file).parent.name == _RUNTIME_NAME
+                    or not number.isdigit()
+                ):
                     continue
                 place = (INLINE if file.endswith(f"/{INLINE}") else file, int(number))
                 break

@@ -98,7 +98,8 @@ constant constexpr uint kMaxDigits = 256;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint s = 0; s < simdgroup; ++s) smaller += sums[s];
 
-  // A simdgroup's entries are neighbours, so that its order is theirs. `rank`: how many of the same digit it saw before.
+  // A simdgroup's entries are neighbours, so that its order is theirs. `rank`: how many of the same digit it saw
+  // before.
   uint key[kSortRounds], rank[kSortRounds];
   uint begin = tile * kSortTile + simdgroup * kSimd * kSortRounds + lane;
   for (uint i = 0; i < kSortRounds; ++i) {

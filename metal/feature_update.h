@@ -32,9 +32,9 @@ constant constexpr uint kSums = 8;     // sum up the squares of all gradients (a
 constant constexpr uint kDry = 16;     // sums only, change nothing
 constant constexpr uint kShadow = 32;  // keep the encoder's shadow
 
-constant constexpr int kColumns = 4;              // pieces of a row in each thread's registers
-constant constexpr int kEntries = 4;              // entries whose products are summed up at once
-constant constexpr uint kEntriesPerFeature = 4;   // the work on a feature's row, in entries
+constant constexpr int kColumns = 4;             // pieces of a row in each thread's registers
+constant constexpr int kEntries = 4;             // entries whose products are summed up at once
+constant constexpr uint kEntriesPerFeature = 4;  // the work on a feature's row, in entries
 
 struct Adam {
   float beta1, beta2, eps, step_size, inverse, clip;
@@ -212,14 +212,16 @@ template <int V, bool kGroup>
           Lanes<V> old = load<float, V>(w_enc + place);
           if (any && sums && (flags & kThrough)) pass_through[u] = scaled(db, old, pass_through[u]);
           if (!dry) {
-            old = adam_piece<V>(adam, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place, v_enc_out + place);
+            old =
+                adam_piece<V>(adam, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place, v_enc_out + place);
             store<float, V>(w_enc_out + place, old);
             if (shadow) shadow_piece<V>(old, w16 + place, full, rest, low);
           }
         }
         if (!dry && c[u] < d_out) {
           const ulong place = dec + c[u];
-          w[u] = adam_piece<V>(adam, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place, v_dec_out + place);
+          w[u] =
+              adam_piece<V>(adam, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place, v_dec_out + place);
           norm += w[u] * w[u];
         }
       }
@@ -264,9 +266,9 @@ template <int V>
     device float* db_enc [[buffer(21)]], device float* through [[buffer(22)]], device float* squares [[buffer(23)]],
     constant uint& n [[buffer(24)]], constant uint& d_in [[buffer(25)]], constant uint& d_out [[buffer(26)]],
     constant uint& d_sae [[buffer(27)]], constant uint& parts [[buffer(28)]], constant uint& flags [[buffer(29)]],
-    device float* products [[buffer(30)]], uint part [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint simdgroups [[simdgroups_per_threadgroup]]) {
+    device float* products [[buffer(30)]], uint part [[threadgroup_position_in_grid]],
+    uint tid [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup float pad[kPad];
   uint turn = 0;
   Adam adam;
@@ -424,9 +426,9 @@ template <int V>
     device float* control [[buffer(2)]], const device float* b [[buffer(3)]], const device float* m [[buffer(4)]],
     const device float* v [[buffer(5)]], device float* b_out [[buffer(6)]], device float* m_out [[buffer(7)]],
     device float* v_out [[buffer(8)]], device float* norm [[buffer(9)]], constant uint& count [[buffer(10)]],
-    constant uint& d [[buffer(11)]], constant float& clip_norm [[buffer(12)]],
-    uint tid [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
+    constant uint& d [[buffer(11)]], constant float& clip_norm [[buffer(12)]], uint tid [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup float pad[kPad];
   uint turn = 0;
   Adam adam;

@@ -17,8 +17,7 @@ template <typename T, int V>
                            constant uint& k [[buffer(8)]], constant long& room [[buffer(9)]],
                            constant uint& row_type [[buffer(10)]], constant uint& out_type [[buffer(11)]],
                            uint t [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]],
-                           uint lane [[thread_index_in_simdgroup]],
-                           uint simdgroup [[simdgroup_index_in_threadgroup]],
+                           uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                            uint simdgroups [[simdgroups_per_threadgroup]]) {
   if (t == n) {
     for (ulong e = code_size(offsets, k, ulong(room), n) + tid; e < ulong(room); e += simdgroups * kSimd)

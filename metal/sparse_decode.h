@@ -12,8 +12,8 @@ constant constexpr int kDecodeUnroll = 4;  // pieces of a row in flight in each 
 template <typename T, int V, bool kResidual>
 METAL_FUNC void decode_row(const device char* values, uint value_type, const device uint* indices, const device T* w,
                            const device char* bias, uint bias_type, bool has_bias, const device char* target,
-                           device char* out, uint out_type, device float* square, ulong2 span, uint d, uint d_sae, uint t,
-                           threadgroup float* parts, uint lane, uint simdgroup, uint simdgroups) {
+                           device char* out, uint out_type, device float* square, ulong2 span, uint d, uint d_sae,
+                           uint t, threadgroup float* parts, uint lane, uint simdgroup, uint simdgroups) {
   constexpr uint kStep = kSimd * V, kBlock = kDecodeUnroll * kStep;
   Lanes<V> squares = Lanes<V>(0.0f);
   for (uint c0 = simdgroup * kBlock; c0 < d; c0 += simdgroups * kBlock) {

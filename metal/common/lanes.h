@@ -71,8 +71,6 @@ METAL_FUNC void store_any(device char* p, uint type, ulong i, Lanes<V> v) {
 METAL_FUNC float not_a_number() { return as_type<float>(0x7fc00000u); }
 METAL_FUNC bool is_finite(float v) { return (as_type<uint>(v) & 0x7f800000u) != 0x7f800000u; }
 /** v > 0 or NaN: the feature fires. */
-METAL_FUNC bool is_firing(float v) {
-  return as_type<int>(v) > 0 || (as_type<uint>(v) & 0x7fffffffu) > 0x7f800000u;
-}
+METAL_FUNC bool is_firing(float v) { return as_type<int>(v) > 0 || (as_type<uint>(v) & 0x7fffffffu) > 0x7f800000u; }
 /** v != 0: the slot is used. */
 METAL_FUNC bool is_used(float v) { return (as_type<uint>(v) & 0x7fffffffu) != 0; }

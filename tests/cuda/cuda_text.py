@@ -61,10 +61,14 @@ def on_cpu(library: str) -> Library:
     )
     path = toolchain.build(unit, mode="fast", compiler="g++")
     sources = {
-        n: KernelSource(n, tuple(parameter(p) for p in k.parameters), False, 0)
+        n: KernelSource(n, tuple(parameter(p) for p in k.parameters), False, 0, most_threads(k))
         for n, (_, k) in kernels.items()
     }
     return Library(Program("", sources, {n: n for n in kernels}), path, "fast")
+
+
+def most_threads(kernel: msl_to_cuda.Kernel) -> int | None:
+    return int(kernel.bound) if kernel.bound.isdigit() else None
 
 
 def parameter(p: msl_to_cuda.Parameter) -> Parameter:

@@ -49,6 +49,7 @@ def test_this_machine():
             "gauss",
             "shared mean",
             "tiny",
+            "small",
             "huge",
             "sparse",
             "integers",
@@ -67,6 +68,8 @@ def test_same_bits_as_float32(n, d, d_sae, k, kind, seed):
         x = x + 30 * rng.standard_normal(d)
     elif kind == "tiny":  # products are subnormal, and flushed to zero by the bfloat16 product
         x, w, b = x * 1e-22, w * 1e-20, b * 1e-40
+    elif kind == "small":  # squares vanish where products do not
+        x, b = x * 1e-25, b * 1e-25
     elif kind == "huge":
         x, b = x * 1e15, b * 1e15
     elif kind == "sparse":

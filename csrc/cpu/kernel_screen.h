@@ -46,7 +46,8 @@ inline Rounded round_row(const float* v, bf16* out, int64_t d) {
     full.add(x * x), rest.add((x - y) * (x - y)), low.add(y * y);
   });
   float up = 1 + 1e-5f + static_cast<float>(d) * 6e-8f;
-  auto norm = [up](float square) { return __builtin_sqrtf(square) * up; };
+  float lost = 1.2e-38f * static_cast<float>(d);  // squares below the smallest normal number
+  auto norm = [=](float square) { return __builtin_sqrtf(square + lost) * up; };
   return {norm(full.total()), norm(rest.total()), norm(low.total())};
 }
 

@@ -176,22 +176,23 @@ METAL_FUNC void filter(const device P* product, const device float* bias, device
   const device float* b = bias + s.f0;
   for (uint base = begin; base < end; base += 4 * kSimd) {
     uint at = base + 4 * lane;
-    float4 p = float4(0.0f), v = float4(0.0f);
+    float4 p = float4(0.0f), q = float4(0.0f);  // products and biases
     uint may = 0, wanted = 0;
     if constexpr (V == 4) {
       if (at < end) {  // m is a multiple of 4
         p = load<P, 4>(values + at);
-        v = p + load<float, 4>(b + at);
+        q = load<float, 4>(b + at);
         may = 15;
       }
     } else {
       for (uint i = 0; i < 4; ++i) {
         if (at + i >= end) break;
         p[i] = float(values[at + i]);
-        v[i] = p[i] + b[at + i];
+        q[i] = b[at + i];
         may |= 1u << i;
       }
     }
+    float4 v = p + q;
     bool close = false;
     for (uint i = 0; i < 4; ++i) {
       bool here = (may >> i & 1) != 0;
@@ -207,6 +208,24 @@ METAL_FUNC void filter(const device P* product, const device float* bias, device
     }
     if (!simd_any(close)) continue;
 
+    float4 c0 = float4(0.0f), c1 = float4(0.0f), c2 = float4(0.0f);  // columns
+    if constexpr (kExact) {
+      const device float* c = columns + s.f0 + at;
+      if (V == 4 && d_sae % 4 == 0) {
+        if (may != 0) {
+          c0 = load<float, 4>(c);
+          c1 = load<float, 4>(c + d_sae);
+          c2 = load<float, 4>(c + 2 * ulong(d_sae));
+        }
+      } else {
+        for (uint i = 0; i < 4; ++i) {
+          if ((may >> i & 1) == 0) continue;
+          c0[i] = c[i];
+          c1[i] = c[d_sae + i];
+          c2[i] = c[2 * ulong(d_sae) + i];
+        }
+      }
+    }
     int low[4], up[4];
     for (uint i = 0; i < 4; ++i) {
       low[i] = up[i] = kNoKey;
@@ -214,9 +233,7 @@ METAL_FUNC void filter(const device P* product, const device float* bias, device
       low[i] = up[i] = order_key(v[i]);
       if constexpr (kExact) {
         if (r1 == 0.0f) continue;
-        uint j = s.f0 + at + i;
-        float error = r0 * (columns[j] + s.tiny) + r1 * columns[d_sae + j] + columns[2 * ulong(d_sae) + j] +
-                      2.4e-7f * fabs(bias[j]) + s.cut * fabs(p[i]) + s.least;
+        float error = r0 * (c0[i] + s.tiny) + r1 * c1[i] + c2[i] + 2.4e-7f * fabs(q[i]) + s.cut * fabs(p[i]) + s.least;
         bool known = is_finite(v[i]) && error < INFINITY;
         low[i] = known ? order_key(v[i] - error) : order_key(-INFINITY);
         up[i] = known ? order_key(v[i] + error) : kNanKey;

@@ -16,7 +16,7 @@ struct EncodeSizes {
   bool exact;    // the float32 result; else that of the product in `type`. With few rows it is exact in any case
   bool shadow;   // multiply in bfloat16: w16 and columns are inputs
   bool aligned;  // rows of x and w_enc are whole vectors
-  bool aligned_bias;
+  bool aligned_bias;  // so are b_enc and, with a shadow, columns
 };
 
 /** Buffers of an encoder's inputs, in the order of the primitive's. */

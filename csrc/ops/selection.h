@@ -50,7 +50,7 @@ inline gpu::EncodeSizes encode_sizes(const Arrays& in, bool shadow) {
           in[1].dtype() == mx::float32,
           shadow,
           aligned_rows(in[0]) && aligned_rows(in[1]),
-          in[2].offset() % gpu::kVectorBytes == 0};
+          in[2].offset() % gpu::kVectorBytes == 0 && (!shadow || in.back().offset() % gpu::kVectorBytes == 0)};
 }
 
 /** Integers in the order of selection: larger values first (NaN first of all), of equal values the lower place. */

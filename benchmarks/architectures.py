@@ -1,0 +1,137 @@
+"""Every architecture on the bundled language model: the same activations, tokens, width and k; one table for the docs.
+
+``python -m benchmarks.architectures`` trains them all on one stream (`mlxsae.train.fit_many`), evaluates each in the model on
+held-out text and stores what it saw in ``benchmarks/results/architectures.json``; ``--write`` puts the table into
+``docs/architectures.md``. Settings are the library's defaults; terms whose weight has to be chosen for a wanted L0 are at their
+default weight, so compare those rows at their own L0. About half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks import machine
+from mlxsae import lm as lm_room
+from mlxsae.data import ModelActivations, ShuffleBuffer
+from mlxsae.lm import TokenBatch, tiny
+from mlxsae.lm.tiny import world
+from mlxsae.lm.tiny.language import documents, token_rows
+from mlxsae.metrics.in_model import evaluate_in_model
+from mlxsae.train import Job, LossConfig, SAEConfig, TrainConfig, fit_many
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
+DOC = ROOT / "docs" / "architectures.md"
+BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
+K, EXPANSION_FACTOR, BATCH, BUFFER, ROWS = 8, 32, 1024, 131_072, 64
+MARKS = [world.TOKEN_ID[mark] for mark in world.SPECIALS]
+
+NESTED = LossConfig(prefixes=(1 / 16, 1 / 4))
+ARCHITECTURES: dict[str, SAEConfig] = {
+    "TopK": SAEConfig(architecture="topk"),
+    "BatchTopK": SAEConfig(architecture="batchtopk"),
+    "GroupMax": SAEConfig(architecture="groupmax"),
+    "Matryoshka TopK (1/16, 1/4)": SAEConfig(architecture="topk", train=TrainConfig(loss=NESTED)),
+    "Matryoshka BatchTopK (1/16, 1/4)": SAEConfig(architecture="batchtopk", train=TrainConfig(loss=NESTED)),
+    "JumpReLU": SAEConfig(architecture="jumprelu", rule={"k": K}),
+    "ReLU, L1": SAEConfig(architecture="relu"),
+    "Gated": SAEConfig(architecture="gated"),
+    "sigmoid-gated": SAEConfig(architecture="sigmoid_gated"),
+    "TopK-JumpReLU": SAEConfig(architecture="topk_jumprelu"),
+    "tied TopK": SAEConfig(architecture="topk", tied=True),
+}
+
+
+def training_text(seed: int) -> Iterator[TokenBatch]:
+    text = documents(sys.maxsize, seed)
+    while True:
+        yield _batch(token_rows(list(itertools.islice(text, ROWS))))
+
+
+def _batch(tokens: np.ndarray) -> TokenBatch:
+    return TokenBatch(mx.array(tokens), mx.array(np.isin(tokens, MARKS, invert=True)))
+
+
+def measure(names: list[str], tokens: int, heldout_tokens: int, seed: int) -> dict:
+    lm = lm_room.load("tiny")
+    point = lm.hook_point("resid", layer=(lm.n_layers - 1) // 2)
+    jobs = []
+    for name in names:
+        config = ARCHITECTURES[name]
+        train = replace(config.train, total_tokens=tokens, batch_size=BATCH, seed=seed, log_every=50)
+        sae = replace(config, k=K, expansion_factor=EXPANSION_FACTOR, train=train).build(lm.d_model)
+        jobs.append(Job(sae, train, name=name))
+    stream = ModelActivations(lm, point, lambda: training_text(seed))
+    start = time.perf_counter()
+    results = fit_many(jobs, ShuffleBuffer(stream, batch_size=BATCH, capacity=BUFFER, seed=seed))
+    seconds = time.perf_counter() - start
+    heldout = tiny.labelled(heldout_tokens, seed + 1).tokens
+    batches = [_batch(heldout[i : i + ROWS]) for i in range(0, len(heldout), ROWS)]
+    rows = {
+        name: evaluate_in_model(lm, result.sae, point, batches)
+        for name, result in zip(names, results, strict=True)
+    }
+    return {
+        "machine": machine.describe(machine.cores()),
+        "hook_point": str(point),
+        "tokens": tokens,
+        "heldout_tokens": heldout_tokens,
+        "k": K,
+        "d_sae": EXPANSION_FACTOR * lm.d_model,
+        "seed": seed,
+        "seconds": round(seconds),
+        "rows": rows,
+    }
+
+
+def table(results: dict) -> str:
+    lines = ["| architecture | FVU | L0 | dead | loss recovered |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {name} | {row['fvu']:.4f} | {row['l0']:.1f} | {row['dead_fraction']:.1%} | {row['loss_recovered_mean']:.4f} |"
+        for name, row in results["rows"].items()
+    ]
+    return "\n".join(
+        [
+            f"The bundled model, `{results['hook_point']}`, {results['d_sae']:,} latents, k {results['k']}, {results['tokens']:,} "
+            f"training tokens, default settings, seed {results['seed']}; judged on {results['heldout_tokens']:,} held-out tokens; loss "
+            "recovered against mean ablation. Rows with a penalty instead of a k are at the L0 that its default weight gives.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--heldout-tokens", type=int, default=60_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--write", action="store_true", help="put the stored table into the docs; trains nothing"
+    )
+    options = parser.parse_args()
+    if not options.write:
+        names = options.only or list(ARCHITECTURES)
+        results = measure(names, options.tokens, options.heldout_tokens, options.seed)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(table(results))
+        return
+    text = DOC.read_text()
+    before, after = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+    DOC.write_text(f"{before}{BEGIN}\n{table(json.loads(options.out.read_text()))}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

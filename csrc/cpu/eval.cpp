@@ -1,6 +1,8 @@
 #include "cpu/eval.h"
 
 #include <algorithm>
+#include <atomic>
+#include <future>
 #include <string>
 
 #if defined(__linux__)
@@ -21,6 +23,22 @@ void allocate(mx::array& out) {
   auto end = (reinterpret_cast<uintptr_t>(out.data<char>()) + out.nbytes()) / page * page;
   if (out.nbytes() >= 4 * page && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+namespace {
+std::atomic<int> failures{0};
+}
+
+void task_failed() { ++failures; }
+
+void give_back_lost_tasks(mx::Stream s) {
+  if (failures == 0) return;
+  auto done = std::make_shared<std::promise<void>>();
+  mx::scheduler::enqueue(s, [done] { done->set_value(); });
+  done->get_future().wait();
+  // Other streams may have tasks under way: what is taken from them by mistake only lets MLX run a little further ahead.
+  for (int lost = std::min(failures.exchange(0), mx::scheduler::n_active_tasks()); lost > 0; --lost)
+    mx::scheduler::notify_task_completion(s);
 }
 
 void parallel_ranges(int64_t n, int64_t least, const std::function<void(int64_t, int64_t)>& task) {

@@ -27,15 +27,33 @@ inline Code code_of(const mx::array* values, const mx::array& indices, const mx:
 void allocate(mx::array& out);
 
 /**
+ * MLX counts a task as running before it hands it to the stream (CommandEncoder::dispatch, 0.32.4); if an earlier task
+ * has thrown by then, the main thread throws that error in between, and the count stays one too high for ever. Over ten
+ * of these and every evaluation waits for tasks that nobody has. So what our tasks lose is given back: the next
+ * dispatch after `task_failed` waits for the stream, and takes what is still counted then for lost, one a failure at
+ * most. Throws the error of an earlier asynchronous evaluation, if one is pending, as MLX would.
+ */
+void task_failed();
+void give_back_lost_tasks(mx::Stream s);
+
+/**
  * Runs `task` on the stream's thread. It must hold pointers and sizes by value, never arrays: MLX keeps the buffers of
  * inputs and outputs until the task is done.
  */
 template <class Task>
 void dispatch(mx::Stream s, const Arrays& inputs, Arrays& outputs, Task task) {
+  give_back_lost_tasks(s);
   auto& encoder = mx::cpu::get_command_encoder(s);
   for (auto& a : inputs) encoder.set_input_array(a);
   for (auto& a : outputs) encoder.set_output_array(a);
-  encoder.dispatch(std::move(task));
+  encoder.dispatch([task = std::move(task)]() mutable {
+    try {
+      task();
+    } catch (...) {
+      task_failed();
+      throw;
+    }
+  });
 }
 
 /** parallel_for over [0, n) in ranges: several for each thread, of at least `least` items. */

@@ -218,6 +218,8 @@ def test_transcoder_with_skip() -> None:
             with pytest.raises(ValueError, match=r"\[SAE\] x must be given to decode, for the skip"):
                 coder.decode(code)
     assert found[True] < 0.7 * found[False]
+    nested = settings(5, loss=LossConfig(prefixes=(0.25,), auxk=None))
+    assert fit(coder, ArraySource(x, y, batch_size=64), nested).history[-1]["prefixes"] > 0
 
 
 # ---- hierarchical ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxsae import io
 from mlxsae import loss as L
+from mlxsae.analysis import steer
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate
-from mlxsae.sae import SAE
+from mlxsae.sae import SAE, Crosscoder
 from mlxsae.train import (
     OPTIMIZERS,
     Callback,
@@ -369,6 +372,64 @@ def test_mean_and_deviation_fold_into_the_weights(d_out: int | None) -> None:
     np.testing.assert_allclose(np.array(sae.decode(a)), wanted, rtol=2e-3, atol=2e-2)
     pair = mx.array(x[:2000]) if y is None else (mx.array(x[:2000]), mx.array(y[:2000]))
     assert evaluate(sae, [pair])["fvu"] < 0.5
+
+
+def test_layer_norm_is_the_saes_own(tmp_path: Path) -> None:
+    """Each token is normalised, in training and in use; files, weights on the way and the reconstruction's scale agree."""
+    data = dictionary_data()
+    rows = (data * np.random.default_rng(0).uniform(0.1, 10, (len(data), 1)) + 3).astype(np.float32)
+    x = mx.array(rows[:500])
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    by_hand = centred / (rows.std(axis=1, keepdims=True, ddof=1) + 1e-5)
+    settings = config(total_tokens=300 * 64, normalize="layer_norm")
+    sae = new_sae()
+    result = fit(sae, ArraySource(rows, batch_size=64), settings, validation=rows[:640])
+    # The same run on tokens normalised by hand ends in the same weights.
+    plain = new_sae()
+    fit(plain, ArraySource(by_hand, batch_size=64), config(total_tokens=300 * 64, normalize="none"))
+    for name, w in weights(plain).items():
+        np.testing.assert_allclose(weights(sae)[name], w, rtol=1e-3, atol=1e-3, err_msg=name)
+    assert (sae.normalize_activations, plain.normalize_activations) == ("layer_norm", "none")
+    code, other = sae.encode(x), SAE.from_weights(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, k=4)
+    inner = other(mx.array(by_hand[:500]))
+    expected = np.array(inner) * rows[:500].std(axis=1, keepdims=True, ddof=1) + rows[:500].mean(
+        axis=1, keepdims=True
+    )
+    np.testing.assert_allclose(np.array(sae.decode(code, x)), expected, rtol=1e-4, atol=1e-3)
+    assert evaluate(sae, [x])["fvu"] < 0.2
+    fvu = (
+        np.square(by_hand[:640] - np.array(other(mx.array(by_hand[:640])))).sum()
+        / np.square(by_hand[:640] - by_hand[:640].mean(axis=0)).sum()
+    )
+    assert result.validations[-1]["val_fvu"] == pytest.approx(
+        fvu, rel=0.05
+    )  # of normalised tokens, by batches
+    io.save(sae, tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["normalize_activations"] == "layer_norm"
+    np.testing.assert_array_equal(np.array(io.load(tmp_path)(x)), np.array(sae(x)))
+    # Steering adds in the token's own measure.
+    moved = steer(sae, {3: 2.0}, mode="add")(x) - x
+    np.testing.assert_allclose(
+        np.array(moved),
+        2 * rows[:500].std(axis=1, keepdims=True, ddof=1) * np.array(sae.W_dec[3]),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    with pytest.raises(ValueError, match="x must be given to decode, for its mean and deviation"):
+        sae.decode(code)
+    with pytest.raises(ValueError, match="normalize must be layer_norm for an SAE that normalises"):
+        fit(sae, ArraySource(rows, batch_size=64), config())
+    pair = ArraySource(rows, rows[:, :9], batch_size=64)
+    with pytest.raises(
+        ValueError, match="normalize must not be layer_norm where the target is not the input"
+    ):
+        fit(new_sae(d_out=9), pair, settings)
+    with pytest.raises(
+        ValueError, match="normalize_activations must be none where the target is not the one"
+    ):
+        Crosscoder(8, 2, 48, k=4).normalize_activations = "layer_norm"
+    with pytest.raises(ValueError, match="normalize_activations must be none or layer_norm"):
+        sae.normalize_activations = "batch"
 
 
 # ---- many at once ------------------------------------------------------------------------------------------

@@ -21,36 +21,31 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("sae_lens")
-pytest.importorskip("dictionary_learning")
-pytest.importorskip("sparsify")
-
-from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer  # noqa: E402
-from dictionary_learning.trainers.gdm import GatedSAETrainer  # noqa: E402
-from dictionary_learning.trainers.jumprelu import JumpReluTrainer  # noqa: E402
-from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer  # noqa: E402
-from dictionary_learning.trainers.p_anneal import PAnnealTrainer  # noqa: E402
-from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate  # noqa: E402
-from peers_case import D_IN, D_SAE, LOSS_RTOL, K, assert_same_grads  # noqa: E402
-from sae_lens import SAE as LensSAE  # noqa: E402
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig  # noqa: E402
-from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig  # noqa: E402
-from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig  # noqa: E402
-from sae_lens.saes.matryoshka_batchtopk_sae import (  # noqa: E402
+import torch
+from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+from dictionary_learning.trainers.gdm import GatedSAETrainer
+from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+from dictionary_learning.trainers.p_anneal import PAnnealTrainer
+from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
+from peers_case import D_IN, D_SAE, LOSS_RTOL, K, assert_same_grads
+from sae_lens import SAE as LensSAE
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
 )
-from sae_lens.saes.sae import TrainStepInput  # noqa: E402
-from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig  # noqa: E402
-from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig  # noqa: E402
-from sparsify.config import SparseCoderConfig  # noqa: E402
-from sparsify.sparse_coder import SparseCoder  # noqa: E402
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sparsify.config import SparseCoderConfig
+from sparsify.sparse_coder import SparseCoder
 
-from mlxsae import io  # noqa: E402
-from mlxsae import loss as L  # noqa: E402
-from mlxsae.sae import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK  # noqa: E402
+from mlxsae import io
+from mlxsae import loss as L
+from mlxsae.sae import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 
 MSE = {"mse": (1.0, L.mse)}
 FVU = {"fvu": (1.0, L.fvu)}

@@ -5,15 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
+from dictionary_learning.trainers.top_k import TopKTrainer
+from peers_case import D_IN, D_SAE, LOSS_RTOL, K, N, assert_same_grads
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("dictionary_learning")
-
-from dictionary_learning.trainers.top_k import TopKTrainer  # noqa: E402
-from peers_case import D_IN, D_SAE, LOSS_RTOL, K, N, assert_same_grads  # noqa: E402
-
-from mlxsae import fit  # noqa: E402
-from mlxsae.train import LossConfig, OptimizerConfig, TrainConfig  # noqa: E402
+from mlxsae import fit
+from mlxsae.train import LossConfig, OptimizerConfig, TrainConfig
 
 STEPS, LR, WHOLE_STEP_RTOL = 50, 3e-3, 1e-3
 PARTS = {

@@ -7,22 +7,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("sae_lens")
-
-from peers_case import D_IN, D_SAE, LOSS_RTOL, K, assert_same_grads  # noqa: E402
-from sae_lens import SAE as LensSAE  # noqa: E402
-from sae_lens.saes.sae import TrainStepInput  # noqa: E402
-from sae_lens.saes.topk_sae import (  # noqa: E402
+import torch
+from peers_case import D_IN, D_SAE, LOSS_RTOL, K, assert_same_grads
+from sae_lens import SAE as LensSAE
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.topk_sae import (
     TopKSAE,
     TopKSAEConfig,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
 )
 
-from mlxsae import io  # noqa: E402
-from mlxsae.train import LossConfig  # noqa: E402
+from mlxsae import io
+from mlxsae.train import LossConfig
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 

@@ -13,15 +13,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
+from peers_case import D_IN, D_SAE, LOSS_RTOL, K, assert_same_grads
+from sparsify.config import SparseCoderConfig
+from sparsify.sparse_coder import SparseCoder
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("sparsify")
-
-from peers_case import D_IN, D_SAE, LOSS_RTOL, K, assert_same_grads  # noqa: E402
-from sparsify.config import SparseCoderConfig  # noqa: E402
-from sparsify.sparse_coder import SparseCoder  # noqa: E402
-
-from mlxsae.train import LossConfig  # noqa: E402
+from mlxsae.train import LossConfig
 
 
 def coder(case):

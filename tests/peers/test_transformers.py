@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
+import transformers
+from mlx_lm.utils import load_model
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-from mlx_lm.utils import load_model  # noqa: E402
-
-from mlxsae import lm  # noqa: E402
+from mlxsae import lm
 
 LAYERS, WIDTH, VOCAB, BAR = 3, 32, 97, 1e-4
 COMMON = {

@@ -9,12 +9,14 @@ import mlx.core as mx
 
 from mlxsae.code import to_slots
 from mlxsae.sae import SAE
+from mlxsae.sae.model import layer_norm
 
 MODES = ("scale", "add", "set")
 
 
 def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> Callable[[mx.array], mx.array]:
-    """An edit ``x -> x + sum_i (f'_i - f_i) W_dec[i]`` for :func:`mlxsae.lm.splice` and ``generate``.
+    """An edit ``x -> x + sum_i (f'_i - f_i) W_dec[i]`` for :func:`mlxsae.lm.splice` and ``generate``; for an SAE that
+    normalises each token, times the token's standard deviation.
 
     ``f_i`` is latent ``i`` of ``x``; only the difference that steering makes is added, so whatever the SAE does not
     reconstruct stays as it was, and an edit that changes no latent changes no bit.
@@ -62,7 +64,10 @@ def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> C
         else:
             f = latents_of(sae, x, features)
             change = f * (strength - 1) if mode == "scale" else strength - f
-        return x + (change @ directions).astype(x.dtype)
+        delta = change @ directions
+        if sae.normalize_activations == "layer_norm":
+            delta = delta * layer_norm(x)[2]
+        return x + delta.astype(x.dtype)
 
     return edit
 

@@ -79,7 +79,7 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
         "dtype": str(sae.dtype).removeprefix("mlx.core."),
         "device": "cpu",
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
-        "normalize_activations": "none",
+        "normalize_activations": sae.normalize_activations,
         "reshape_activations": "none",
         **arguments,
         "metadata": {"sae_lens_version": SAELENS_VERSION}
@@ -165,6 +165,7 @@ def load(directory: str | os.PathLike) -> SAE:
         sae.W_skip = weights["W_skip"].astype(dtype)
     if isinstance(sae, Crosscoder):
         sae.n_sources, sae.rank_by_decoder_norm = config["n_sources"], bool(config["rank_by_decoder_norm"])
+    sae.normalize_activations = config["normalize_activations"]
     sae.metadata = {k: v for k, v in config["metadata"].items() if not k.startswith("sae_lens_")}
     sae.metadata = sae.metadata | ours.get("metadata", {})
     mx.eval(sae.parameters())
@@ -280,8 +281,8 @@ def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> No
     allowed: dict[str, tuple[Any, ...]] = {
         "dtype": tuple(_DTYPES),
         "apply_b_dec_to_input": (True, False),
-        # Other normalisations act at run time; the field folds them into the weights, and so do we.
-        "normalize_activations": ("none",),
+        # Those that are one factor are folded into the weights by the field, and by us.
+        "normalize_activations": ("none", "layer_norm"),
         "reshape_activations": ("none",),
         "rescale_acts_by_decoder_norm": (True, False),
         "rank_by_decoder_norm": (0, 1),

@@ -84,7 +84,7 @@ class AuxK:
         if sae.one_product:
             aux_hat = ops.sparse_decode(self.code(sae, forward.x, dead), sae.decoder.weight)
         else:
-            aux_hat = sae.decode(self.dense_code(sae, forward.x, dead)) - sae.decoder.bias
+            aux_hat = sae.written(self.dense_code(sae, forward.x, dead))
         if AUXK_PRESETS[self.preset].bias:
             aux_hat = aux_hat + (sae.decoder.bias - mx.stop_gradient(sae.decoder.bias))
         return self.distance(forward.y, forward.y_hat, aux_hat, dead)

@@ -102,7 +102,7 @@ class Loss:
             return [forward.y_hat]
         found, sae = [forward.y_hat], forward.sae
         for band in bands(forward.code, forward.scheduled["prefixes"])[:0:-1]:
-            found.append(found[-1] - (sae.decode(band) - sae.decoder.bias))
+            found.append(found[-1] - sae.written(band))
         return found[::-1]
 
     def of_squares(self, squares: Sequence[mx.array], y: mx.array) -> tuple[mx.array, dict[str, mx.array]]:

@@ -58,7 +58,7 @@ def evaluate_in_model(
         x = valid_rows(found[hook_point], valid)
         mx.eval(clean, x)
         code = sae.encode(x)
-        measured.update(x, sae.decode(code), code)
+        measured.update(x, sae.decode(code, x), code)
         kept.append((batch, clean))
     if not kept:
         raise ValueError(

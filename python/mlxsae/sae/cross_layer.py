@@ -32,7 +32,7 @@ class CrossLayerTranscoder(SAE):
     k : latents a token and layer; or rule : one rule, of which each layer gets a copy. Codes of k a token, or dense ones.
     """
 
-    one_product = False
+    one_product = one_input = False
 
     def __init__(
         self,
@@ -113,10 +113,13 @@ class CrossLayerTranscoder(SAE):
 
     def decode(self, code: Code, x: mx.array | None = None) -> mx.array:
         """``y_hat [..., n_layers * d]`` of a code that :meth:`encode` gave."""
+        return self.written(code) + self.decoder.bias
+
+    def written(self, code: Code) -> mx.array:
         lead = code.values.shape[:-1]
         parts = [part.reshape(-1, self.n_layers, part.shape[-1] // self.n_layers) for part in code]
         d = self.d_in // self.n_layers
-        y_hat = mx.broadcast_to(self.decoder.bias, (parts[0].shape[0], self.d_in))
+        y_hat = mx.zeros((parts[0].shape[0], self.d_in), self.dtype)
         for layer, weight in enumerate(self.W_decs):
             values = parts[0][:, layer]
             if isinstance(code, DenseCode):

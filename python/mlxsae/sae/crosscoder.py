@@ -30,6 +30,8 @@ class Crosscoder(SAE):
     decoder_norm : norm of each latent's decoder row of each source at the start; the encoder is the transpose.
     """
 
+    one_input = False
+
     def __init__(
         self,
         d_source: int,

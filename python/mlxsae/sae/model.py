@@ -56,6 +56,8 @@ class SAE(nn.Module):
 
     one_product: ClassVar[bool] = True
     """Whether all pre-activations are one encoder's product with :meth:`encoder_input`."""
+    one_input: ClassVar[bool] = True
+    """Whether the input is one activation and not several side by side."""
 
     encoder: Encoder
     rule: Rule
@@ -205,15 +207,26 @@ class SAE(nn.Module):
         return row_norms(self.decoder.weight)
 
     def decode(self, code: Code, x: mx.array | None = None) -> mx.array:
-        """``x_hat [..., d_out]`` of a code; ``[n, d_out]`` of ``n`` compressed rows. An SAE with a skip connection wants
-        the input ``x [..., d_in]`` as well.
+        """``x_hat [..., d_out]`` of a code; ``[n, d_out]`` of ``n`` compressed rows. An SAE with a skip connection, or one
+        that normalises each token, wants the input ``x [..., d_in]`` as well.
         """
         y_hat = self.decoder(code)
-        if "W_skip" not in self:
-            return y_hat
+        if "W_skip" in self:
+            x = self._like(y_hat, x, "for the skip connection")
+            return y_hat + x @ self.W_skip.T
+        if self.normalize_activations == "layer_norm":
+            _, mean, std = layer_norm(self._like(y_hat, x, "for its mean and deviation"))
+            return (y_hat * std + mean).astype(self.dtype)
+        return y_hat
+
+    def written(self, code: Code) -> mx.array:
+        """What the latents of a code alone write: ``sum_i values[i] * W_dec[indices[i]]``, ``[..., d_out]``."""
+        return self.decoder(code) - self.decoder.bias
+
+    def _like(self, y_hat: mx.array, x: mx.array | None, why: str) -> mx.array:
         if x is None:
-            raise ValueError("[SAE] x must be given to decode, for the skip connection, but is None.")
-        return y_hat + x.reshape(*y_hat.shape[:-1], self.d_in).astype(self.dtype) @ self.W_skip.T
+            raise ValueError(f"[SAE] x must be given to decode, {why}, but is None.")
+        return x.reshape(*y_hat.shape[:-1], self.d_in).astype(self.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x [..., d_in] -> x_hat [..., d_out]``."""
@@ -242,7 +255,9 @@ class SAE(nn.Module):
         return to_dense(code, self.d_sae)
 
     def encoder_input(self, x: mx.array) -> mx.array:
-        """What the encoder sees: ``x`` in the SAE's dtype, less ``b_dec`` if ``apply_b_dec_to_input``."""
+        """What the encoder sees: ``x`` in the SAE's dtype, normalised as :attr:`normalize_activations` says, less ``b_dec``
+        if ``apply_b_dec_to_input``.
+        """
         if not isinstance(x, mx.array):
             raise TypeError(f"[SAE] x must be an mx.array but got {type(x).__name__}.")
         if x.ndim == 0 or x.shape[-1] != self.d_in:
@@ -250,7 +265,27 @@ class SAE(nn.Module):
         if not mx.issubdtype(x.dtype, mx.floating):
             raise TypeError(f"[SAE] x must be floating point but got {x.dtype}.")
         x = x.astype(self.dtype)
+        if self.normalize_activations == "layer_norm":
+            x = layer_norm(x)[0].astype(self.dtype)
         return x - self.decoder.bias if self.apply_b_dec_to_input else x
+
+    @property
+    def normalize_activations(self) -> str:
+        """What the SAE itself does to every token: ``none``, or ``layer_norm``: it encodes :func:`layer_norm` of ``x`` and
+        gives the reconstruction the mean and the deviation of ``x`` again. Other normalisations are folded into weights;
+        this one depends on the token.
+        """
+        return self.__dict__.get("_normalize_activations", "none")
+
+    @normalize_activations.setter
+    def normalize_activations(self, value: str) -> None:
+        if value not in ("none", "layer_norm"):
+            raise ValueError(f"[SAE] normalize_activations must be none or layer_norm but got {value!r}.")
+        if value == "layer_norm" and (self.d_in != self.d_out or "W_skip" in self or not self.one_input):
+            raise ValueError(
+                "[SAE] normalize_activations must be none where the target is not the one input but got layer_norm."
+            )
+        object.__setattr__(self, "_normalize_activations", value)
 
     @property
     def d_in(self) -> int:
@@ -356,6 +391,17 @@ def _one_rule(k: int | None, rule: Rule | None) -> Rule:
     if (k is None) == (rule is None):
         raise ValueError(f"[SAE] give either k or rule but got k={k} and rule={rule}.")
     return TopK(k) if rule is None else rule  # type: ignore[arg-type]
+
+
+def layer_norm(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """``(x - mean) / (std + 1e-5)`` of each row of ``x [..., d]``, with its mean and standard deviation ``[..., 1]``
+    (unbiased), in float32: as SAELens and OpenAI take it.
+    """
+    x = x.astype(mx.float32)
+    mean = x.mean(axis=-1, keepdims=True)
+    x = x - mean
+    std = mx.sqrt(mx.square(x).sum(axis=-1, keepdims=True) / max(x.shape[-1] - 1, 1))
+    return x / (std + 1e-5), mean, std
 
 
 def row_norms(weight: mx.array) -> mx.array:

@@ -170,7 +170,8 @@ class TrainConfig(_Config):
     The run is ``total_tokens`` long, or ``epochs`` passes over data that know their length.
 
     ``normalize`` is folded into the weights of the SAE that comes out: ``expected_norm`` scales activations so that
-    their mean norm is ``sqrt(d_in)``, ``mean_std`` brings each coordinate to mean 0 and standard deviation 1.
+    their mean norm is ``sqrt(d_in)``, ``mean_std`` brings each coordinate to mean 0 and standard deviation 1. ``layer_norm``
+    brings each token there; no weights can do that, so the SAE does it in use too (``SAE.normalize_activations``).
     ``b_dec_init`` is ``geometric_median``, ``mean`` or ``keep``; both normalisation and initial ``b_dec`` come from
     ``sample_size`` rows, and so do the dictionary's first directions where ``decoder_init`` is ``pca``, ``data`` or
     ``random`` (:func:`~mlxsae.train.initialize`) and not ``keep``. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
@@ -230,7 +231,7 @@ class TrainConfig(_Config):
         if self.epochs is not None:
             _require("epochs", self.epochs, self.epochs > 0, "be positive")
         for name, values in (
-            ("normalize", ("expected_norm", "mean_std", "none")),
+            ("normalize", ("expected_norm", "layer_norm", "mean_std", "none")),
             ("b_dec_init", ("geometric_median", "mean", "keep")),
             ("decoder_init", ("keep", "data", "pca", "random")),
             ("engine", ("auto", "autodiff", "fused")),

@@ -165,6 +165,7 @@ def bare_tokens_per_s(sae: SAE, config: TrainConfig, steps: int = 5) -> float:
     """Tokens per second of the training step alone: normal activations at hand, nobody watching, on a copy of ``sae``."""
     working = copy.deepcopy(sae)
     working.set_dtype(mx.float32)
+    working.normalize_activations = "none"
     params = working.trainable_parameters()
     engine = make_engine(config.engine, working, config.loss.build(working, config.total_steps), config)
     state = TrainState(

@@ -24,6 +24,7 @@ from mlxsae.data import ActivationSource, as_source
 from mlxsae.loss import Forward, Loss
 from mlxsae.metrics import Throughput, fire_counts, l0
 from mlxsae.sae import SAE
+from mlxsae.sae.model import layer_norm
 from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
 from mlxsae.train.config import TrainConfig, default_learning_rate
@@ -152,8 +153,22 @@ class Run:
     def export(self) -> Any:
         """A copy of the SAE with the current weights, for raw activations."""
         sae = copy.deepcopy(self.sae)
-        _write_back(sae, self.state)
+        self.write_back(sae)
         return sae
+
+    def write_back(self, sae: Any) -> None:
+        """Give ``sae`` the current weights, for raw activations."""
+        state, raw = self.state, self.state.params
+        if isinstance(sae, SAE):
+            s_in, s_out = state.scale
+            raw = unnormalized(sae, scaled_params(sae, raw, 1 / s_in, 1 / s_out), state.norm)
+        dtypes = {name: p.dtype for name, p in flat(sae.parameters()).items()}
+        sae.update(tree_unflatten([(name, p.astype(dtypes[name])) for name, p in flat(raw).items()]))
+        if isinstance(sae, SAE):
+            sae.rule.finish(state.rule, state.scale[0])
+            if self.config.normalize == "layer_norm":
+                sae.normalize_activations = "layer_norm"
+        mx.eval(sae.parameters())
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """The SAE with the weights of this moment, in the scaled space of the run, for the length of a block."""
@@ -394,7 +409,7 @@ class _Session:
             raise
         finally:
             for run in self.runs:
-                _write_back(run.sae, run.state)
+                run.write_back(run.sae)
                 for watcher in run.watchers:
                     watcher.on_end(run)
 
@@ -555,10 +570,14 @@ class _Start:
             self._finite[fields] = finite_rows(*(self.sample[i] for i in fields))
         return self._finite[fields]
 
-    def of(self, what: Callable[[mx.array], Any], fields: tuple[int, ...], which: int) -> Any:
-        key = what, fields, which
+    def of(
+        self, what: Callable[[mx.array], Any], fields: tuple[int, ...], which: int, by_token: bool = False
+    ) -> Any:
+        """``what`` says of the rows of one field, or of their :func:`layer_norm`."""
+        key = what, fields, which, by_token
         if key not in self._found:
-            self._found[key] = what(self.rows(fields)[which])
+            rows = self.rows(fields)[which]
+            self._found[key] = what(layer_norm(rows)[0] if by_token else rows)
         return self._found[key]
 
 
@@ -573,14 +592,19 @@ class _Batch:
         """``(x, y)`` in the run's scaled space; one array where the target is the input."""
         i, j = _places(run.fields, len(self.arrays))
         state = run.state
-        x = self.scaled(i, state.norm, state.scale[0], 0)
+        by_token = run.config.normalize == "layer_norm"
+        x = self.scaled(i, state.norm, state.scale[0], 0, by_token)
         return x, x if i == j else self.scaled(j, state.norm, state.scale[1], 1)
 
-    def scaled(self, i: int, norm: dict[str, mx.array], scale: float, side: int) -> mx.array:
+    def scaled(
+        self, i: int, norm: dict[str, mx.array], scale: float, side: int, by_token: bool = False
+    ) -> mx.array:
         # Runs that start from one sample hold the very same statistics.
-        key = i, scale, id(norm["mean_in"]) if norm else None, side if norm else 0
+        key = i, scale, id(norm["mean_in"]) if norm else None, side if norm else 0, by_token
         if key not in self._made:
             a = self.arrays[i].astype(mx.float32)
+            if by_token:
+                a = layer_norm(a)[0]
             if norm:
                 which = "out" if side and "mean_out" in norm else "in"
                 a = (a - norm[f"mean_{which}"]) / norm[f"std_{which}"]
@@ -628,6 +652,13 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             norm[f"mean_{name}"], norm[f"std_{name}"] = start.of(column_statistics, fields, which)
     if norm and "weight" not in sae.parameters().get("decoder", {}):
         raise ValueError("[fit] normalize must not be mean_std where the decoder is tied to the encoder.")
+    by_token = config.normalize == "layer_norm"
+    if by_token and len(fields) > 1:
+        raise ValueError("[fit] normalize must not be layer_norm where the target is not the input.")
+    if widths.ours and not by_token and sae.normalize_activations == "layer_norm":
+        raise ValueError(
+            f"[fit] normalize must be layer_norm for an SAE that normalises each token but got {config.normalize}."
+        )
     ranked = getattr(sae, "rank_by_decoder_norm", False)
     if norm and ranked:
         raise ValueError("[fit] normalize must not be mean_std where latents are ranked by decoder norm.")
@@ -644,17 +675,20 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             scale = (s_in, s_in if same else start.of(expected_norm_scale, fields, 1))
         if config.b_dec_init != "keep":
             what = geometric_median if config.b_dec_init == "geometric_median" else _mean
-            centre = start.of(what, fields, len(fields) - 1)
+            centre = start.of(what, fields, len(fields) - 1, by_token)
             if norm:
                 which = "out" if "mean_out" in norm else "in"
                 centre = (centre - norm[f"mean_{which}"]) / norm[f"std_{which}"]
     working = copy.deepcopy(sae)
     working.set_dtype(mx.float32)
+    if by_token:
+        working.normalize_activations = "layer_norm"  # refuses what cannot
+        working.normalize_activations = "none"  # batches come normalised
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
     if saved is None and config.decoder_init != "keep":
         batch = _Batch(tuple(start.rows(fields)))
-        seen = [batch.scaled(place, norm, scale[place], place) for place in range(len(fields))]
+        seen = [batch.scaled(place, norm, scale[place], place, by_token) for place in range(len(fields))]
         if centre is not None:
             working.decoder.bias = centre * scale[1]
         initialize(working, *seen, how=config.decoder_init, seed=config.seed)
@@ -749,18 +783,6 @@ def _evaluate(run: Run, x: mx.array, y: mx.array) -> tuple[dict[str, mx.array], 
         forward = Forward(sae, x, y, code, sae.decode(code, x), None, pre_acts, scheduled)
         total, terms = run.loss(forward)
         return terms | {"loss": total, "l0": l0(code)}, fire_counts(code, run.widths.d_sae)
-
-
-def _write_back(sae: Any, state: TrainState) -> None:
-    raw = state.params
-    if isinstance(sae, SAE):
-        s_in, s_out = state.scale
-        raw = unnormalized(sae, scaled_params(sae, raw, 1 / s_in, 1 / s_out), state.norm)
-    dtypes = {name: p.dtype for name, p in flat(sae.parameters()).items()}
-    sae.update(tree_unflatten([(name, p.astype(dtypes[name])) for name, p in flat(raw).items()]))
-    if isinstance(sae, SAE):
-        sae.rule.finish(state.rule, state.scale[0])
-    mx.eval(sae.parameters())
 
 
 def _tell(run: Run, event: str, *arguments: Any) -> None:

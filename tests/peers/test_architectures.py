@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+from dictionary_learning.trainers.gated_anneal import GatedAnnealTrainer
 from dictionary_learning.trainers.gdm import GatedSAETrainer
 from dictionary_learning.trainers.jumprelu import JumpReluTrainer
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
@@ -45,7 +46,7 @@ from sparsify.sparse_coder import SparseCoder
 
 from mlxsae import io
 from mlxsae import loss as L
-from mlxsae.sae import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
+from mlxsae.sae import BatchTopK, Crosscoder, Gated, GroupMax, JumpReLU, ReLU, TopK
 
 MSE = {"mse": (1.0, L.mse)}
 FVU = {"fvu": (1.0, L.fvu)}
@@ -62,7 +63,8 @@ def put(module, **arrays) -> None:
 
 def lens(kind, config_type, case, coefficients, *, dead=False, extra=None, **options):
     """SAELens' training SAE with the case's weights: its step's output, and every gradient by its name."""
-    sae = kind(config_type(d_in=D_IN, d_sae=D_SAE, device="cpu", apply_b_dec_to_input=True, **options))
+    options = {"d_in": D_IN, "d_sae": D_SAE, "device": "cpu", "apply_b_dec_to_input": True} | options
+    sae = kind(config_type(**options))
     arrays = {name: getattr(case, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")} | (extra or {})
     put(sae, **{name: a for name, a in arrays.items() if hasattr(sae, name)})
     out = sae.training_forward_pass(
@@ -219,6 +221,79 @@ def test_lens_loads_what_we_save_and_we_what_it_does(case, tmp_path: Path, rule)
     np.testing.assert_allclose(np.array(again(mx.array(case.x))), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rule", ["topk", "batchtopk", "gated", "relu"])
+def test_lens_normalises_each_token_as_we_do(case, tmp_path: Path, rule):
+    made = {"topk": TopK(K), "batchtopk": BatchTopK(K, threshold=0.3), "gated": Gated(), "relu": ReLU()}[rule]
+    sae = case.sae(made, normalize_activations="layer_norm")
+    io.save(sae, tmp_path / "ours")
+    theirs = LensSAE.load_from_disk(str(tmp_path / "ours"), device="cpu")
+    x = case.x * np.linspace(0.1, 10, len(case.x), dtype=np.float32)[:, None]
+    with torch.no_grad():
+        acts = theirs.encode(torch.from_numpy(x)).numpy()
+        expected = theirs(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(np.array(sae.to_dense(sae.encode(mx.array(x)))), acts, rtol=1e-4, atol=1e-4)
+    assert (acts > 0).any()
+    np.testing.assert_allclose(np.array(sae(mx.array(x))), expected, rtol=1e-4, atol=1e-3)
+    theirs.save_model(str(tmp_path / "theirs"))
+    np.testing.assert_allclose(
+        np.array(io.load(tmp_path / "theirs")(mx.array(x))), expected, rtol=1e-4, atol=1e-3
+    )
+
+
+# No peer here has a crosscoder: its loss is put together from what SAELens has.
+
+
+def crosscoder(case, rule, **options):
+    sae = Crosscoder(D_IN // 2, 2, D_SAE, rule=rule, **options)
+    sae.encoder.weight, sae.decoder.weight = mx.array(case.W_enc.T), mx.array(case.W_dec)
+    sae.encoder.bias, sae.decoder.bias = mx.array(case.b_enc), mx.array(case.b_dec)
+    return sae
+
+
+def test_lens_parts_make_a_crosscoder(case):
+    """Its standard SAE weighs L1 by the norm of the decoder's row. With all but one source's columns at 0 that is the norm of
+    this source's part; the penalties of both sources, added up, are the crosscoder's."""
+    case, standard = case.stretched(), (StandardTrainingSAE, StandardTrainingSAEConfig)
+    _, out, theirs = lens(*standard, case, {"l1": 0.0}, apply_b_dec_to_input=False)
+    loss, theirs = out.loss.item(), {name: g.astype(np.float64) for name, g in theirs.items()}
+    for columns in (slice(0, D_IN // 2), slice(D_IN // 2, D_IN)):
+        w_dec = np.zeros_like(case.W_dec)
+        w_dec[:, columns] = case.W_dec[:, columns]
+        one = case._replace(W_dec=w_dec)
+        for sign, weight in ((1, 0.3), (-1, 0.0)):
+            _, out, grads = lens(*standard, one, {"l1": weight}, apply_b_dec_to_input=False)
+            loss += sign * out.loss.item()
+            for name, g in grads.items():
+                theirs[name] += sign * g
+    ours, grads = case.loss_and_grads(
+        L.Loss(MSE, terms={"l1": (0.3, L.L1())}), sae=crosscoder(case, ReLU(), rank_by_decoder_norm=False)
+    )
+    compare(ours, grads, loss, theirs)
+
+
+def test_lens_batch_topk_makes_a_crosscoder(case):
+    """Ranking by ``f_j c_j`` with c the sum of the sources' decoder norms is its plain BatchTopK on weights with c put into
+    the encoder and taken out of the decoder; gradients follow by the chain rule."""
+    case = case.stretched()
+    c = np.linalg.norm(case.W_dec.reshape(D_SAE, 2, -1), axis=-1).sum(axis=1)
+    moved = case._replace(W_enc=case.W_enc * c, b_enc=case.b_enc * c, W_dec=case.W_dec / c[:, None])
+    _, out, theirs = lens(
+        BatchTopKTrainingSAE,
+        BatchTopKTrainingSAEConfig,
+        moved,
+        {},
+        k=K,
+        rescale_acts_by_decoder_norm=False,
+        apply_b_dec_to_input=False,
+    )
+    theirs = {"W_enc": theirs["W_enc"] * c, "b_enc": theirs["b_enc"] * c} | {
+        "W_dec": theirs["W_dec"] / c[:, None],
+        "b_dec": theirs["b_dec"],
+    }
+    ours, grads = case.loss_and_grads(L.Loss(MSE), sae=crosscoder(case, BatchTopK(K)))
+    compare(ours, grads, out.loss.item(), theirs)
+
+
 @pytest.mark.parametrize("rule", ["jumprelu", "relu"])
 def test_lens_loads_our_skip_transcoders(case, tmp_path: Path, rule):
     rng = np.random.default_rng(5)
@@ -310,13 +385,20 @@ def test_dl_p_annealing(case, root):
     compare(ours, grads, loss, theirs)
 
 
-def test_dl_gated(case):
+@pytest.mark.parametrize("p", [None, 1.0, 0.6])
+def test_dl_gated(case, p):
+    """With p its annealed form, a power of the gate."""
     rng = np.random.default_rng(3)
     extra = {
         "r_mag": 0.2 * rng.standard_normal(D_SAE, np.float32),
         "b_mag": 0.2 * rng.standard_normal(D_SAE, np.float32),
     }
-    t = GatedSAETrainer(**COMMON, l1_penalty=0.3, warmup_steps=0, sparsity_warmup_steps=None)
+    common = dict(**COMMON, warmup_steps=0, sparsity_warmup_steps=None)
+    if p is None:
+        t = GatedSAETrainer(**common, l1_penalty=0.3)
+    else:
+        annealed = dict(sparsity_function="Lp^p", p_start=p, anneal_start=50)
+        t = GatedAnnealTrainer(**common, **annealed, initial_sparsity_penalty=0.3)
     put(
         t.ae, encoder__weight=case.W_enc.T, gate_bias=case.b_enc, decoder__weight=case.W_dec.T, decoder_bias=case.b_dec,
         r_mag=extra["r_mag"], mag_bias=extra["b_mag"],
@@ -330,7 +412,8 @@ def test_dl_gated(case):
     }
     sae = case.sae(Gated())
     sae.rule.r_mag, sae.rule.b_mag = map(mx.array, extra.values())
-    terms = {"l1": (0.3, L.GateL1()), "gate": (1.0, L.GateReconstruction())}
+    gate = L.GateL1() if p is None else L.Lp(L.anneal(p, 0.2, 50, 100), gate=True)
+    terms = {"l1": (0.3, gate), "gate": (1.0, L.GateReconstruction())}
     ours, grads = case.loss_and_grads(L.Loss(MSE, terms=terms), sae=sae)
     for g in (grads, theirs):  # as above: no norms in its penalty
         g["W_dec"] = across(g["W_dec"], case)

@@ -49,11 +49,14 @@ class Lp:
     latents rather than their size. Only latents that fire have a gradient. The penalty's size changes with p; ``like=1``
     multiplies it, as a constant, to the size that the penalty of p = 1 has on the same batch, so one weight does for the
     whole run. (dictionary_learning multiplies its weight by the ratio of both at each change of p, which comes to that.)
+
+    ``gate`` takes a gated SAE's gate, :math:`\mathrm{relu}(\pi_j)`, in place of its latents.
     """
 
     p: float | Callable[[int], float] = 1.0
     root: bool = False
     like: float | None = None
+    gate: bool = False
 
     def scheduled(self, step: int) -> dict[str, mx.array]:
         return {"lp.p": mx.array(self.p(step) if callable(self.p) else self.p, mx.float32)}
@@ -65,9 +68,9 @@ class Lp:
         return penalty * mx.stop_gradient(self._of(forward, self.like) / nonzero(penalty))
 
     def _of(self, forward: Forward, p: float | mx.array) -> mx.array:
-        f = weighed(forward)
+        f = _weighed_gate(forward) if self.gate else weighed(forward)
         powers = mx.where(f > 0, mx.power(mx.where(f > 0, f, 1), p), 0)
-        sums = row_sums(forward, powers)
+        sums = powers.sum(axis=-1) if self.gate else row_sums(forward, powers)
         if self.root:
             sums = mx.where(sums > 0, mx.power(mx.where(sums > 0, sums, 1), 1 / p), 0)
         return sums.mean()
@@ -150,13 +153,18 @@ def _gate(forward: Forward) -> mx.array:
     return forward.pre_acts
 
 
+def _weighed_gate(forward: Forward) -> mx.array:
+    """``relu(pi_j) |W_dec[j]|``, ``[n, d_sae]``."""
+    return nn.relu(_gate(forward)) * forward.sae.decoder_norms()
+
+
 @dataclass(frozen=True)
 class GateL1:
     r""":math:`\mathrm{mean}_n \sum_j \mathrm{relu}(\pi_j) |W^{dec}_j|` of a gated SAE's gate (the paper's has decoder rows
     of norm 1)."""
 
     def __call__(self, forward: Forward) -> mx.array:
-        return (nn.relu(_gate(forward)) * forward.sae.decoder_norms()).sum(axis=-1).mean()
+        return _weighed_gate(forward).sum(axis=-1).mean()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 # make demo | test | lint | bench | metal | clean. Each sets up all that it needs, in .venv.
-# Options: PYTHON=python3.12, VENV=.venv, MLX=cuda13 (on a machine with an NVIDIA GPU; default cpu on Linux)
+# Options: PYTHON=python3.12, VENV=.venv, MLX=cuda13 (on a machine with an NVIDIA GPU; default cpu on Linux),
+# JOBS=1 (processes of make test; default one for each processor, up to four)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,8 +15,10 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/mlxsae demo
 
+# Each process takes whole files, so that what a module sets up is set up once.
+JOBS ?= auto
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

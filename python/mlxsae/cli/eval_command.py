@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     sae = native.load(options.directory)
-    trained = read(options.directory)
+    trained = read(options.directory) or read(options.directory.resolve().parent)  # one of several of a run
     made: dict[str, Any] = trained.get("options", {})
     model = options.model or place(trained.get("model")) or sae.metadata.get("model_name")
     dataset = options.dataset or place(trained.get("dataset")) or sae.metadata.get("dataset_path")

@@ -1,13 +1,16 @@
-"""Train a sparse autoencoder on the activations of a language model.
+"""Train sparse autoencoders on the activations of a language model.
 
   mlxsae train --model PATH_OR_NAME --layer 2 --component resid --dataset stories.json --out DIR
+  mlxsae train --model PATH_OR_NAME --layer 1 2 3 --component resid mlp --dataset stories.json --out DIR
   mlxsae train --activations STORED --layer 2 --out DIR
   mlxsae train --resume DIR
 
 Activations stream from the model through a shuffling buffer into the trainer, and nothing is stored on disk; or they
 come from what `mlxsae harvest` has stored, which also knows the model, the text and what of it is held out. DIR gets
-run.json at once, checkpoints meanwhile, and cfg.json, sae_weights.safetensors and metadata.json at the end. Ctrl-C
-leaves a checkpoint. --resume goes on after that, or after a crash at any moment, bit for bit.
+run.json at once, checkpoints meanwhile, and cfg.json, sae_weights.safetensors and metadata.json at the end. Several
+layers or components share every forward pass; each gets its SAE, the one that it would get alone, in a folder of DIR
+that is called by its hook point. Ctrl-C leaves a checkpoint. --resume goes on after that, or after a crash at any
+moment, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ from mlxsae.cli import terminal
 from mlxsae.cli.run_file import RunFile, fingerprint, finite, place, read, unchanged
 from mlxsae.cli.text_source import TextSource, default_context
 from mlxsae.data import ActivationDataset, ShuffleBuffer
+from mlxsae.data.dataset import hook_points_of
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint
 from mlxsae.loss import AUXK_PRESETS
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
-from mlxsae.train import OPTIMIZERS, LossConfig, SAEConfig, TrainConfig, fit
+from mlxsae.train import OPTIMIZERS, Job, LossConfig, SAEConfig, TrainConfig, fit_many
 from mlxsae.train.checkpoint import checkpoints
 from mlxsae.train.config import default_learning_rate
 from mlxsae.train.doors import tracking_callbacks
@@ -51,11 +55,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="folder that `mlxsae harvest` wrote: train on it, and take from it what else is not given here",
     )
     where.add_argument("--model", help="mlx-lm model folder, hub name, or 'tiny'")
-    where.add_argument("--layer", type=kinds.whole(0), help="number of the block, from 0")
+    where.add_argument(
+        "--layer", nargs="+", type=kinds.whole(0), metavar="N", help="number of the block, from 0, or several"
+    )
     where.add_argument(
         "--component",
+        nargs="+",
         type=kinds.component,
-        help="mlp, attn, resid (the residual stream after the block), or a site such as resid_mid (resid)",
+        metavar="NAME",
+        help="of each layer: mlp, attn, resid (the residual stream after the block), or sites such as resid_mid (resid)",
     )
     where.add_argument("--dataset", help=".json, .jsonl or .txt file, a folder of them, or a hub dataset")
     where.add_argument("--text-field", help="where an object of the dataset keeps its text (text)")
@@ -138,7 +146,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 _ORIGINS = ("model", "dataset", "activations")
 _DEFAULTS: dict[str, Any] = {
-    "component": "resid",
+    "component": ["resid"],
     "keep_checkpoints": False,
 }
 # Which option overrules what of the configuration.
@@ -185,7 +193,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         if "activations" in given:
             given = _stored(given)
-        if missing := [n for n in ("model", "layer", "dataset", "out") if n not in given]:
+        needed = ["model", *(() if "hook_points" in given else ("layer",)), "dataset", "out"]
+        if missing := [n for n in needed if n not in given]:
             parser.error(f"the following arguments are required: {', '.join('--' + n for n in missing)}")
         out = given.pop("out")
         restart = given.pop("restart", False)
@@ -232,6 +241,16 @@ def _show(options: argparse.Namespace, metrics: dict[str, Any], out: Path) -> No
     if options.json:
         print(json.dumps(finite(metrics)))
         return
+    if "fvu" in metrics:  # of the only hook point, otherwise by their names
+        _show_one(metrics, out)
+        return
+    for name, found in metrics.items():
+        print(f"{name}\n")
+        _show_one(found, out / name)
+        print()
+
+
+def _show_one(metrics: dict[str, Any], out: Path) -> None:
     print(terminal.metrics_table(metrics))
     for advice in diagnose(metrics):
         print(f"\n! {advice}")
@@ -239,16 +258,19 @@ def _show(options: argparse.Namespace, metrics: dict[str, Any], out: Path) -> No
 
 
 def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -> dict[str, Any]:
+    """The metrics; where there are several hook points, by their names."""
     options = argparse.Namespace(**chosen)
     say = _Say(quiet)
     say(f"loading {options.model}")
     # Relative paths were meant from where the run began.
     lm = lm_room.load(record.place("model"))
-    hook_point = lm.hook_point(options.component, layer=options.layer)
+    named = chosen.get("hook_points") or hook_points_of(options.layer, options.component, None)
+    points = tuple(lm.hook_point(point) for point in named)
+    several = len(points) > 1
     config = _config(chosen)
     train, data = config.train, config.data
-    sae = config.build(lm.shape_at(hook_point)[-1])
-    fits = max(_BUFFER_BYTES // (4 * sae.d_in), train.batch_size)
+    saes = {point: config.build(lm.shape_at(point)[-1]) for point in points}
+    fits = max(_BUFFER_BYTES // (4 * sum(sae.d_in for sae in saes.values())), train.batch_size)
     buffer_tokens = max(data.buffer_tokens or min(_BUFFER_TOKENS, fits), train.batch_size)
     text = TextSource(
         lm,
@@ -257,53 +279,71 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
         data.lm_batch_size,
         data.validation_split,
     )
+    widths = {str(point): {"d_in": sae.d_in, "d_sae": sae.d_sae} for point, sae in saes.items()}
+    rates = {
+        name: train.optimizer.learning_rate or default_learning_rate(width["d_sae"])
+        for name, width in widths.items()
+    }
+    only = str(points[0])
     resolved = {
-        "sae": config.to_dict() | {"d_in": sae.d_in, "d_sae": sae.d_sae},
-        "learning_rate": train.optimizer.learning_rate or default_learning_rate(sae.d_sae),
+        "sae": config.to_dict() | ({} if several else widths[only]),
+        "learning_rate": rates if several else rates[only],
         "dead_after": train.dead_after,
-        "hook_name": str(hook_point),
+        **({"hook_points": widths} if several else {"hook_name": only}),
         "context_size": text.context_size,
         "buffer_tokens": buffer_tokens,
     }
     record.update(config=resolved)
     text.heldout(1)  # no document in the split, no such file: found before the long part and not after
 
-    say(f"reading activations of {hook_point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")
+    for point, sae in saes.items():
+        say(f"reading activations of {point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")
     if "activations" in chosen:
         stored = ActivationDataset.open(record.place("activations"))
-        source = stored.source(train.batch_size, hook_points=hook_point, seed=train.seed)
+        source = stored.source(train.batch_size, hook_points=points, seed=train.seed)
     else:
-        stream = ModelActivations(lm, hook_point, lambda: text.train(train.total_tokens, train.seed))
+        stream = ModelActivations(lm, points, lambda: text.train(train.total_tokens, train.seed))
         source = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=buffer_tokens, seed=train.seed)
     start = time.perf_counter()
-    result = fit(
-        sae,
+    jobs = [
+        Job(
+            sae,
+            train,
+            (i,),
+            callbacks=tracking_callbacks(config.tracking, str(point) if several else ""),
+            name=str(point) if several else "",
+        )
+        for i, (point, sae) in enumerate(saes.items())
+    ]
+    results = fit_many(
+        jobs,
         source,
-        train,
-        callbacks=tracking_callbacks(config.tracking),
         checkpoint_dir=out / CHECKPOINTS,
         resume=record.content["resumed"],
         progress=not quiet,
     )
     seconds = time.perf_counter() - start
     say("evaluating on held-out text")
-    metrics: dict[str, Any] = evaluate_in_model(lm, sae, hook_point, text.heldout(data.validation_tokens))
-    metrics |= {
-        "train_tokens": result.state.tokens,
-        "train_seconds": round(seconds, 3),
-        "tokens_per_s": train.total_tokens / seconds,
-    }
-    known = {
-        "model_name": options.model,
-        "hook_name": str(hook_point),
-        "dataset_path": options.dataset,
-        "context_size": text.context_size,
-        "prepend_bos": lm.bos_id is not None,
-        "exclude_special_tokens": True,
-        "evaluation": finite(metrics),
-    }
-    native.save(sae, out, metadata=known)
-    return metrics
+    metrics: dict[str, Any] = {}
+    for (point, sae), result in zip(saes.items(), results, strict=True):
+        found: dict[str, Any] = evaluate_in_model(lm, sae, point, text.heldout(data.validation_tokens))
+        found |= {
+            "train_tokens": result.state.tokens,
+            "train_seconds": round(seconds, 3),
+            "tokens_per_s": train.total_tokens / seconds,
+        }
+        known = {
+            "model_name": options.model,
+            "hook_name": str(point),
+            "dataset_path": options.dataset,
+            "context_size": text.context_size,
+            "prepend_bos": lm.bos_id is not None,
+            "exclude_special_tokens": True,
+            "evaluation": finite(found),
+        }
+        native.save(sae, out / str(point) if several else out, metadata=known)
+        metrics[str(point)] = found
+    return metrics if several else metrics[only]
 
 
 def _config(chosen: dict[str, Any]) -> SAEConfig:
@@ -341,17 +381,20 @@ def _stored(given: dict[str, Any]) -> dict[str, Any]:
             f"[train] --layer and --component must say which, for {given['activations']} holds "
             f"{', '.join(stored.hook_points)}."
         )
-    component = HookPoint.parse(given["component"], layer=0).site if "component" in given else None
-    matching = [
-        point
-        for point in there
-        if point.layer == given.get("layer", point.layer) and point.site == (component or point.site)
-    ]
-    if len(matching) > 1 and component is None:  # of one layer, as without --activations
-        matching = [point for point in matching if point.site == "resid_post"] or matching
-    if len(matching) != 1:
+    sites = {HookPoint.parse(c, layer=0).site for c in given.get("component", ())}
+    layers = given.get("layer") or sorted({p.layer for p in there if not sites or p.site in sites})
+    wanted = []
+    if sites:
+        wanted = hook_points_of(layers, given["component"], None)
+    else:  # the residual stream, as without --activations, or the only one that is stored of a layer
+        of_layer = [[point for point in there if point.layer == n] for n in layers]
+        resid = [[point for point in points if point.site == "resid_post"] for points in of_layer]
+        chosen = [r or points for r, points in zip(resid, of_layer, strict=True)]
+        if all(len(points) == 1 for points in chosen):
+            wanted = [point for (point,) in chosen]
+    if not wanted or not set(wanted) <= set(there):
         raise ValueError(
-            f"[train] --layer and --component must name one hook point of {given['activations']}, which holds "
+            f"[train] --layer and --component must name hook points of {given['activations']}, which holds "
             f"{', '.join(stored.hook_points)}."
         )
     recipe, origin = stored.metadata["recipe"], stored.metadata["origin"]
@@ -360,7 +403,7 @@ def _stored(given: dict[str, Any]) -> dict[str, Any]:
     known |= {name: batching.get(name) for name in ("context_size", "heldout_fraction")}
     known["text_field"] = recipe.get("text", {}).get("text_field")
     known = {name: value for name, value in known.items() if value is not None}
-    return known | given | {"layer": matching[0].layer, "component": matching[0].site}
+    return known | given | {"hook_points": [str(point) for point in wanted]}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from mlxsae.io import atomic
 
 INDEX, TOKENS = "dataset.json", "tokens"
 FORMAT, FORMAT_VERSION = "mlxsae-activations", 1
-_WRITE_BYTES = 4 << 20
+_WRITE_BYTES = 512 << 10  # gathered, measured, hashed and written while they are in a core's cache
 _OPEN_FILES = 64
 _MOMENTS = ("mean", "scatter", "norms")
 
@@ -211,11 +211,13 @@ class ShardWriter:
 
     def finish(self, *, exhausted: bool) -> None:
         """Write what is held, as a last and shorter shard, and mark the folder complete."""
+        end = {"complete": True, "exhausted": exhausted}
         if self._held:
-            self._flush()
+            self._flush(end)
         self._wait()
-        self._index |= {"complete": True, "exhausted": exhausted}
-        self._write_index()
+        if not self.complete:  # there was nothing left to write
+            self._index |= end
+            self._write_index()
 
     def _open(self) -> dict[str, Any]:
         for leftover in self.directory.glob(".*.tmp"):  # of a writer that was killed: we hold the lock
@@ -235,11 +237,11 @@ class ShardWriter:
     def _index_rows(self) -> int:
         return sum(shard["rows"] for shard in self._index["shards"])
 
-    def _flush(self) -> None:
+    def _flush(self, also: Mapping[str, Any] | None = None) -> None:
         self._wait()
         self._writing, rows = self._filling, self._held
         self._filling, self._held = {}, 0
-        self._job = self._thread.submit(self._write, self._writing, rows, self._end)
+        self._job = self._thread.submit(self._write, self._writing, rows, self._end, also or {})
 
     def _wait(self) -> None:
         if self._job is not None:
@@ -250,8 +252,10 @@ class ShardWriter:
     def _permutation(self, number: int, rows: int) -> np.ndarray:
         return np.random.default_rng((self._seed, number)).permutation(rows)
 
-    def _write(self, buffers: Mapping[str, np.ndarray], rows: int, end: dict[str, int]) -> None:
-        """In the thread: one shard, then the index that lists it."""
+    def _write(
+        self, buffers: Mapping[str, np.ndarray], rows: int, end: dict[str, int], also: Mapping[str, Any]
+    ) -> None:
+        """In the thread: one shard, and the index that lists it and says ``also``."""
         number = len(self._index["shards"])
         name = f"shard_{number:05d}.safetensors"
         order = self._permutation(number, rows)
@@ -272,7 +276,7 @@ class ShardWriter:
             step = max(1, _WRITE_BYTES * rows // max(buffer[:rows].nbytes, 1))
             for begin in range(0, rows, step):
                 at = order[begin : begin + step]
-                chunk = buffer[at]
+                chunk = buffer.take(at, axis=0)
                 if field in self._streams:
                     stream = self._streams[field]
                     parts = {f: chunk if f == field else buffers[f][at] for f in stream.fields(field)}
@@ -287,13 +291,22 @@ class ShardWriter:
             write(seen)  # type: ignore[arg-type]
 
         shards = self._index["shards"]
+
+        def index() -> dict[str, Any]:
+            shard = {
+                "file": name,
+                "rows": rows,
+                "bytes": seen.size,
+                "sha256": seen.hash.hexdigest(),
+                "end": end,
+            }
+            return self._index | {"shards": [*shards, shard], **also}
+
         try:
-            atomic.write_files(self.directory, {name: hashed})
-            shard = {"file": name, "rows": rows, "bytes": seen.size, "sha256": seen.hash.hexdigest()}
-            self._index = self._index | {"shards": [*shards, shard | {"end": end}]}
-            self._write_index()
+            writers = {name: hashed, INDEX: lambda file: atomic.json_writer(index())(file)}
+            atomic.write_files(self.directory, writers)
+            self._index = index()
         except OSError as e:
-            self._index = self._index | {"shards": shards}
             error = OSError(
                 f"[activations] {self.directory / name} must be written whole but the system says: "
                 f"{e.strerror or e}. The {len(shards)} shards before it ({self._index_rows():,} rows) are complete; "

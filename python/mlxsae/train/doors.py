@@ -251,7 +251,7 @@ class SAETrainer:
                     config.build(lms[0].shape_at(point)[-1]),
                     config.train,
                     (i,),
-                    callbacks=[*callbacks, *tracking_callbacks(config.tracking)],
+                    callbacks=[*callbacks, *tracking_callbacks(config.tracking, str(point))],
                     name=str(point),
                 )
                 for i, point in enumerate(points)
@@ -274,8 +274,9 @@ class SAETrainer:
     train = _EitherWay(_train)
 
 
-def tracking_callbacks(config: TrackingConfig) -> list[Callback]:
-    """The callbacks that a :class:`TrackingConfig` asks for."""
+def tracking_callbacks(config: TrackingConfig, part: str = "") -> list[Callback]:
+    """The callbacks that a :class:`TrackingConfig` asks for; ``part`` is added to the name, where several runs share it."""
+    config = replace(config, name="-".join(filter(None, (config.name, part))) or None)
     found: list[Callback] = []
     if config.wandb:
         more = {"entity": config.entity, "tags": None if config.tags is None else list(config.tags)}

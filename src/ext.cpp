@@ -7,6 +7,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "mlx/allocator.h"
 #include "mlx/version.h"
 #include "mlxsae/ops.h"
 
@@ -129,4 +130,12 @@ NB_MODULE(_ext, m) {
   m.def("enable_kernels", &mlxsae::enable_kernels, "enabled"_a, nb::sig("def enable_kernels(enabled: bool) -> None"));
   m.def("num_threads", &mlxsae::num_threads, nb::sig("def num_threads() -> int"));
   m.def("set_num_threads", &mlxsae::set_num_threads, "n"_a, nb::sig("def set_num_threads(n: int) -> None"));
+  m.def(
+      "unwritten",
+      [](const std::vector<int>& shape, mx::Dtype dtype) {
+        size_t size = mx::size_of(dtype);
+        for (int n : shape) size *= static_cast<unsigned>(n);
+        return mx::array(mx::allocator::malloc(size), {shape.begin(), shape.end()}, dtype);
+      },
+      "shape"_a, "dtype"_a, nb::sig("def unwritten(shape: tuple[int, ...], dtype: mlx.core.Dtype) -> " ARRAY));
 }

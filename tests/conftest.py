@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -47,19 +44,3 @@ def shared() -> Path:
 def seeded() -> None:
     """Every test starts from one random state, in whatever order they run."""
     mx.random.seed(0)
-
-
-@pytest.fixture(autouse=True)
-def no_lost_tasks() -> Iterator[None]:
-    """Set MLX's count of running CPU tasks back to 0 after each test.
-
-    Tasks that a stream drops after one of them raised are never counted as done (MLX 0.32.4), and an evaluation that later
-    waits for one of them waits for ever. Tests that provoke errors would stop others.
-    """
-    yield
-    if sys.platform == "linux":
-        mx.synchronize()
-        library = next((Path(mx.__file__).parent / "lib").glob("libmlx.so"))
-        scheduler = ctypes.CDLL(str(library))._ZN3mlx4core9scheduler9schedulerEv
-        scheduler.restype = ctypes.c_void_p
-        ctypes.c_int.from_address(scheduler()).value = 0  # n_active_tasks_, its first member

@@ -17,7 +17,7 @@ from lm_toys import write_folder
 from mlxsae import lm
 from mlxsae.cli import main
 from mlxsae.data import ActivationDataset
-from mlxsae.io import native
+from mlxsae.io import load_saes, native
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +148,49 @@ def test_training_on_stored_activations(stored: Path, model: Path, text: Path, t
     assert native.load(tmp_path / "resid").metadata["hook_name"] == "blocks.1.hook_resid_post"
 
 
+def weights_of(folder: Path) -> dict[str, mx.array]:
+    return dict(mx.load(str(folder / "sae_weights.safetensors")))
+
+
+@pytest.mark.parametrize("where", ["stored", "model"])
+def test_several_saes_from_one_pass_are_those_trained_alone(
+    where: str, stored: Path, model: Path, text: Path, tmp_path: Path, capsys
+) -> None:
+    def train(out: Path, *more: str) -> Path:
+        words = training(stored, out, *more)
+        if where == "model":
+            at = words.index("--activations")
+            words[at : at + 2] = ["--model", str(model), "--dataset", str(text), "--context-size", "32"]
+        assert main(words) == 0
+        return out
+
+    several = train(
+        tmp_path / "several", "--layer", "1", "2", "--component", "resid", "mlp_in", "--max-tokens", "2000"
+    )
+    shown = capsys.readouterr().out
+    names = [f"blocks.{n}.{site}" for n in (1, 2) for site in ("hook_resid_post", "mlp.hook_in")]
+    assert {p.name for p in several.iterdir()} == {*names, "run.json"}
+    run = json.loads((several / "run.json").read_text())
+    assert list(run["results"]) == names
+    assert list(run["config"]["hook_points"]) == names
+    assert all(f"{name}\n" in shown and f"Saved in {several / name}" in shown for name in names)
+    assert set(load_saes(several)) == {lm.HookPoint.parse(name) for name in names}
+    alone = train(tmp_path / "alone", "--layer", "2", "--component", "mlp_in", "--max-tokens", "2000")
+    a, b = weights_of(several / names[-1]), weights_of(alone)
+    assert all(mx.array_equal(a[key], b[key]) for key in b)
+    assert native.load(several / names[-1]).metadata["hook_name"] == names[-1]
+    # The held-out text is known from the run that made it.
+    assert main(["eval", str(several / names[-1]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fvu"] == pytest.approx(run["results"][names[-1]]["fvu"], rel=1e-6)
+    assert main(["train", "--resume", str(several), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == set(names)
+
+
 def test_a_broken_off_training_goes_on_bit_for_bit(stored: Path, tmp_path: Path, monkeypatch) -> None:
     import mlxsae.data.dataset as datasets
 
-    more = ("--layer", "1", "--component", "mlp_out", "--checkpoint-every", "7")
+    more = ("--layer", "1", "--component", "resid", "mlp_out", "--checkpoint-every", "7")
     assert main(training(stored, tmp_path / "whole", *more)) == 0
     real, taken = datasets.DatasetSource.next_batch, [0]
 
@@ -164,8 +203,9 @@ def test_a_broken_off_training_goes_on_bit_for_bit(stored: Path, tmp_path: Path,
     monkeypatch.setattr(datasets.DatasetSource, "next_batch", breaks)
     assert main(training(stored, tmp_path / "broken", *more)) == 1
     assert main(["train", "--resume", str(tmp_path / "broken"), "--quiet"]) == 0
-    a, b = (mx.load(str(tmp_path / name / "sae_weights.safetensors")) for name in ("whole", "broken"))
-    assert all(mx.array_equal(a[name], b[name]) for name in a)
+    for part in ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"):
+        a, b = (weights_of(tmp_path / name / part) for name in ("whole", "broken"))
+        assert all(mx.array_equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +236,8 @@ def test_what_cannot_go_on_is_said_in_one_sentence(
     ("more", "message"),
     [
         ((), "--layer and --component must say which"),
-        (("--layer", "3"), "must name one hook point of"),
-        (("--layer", "1", "--component", "attn"), "must name one hook point of"),
+        (("--layer", "3"), "must name hook points of"),
+        (("--layer", "1", "--component", "resid", "attn"), "must name hook points of"),
     ],
 )
 def test_which_activations_to_train_on(

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxsae import data, io
+from mlxsae import data, io, ops
 from mlxsae.data import ActivationDataset
 from mlxsae.data.encoding import DTYPES, Stream, decode, encode, to_float32
 from mlxsae.data.shards import ShardSet, ShardWriter
@@ -269,6 +269,16 @@ def test_positions_of_another_source_are_refused(stored: ActivationDataset) -> N
     ):
         with pytest.raises(ValueError, match=message):
             other.cursor = position
+
+
+def test_unwritten_memory_is_an_array_like_any_other() -> None:
+    for dtype in (mx.float32, mx.uint16, mx.int8):
+        x = ops.unwritten((3, 5), dtype)
+        np.array(x, copy=False)[:] = 7
+        assert x.shape == (3, 5)
+        assert x.dtype == dtype
+        assert mx.all(x == 7).item()
+    assert ops.unwritten((0, 4), mx.float32).shape == (0, 4)
 
 
 def test_a_batch_kept_is_never_overwritten(stored: ActivationDataset) -> None:

@@ -36,7 +36,8 @@ void give_back_lost_tasks(mx::Stream s) {
   auto done = std::make_shared<std::promise<void>>();
   mx::scheduler::enqueue(s, [done] { done->set_value(); });
   done->get_future().wait();
-  // Other streams may have tasks under way: what is taken from them by mistake only lets MLX run a little further ahead.
+  // Other streams may have tasks under way: what is taken from them by mistake only lets MLX run a little further
+  // ahead.
   for (int lost = std::min(failures.exchange(0), mx::scheduler::n_active_tasks()); lost > 0; --lost)
     mx::scheduler::notify_task_completion(s);
 }

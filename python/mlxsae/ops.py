@@ -40,6 +40,7 @@ __all__ = [
     "threshold_encode_capped",
     "topk_encode",
     "topk_encode_masked",
+    "unwritten",
     "update_tokens_since_fired",
 ]
 
@@ -473,3 +474,9 @@ def num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Sets the threads of the CPU kernels, ``n >= 1``. No result depends on it."""
     _ext.set_num_threads(n)
+
+
+def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array whose memory nobody has written yet, for readers of files to fill (through a NumPy view) before it is
+    used: ``mx.zeros`` would write it first."""
+    return _ext.unwritten(shape, dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlxsae import ops
 from mlxsae.io import arrays as array_files
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16, "int8": mx.int8}
@@ -100,8 +101,7 @@ def bits(a: mx.array) -> np.ndarray:
 
 def blank(rows: int, dtype: mx.Dtype, width: int) -> tuple[mx.array, np.ndarray]:
     """An MLX array ``[rows, width]`` and a view of its memory, to be filled from anywhere before it is used."""
-    raw = mx.zeros((rows, width), mx.uint16 if dtype in (mx.float16, mx.bfloat16) else dtype)
-    mx.eval(raw)
+    raw = ops.unwritten((rows, width), mx.uint16 if dtype in (mx.float16, mx.bfloat16) else dtype)
     view = np.array(raw, copy=False)
     assert view.dtype == array_files.numpy_dtype(dtype)
     return (raw if raw.dtype == dtype else raw.view(dtype)), view

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -91,6 +91,25 @@ class _Blocks(NamedTuple):
     at: np.ndarray
 
 
+class _Job(NamedTuple):
+    """A batch that the thread reads, or whoever cannot wait for it to begin."""
+
+    fields: dict[str, mx.array]
+    rows: int
+    read: Callable[[], None]
+    done: Future[None]
+
+    def take_over(self) -> bool:
+        """Read it here, unless the thread has begun."""
+        if taken := not self.done.cancelled() and self.done.cancel():
+            self.read()
+        return taken
+
+    def wait(self) -> None:
+        if not self.done.cancelled():
+            self.done.result()
+
+
 class BlockReader:
     """Shuffled batches of a store, and a position that can be left and taken up again.
 
@@ -101,7 +120,9 @@ class BlockReader:
     arrays in memory).
 
     A thread reads ``PREFETCH`` batches ahead, straight into the memory of the arrays that are handed out: beyond
-    those batches and the order of the blocks (32 bytes each) nothing is held.
+    those batches and the order of the blocks (32 bytes each) nothing is held. Whoever asks for a batch that is not
+    ready reads the next one itself meanwhile, so that two cores read where reading is all there is to do, and nobody
+    waits for a thread that does not get a core.
 
     Parameters
     ----------
@@ -137,7 +158,7 @@ class BlockReader:
         self._total = None if math.isinf(epochs) else int(epochs * self.rows)
         self._taken = 0  # rows handed out
         self._ahead = 0  # rows handed out or being read
-        self._jobs: deque[tuple[dict[str, mx.array], int, Future[None]]] = deque()
+        self._jobs: deque[_Job] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlxsae-read")
         self._blocks = self._cut(store.shard_rows)
         self._epoch, self._order = -1, self._blocks
@@ -146,13 +167,15 @@ class BlockReader:
         """``{name: x [batch, d]}`` in the stored float type (float32 for int8); None at the end."""
         while len(self._jobs) <= PREFETCH and (job := self._start(self._ahead, self._batch_size)):
             self._jobs.append(job)
-            self._ahead += job[1]
+            self._ahead += job.rows
         if not self._jobs:
             return None
-        fields, rows, done = self._jobs.popleft()
-        done.result()
-        self._taken += rows
-        return self._decoded(fields)
+        if not self._jobs[0].done.done():
+            any(job.take_over() for job in self._jobs)
+        job = self._jobs.popleft()
+        job.wait()
+        self._taken += job.rows
+        return self._decoded(job.fields)
 
     def sample(self, n: int) -> dict[str, mx.array]:
         """The next ``n`` rows of the order (at most an epoch); the batches that follow are as if it had not
@@ -160,8 +183,9 @@ class BlockReader:
         """
         job = self._start(self._taken, min(n, self.rows), endless=True)
         assert job is not None
-        job[2].result()
-        return self._decoded(job[0])
+        job.take_over()
+        job.wait()
+        return self._decoded(job.fields)
 
     @property
     def cursor(self) -> dict[str, Any]:
@@ -183,8 +207,8 @@ class BlockReader:
                 raise ValueError(
                     f"[activations] to resume, {key} must be {position.get(key)!r} but got {mine[key]!r}."
                 )
-        for *_, done in self._jobs:
-            done.cancel()
+        for job in self._jobs:
+            job.done.cancel()
         self._jobs.clear()  # one that runs already fills memory that nobody will see
         self._taken = self._ahead = int(position["taken"])
 
@@ -229,9 +253,7 @@ class BlockReader:
             begin, rows = begin + take, rows - take
         return np.concatenate(parts)
 
-    def _start(
-        self, begin: int, rows: int, endless: bool = False
-    ) -> tuple[dict[str, mx.array], int, Future[None]] | None:
+    def _start(self, begin: int, rows: int, endless: bool = False) -> _Job | None:
         if self._total is not None and not endless:
             rows = min(rows, self._total - begin)
         if rows <= 0:
@@ -248,7 +270,7 @@ class BlockReader:
             for field, view in views.items():
                 self._store.read(field, runs, view)
 
-        return fields, rows, self._thread.submit(read)
+        return _Job(fields, rows, read, self._thread.submit(read))
 
     def _decoded(self, fields: Mapping[str, mx.array]) -> dict[str, mx.array]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from mlxsae import io, lm
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate
+from mlxsae.metrics.in_model import evaluate_in_model
 from mlxsae.sae import SAE
 from mlxsae.train import (
     DEFAULT_CROSSCODER_CONFIG,
@@ -36,7 +38,7 @@ from mlxsae.train import (
     train_saes,
     train_transcoder,
 )
-from mlxsae.train.config import TrackingConfig
+from mlxsae.train.config import TrackingConfig, overruled
 from mlxsae.train.flat_names import FLAT_NAMES, nested
 from test_train import StopAt, assert_same_bits, dictionary_data, new_sae, weights
 
@@ -161,11 +163,11 @@ def test_train_sae_in_one_call(model: lm.LanguageModel, texts: list[str], tmp_pa
 def test_several_layers_from_one_forward_pass(
     model: lm.LanguageModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlxsae.train import doors
+    from mlxsae.data import model_activations
 
-    passes = []
-    capture = doors.lm_room.capture
-    monkeypatch.setattr(doors.lm_room, "capture", lambda *a: passes.append(len(a[2])) or capture(*a))
+    passes: list[int] = []
+    capture = model_activations.capture
+    monkeypatch.setattr(model_activations, "capture", lambda *a: passes.append(len(a[2])) or capture(*a))
     options = SMALL | {"total_tokens": 3000, "validation_split": 0.2}
     made = train_saes(model, [0, 2], "residual", texts, tmp_path, **options)
     together = len(passes)
@@ -228,6 +230,42 @@ def test_train_transcoder(model: lm.LanguageModel, texts: list[str], tmp_path: P
             train_transcoder(model, dataset=texts, **bad)
     with pytest.raises(ValueError, match="layer, or from_layer and to_layer, must be given"):
         train_transcoder(model, from_layer=1, dataset=texts)
+
+
+def test_end_to_end_through_the_model(model: lm.LanguageModel, texts: list[str], tmp_path: Path) -> None:
+    """Trained for what the model predicts, an SAE of one latent a token serves the model better than by reconstruction."""
+    options: dict[str, Any] = {"expansion_factor": 2, "k": 1, "learning_rate": 3e-3, "context_size": 64}
+    options |= {"batch_size": 256, "log_every": 2, "seed": 1}
+    judged = list(lm.token_batches(model, lm.tiny.texts(8, seed=9), context_size=64, batch_size=8))
+    found = {}
+    for name in (None, "kl"):
+        config = SAEConfig(**options, total_tokens=10_000, end_to_end=name)
+        sae = train_sae(model, 1, "resid", texts, config=config, progress=False)
+        found[name] = evaluate_in_model(model, sae, "blocks.1.hook_resid_post", judged)
+    assert found["kl"]["ce_sae"] < found[None]["ce_sae"] - 0.05
+    assert found["kl"]["fvu"] > found[None]["fvu"]
+    config = SAEConfig(
+        **options,
+        total_tokens=1500,
+        checkpoint_every=2,
+        end_to_end="cross_entropy",
+        validation_split=0.2,
+        normalize_activations="layer_norm",
+    )
+    config = overruled(config, {"data": replace(config.data, validation_tokens=500)})
+    whole = SAETrainer(config)
+    expected = weights(whole.train(model, 1, "resid", texts, progress=False))
+    assert whole.result is not None
+    assert whole.result.validations[-1]["val_cross_entropy"] > 0
+    assert {"cross_entropy", "fvu"} <= whole.result.history[-1].keys()
+    with pytest.raises(KeyboardInterrupt):
+        whole.train(model, 1, "resid", texts, progress=False, checkpoint_dir=tmp_path, callbacks=[StopAt(3)])
+    again = whole.train(model, 1, "resid", texts, progress=False, checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(again), expected)
+    with pytest.raises(ValueError, match="end_to_end must be None but for one SAE or transcoder on text"):
+        train_sae(model, 1, "resid", mx.zeros((64, model.d_model)), config=config)
+    with pytest.raises(ValueError, match=r"\[config\] end_to_end must be None without a model and text"):
+        fit(new_sae(), ArraySource(dictionary_data(), batch_size=64), config.train)
 
 
 def test_doors_name_what_is_missing(model: lm.LanguageModel, texts: list[str]) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlxsae import lm, to_dense
 from mlxsae import loss as L
-from mlxsae import to_dense
 from mlxsae.code import DenseCode
+from mlxsae.data import ContextActivations
 from mlxsae.sae import RULES, SAE, BatchTopK, Gated, JumpReLU, ReLU, SigmoidGated, TopK
 from mlxsae.train import LossConfig, fit
 from test_rules import D_SAE, D, K, data, settings, source
@@ -207,6 +208,31 @@ def test_end_to_end_training_serves_the_model() -> None:
         code = sae.encode(held_out)
         found.append(L.KL(model_logits)(L.Forward(sae, held_out, held_out, code, sae.decode(code))).item())
     assert found[0] < found[1]
+
+
+def test_the_model_goes_on_from_other_rows() -> None:
+    """With its own rows the model predicts what it did; with others at one place only later predictions change."""
+    model = lm.load("tiny")
+    tokens, valid = next(
+        iter(lm.token_batches(model, lm.tiny.texts(9, seed=0), context_size=24, batch_size=3))
+    )
+    contexts = ContextActivations(model, model.hook_point("resid", layer=1), lambda: iter([(tokens, valid)]))
+    rows, same, places = contexts.next_batch()
+    assert contexts.next_batch() is None
+    assert mx.array_equal(same, tokens)
+    logits = lm.logits_from(model, "blocks.1.hook_resid_post")
+    plain = model(tokens).reshape(-1, logits(rows, tokens, places).shape[-1])[places]
+    np.testing.assert_allclose(logits(rows, tokens, places), plain, atol=1e-4)
+    losses = np.array(lm.losses_from(model, "blocks.1.hook_resid_post")(rows, tokens, places))
+    each, mask = np.array(lm.token_losses(model, tokens)), np.array(valid)
+    counts = mask[:, 1:] & mask[:, :-1]
+    assert losses.mean() == pytest.approx(each[counts].mean(), rel=1e-4)
+    moved = np.array(logits(mx.where(mx.arange(len(rows))[:, None] == 5, -rows, rows), tokens, places))
+    changed = np.abs(moved - np.array(plain)).max(axis=1) > 1e-3
+    context = np.array(places) // tokens.shape[1]
+    assert changed[5]
+    assert not changed[:5].any()
+    assert not changed[context != context[5]].any()
 
 
 def test_schedules_reach_the_terms() -> None:

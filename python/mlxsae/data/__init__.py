@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         collect_activations_from_dataloader,
     )
     from mlxsae.data.curation import prepare_dataset
-    from mlxsae.data.model_activations import ModelActivations
+    from mlxsae.data.model_activations import ContextActivations, ModelActivations
 
 __all__ = [
     "ActivationCollector",
@@ -24,6 +24,7 @@ __all__ = [
     "ActivationSource",
     "ArraySource",
     "Chunk",
+    "ContextActivations",
     "DatasetSource",
     "IterableSource",
     "ModelActivations",
@@ -38,6 +39,7 @@ __all__ = [
 # These import the language-model room, and whoever brings their own activations has no need of it.
 _LATER = {
     "ActivationCollector": "collector",
+    "ContextActivations": "model_activations",
     "ModelActivations": "model_activations",
     "collect_activations": "collector",
     "collect_activations_from_dataloader": "collector",

@@ -29,7 +29,9 @@ class Chunk(NamedTuple):
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """What ``fit`` reads. A batch is a tuple ``(x,)`` or ``(x, y)`` of float arrays ``[batch, d]``."""
+    """What ``fit`` reads. A batch is a tuple ``(x,)`` or ``(x, y)`` of float arrays ``[batch, d]``; whole contexts have
+    ``tokens`` and ``places`` behind them, see :class:`~mlxsae.data.ContextActivations`.
+    """
 
     def next_batch(self) -> tuple[mx.array, ...] | None:
         """The next batch, or None at the end."""
@@ -228,7 +230,7 @@ class ShuffleBuffer:
                 self._exhausted = True
                 break
             self._consumed += 1
-            rows = _valid_rows(chunk)
+            rows = valid_rows(chunk)
             if len(rows[0]):
                 parts.append(rows)
                 held += len(rows[0])
@@ -288,7 +290,8 @@ def as_source(data: Any) -> ActivationSource:
     return data if isinstance(data, ActivationSource) else IterableSource(data)
 
 
-def _valid_rows(chunk: Chunk | mx.array | np.ndarray) -> tuple[np.ndarray, ...]:
+def valid_rows(chunk: Chunk | mx.array | np.ndarray) -> tuple[np.ndarray, ...]:
+    """The rows ``[n, d]`` of each field that are valid."""
     chunk = chunk if isinstance(chunk, Chunk) else Chunk(chunk)
     given = (
         *(chunk.x if isinstance(chunk.x, tuple) else (chunk.x,)),

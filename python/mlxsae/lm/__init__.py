@@ -6,7 +6,7 @@ mlx-lm is imported by `load` and by generation, never by importing this package.
 from __future__ import annotations
 
 from . import interventions
-from .evaluation import loss, token_losses
+from .evaluation import logits_from, loss, losses_from, token_losses
 from .families import FAMILIES, Family
 from .generation import GeneratedToken, generate, stream_generate
 from .hook_point import SITES, ByPoint, HookPoint, HookPointLike, ModulePoint
@@ -45,7 +45,9 @@ __all__ = [
     "in_heldout",
     "interventions",
     "load",
+    "logits_from",
     "loss",
+    "losses_from",
     "only_at",
     "read_texts",
     "run_with_capture",

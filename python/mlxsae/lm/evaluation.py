@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from .hook_point import HookPointLike
 from .hooks import Edits, network, splice
 from .language_model import LanguageModel
 
@@ -62,3 +65,50 @@ def loss(
     if not count.item():
         raise ValueError("[loss] valid must mark at least one target but marks none.")
     return mx.where(targets, losses, 0).sum() / count
+
+
+Continuation = Callable[[mx.array, mx.array, mx.array], mx.array]
+"""From rows [n, d], tokens [b, t] and the rows' places [n] in `tokens.reshape(-1)`, ascending."""
+
+
+def logits_from(model: LanguageModel | nn.Module, hook_point: HookPointLike) -> Continuation:
+    """What the model predicts with other activations at a hook point: `f(rows, tokens, places) -> logits`, float32
+    [n, vocab], those at the same places.
+
+    Activations at all other places stay. Differentiable in the rows; one forward pass a call.
+    """
+    net = network(model)
+
+    def logits(rows: mx.array, tokens: mx.array, places: mx.array) -> mx.array:
+        n = places.shape[0]
+        which = mx.put_along_axis(
+            mx.full(tokens.size, n, mx.int32), places, mx.arange(n, dtype=mx.int32), axis=0
+        )
+
+        def edit(x: mx.array) -> mx.array:
+            other = rows[mx.minimum(which, n - 1)].astype(x.dtype).reshape(x.shape)
+            return mx.where((which < n).reshape(*tokens.shape, 1), other, x)
+
+        with splice(net, {hook_point: edit}):
+            out = net(tokens)
+        return out.reshape(-1, out.shape[-1])[places].astype(mx.float32)
+
+    return logits
+
+
+def losses_from(model: LanguageModel | nn.Module, hook_point: HookPointLike) -> Continuation:
+    """As :func:`logits_from`, but how badly the next token is predicted: [n] in nats.
+
+    0 where the next token is none of the places (the end of a context, padding); the others are scaled so that the mean over
+    all rows is the mean over predictions.
+    """
+    continued = logits_from(model, hook_point)
+
+    def losses(rows: mx.array, tokens: mx.array, places: mx.array) -> mx.array:
+        following = mx.concatenate([places[1:], mx.array([-1], places.dtype)])
+        counts = (following == places + 1) & (following % tokens.shape[1] != 0)
+        targets = tokens.reshape(-1)[mx.maximum(following, 0)]
+        each = mx.where(counts, nn.losses.cross_entropy(continued(rows, tokens, places), targets), 0)
+        return each * (places.shape[0] / mx.maximum(counts.sum(), 1))
+
+    return losses

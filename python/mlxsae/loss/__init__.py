@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mlxsae.loss.auxk import AUXK_PRESETS, AuxK
-from mlxsae.loss.compose import Forward, Loss, Term
-from mlxsae.loss.end_to_end import KL, CrossEntropy
+from mlxsae.loss.compose import Context, Forward, Loss, Term
+from mlxsae.loss.end_to_end import END_TO_END, KL, CrossEntropy
 from mlxsae.loss.matryoshka import FixedPrefixes, Prefixes, RandomPrefixes
 from mlxsae.loss.names import DEFAULT_TERMS, TERMS
 from mlxsae.loss.reconstruction import RECONSTRUCTION, RowTerm, fvu, mse, nmse
@@ -25,12 +25,14 @@ from mlxsae.loss.sparsity import (
 __all__ = [
     "AUXK_PRESETS",
     "DEFAULT_TERMS",
+    "END_TO_END",
     "KL",
     "L0",
     "L1",
     "RECONSTRUCTION",
     "TERMS",
     "AuxK",
+    "Context",
     "CrossEntropy",
     "FixedPrefixes",
     "Forward",

@@ -17,6 +17,27 @@ if TYPE_CHECKING:
     from mlxsae.loss.auxk import AuxK
 
 
+class Context(NamedTuple):
+    """Where the rows of a batch stand in text: row ``i`` is the activation of ``tokens.reshape(-1)[places[i]]``."""
+
+    tokens: mx.array
+    """int ``[b, t]``"""
+    places: mx.array
+    """int32 ``[n]``, ascending."""
+    scale: mx.array
+    """With ``shift``: a run's target ``y`` (or reconstruction) is ``y * scale + shift`` before its normalisation."""
+    shift: mx.array
+
+    @staticmethod
+    def of(scheduled: Mapping[str, mx.array]) -> Context | None:
+        names = [f"context.{name}" for name in Context._fields]
+        return Context(*(scheduled[name] for name in names)) if names[0] in scheduled else None
+
+    def named(self) -> dict[str, mx.array]:
+        """For :attr:`Forward.scheduled`."""
+        return {f"context.{name}": a for name, a in self._asdict().items()}
+
+
 class Forward(NamedTuple):
     """What one forward pass knows; every term is a function of it.
 
@@ -33,6 +54,11 @@ class Forward(NamedTuple):
     dead: mx.array | None = None
     pre_acts: mx.array | None = None
     scheduled: Mapping[str, mx.array] = {}
+
+    @property
+    def context(self) -> Context | None:
+        """Of batches of whole contexts (:class:`~mlxsae.data.ContextActivations`)."""
+        return Context.of(self.scheduled)
 
     def dense_pre_acts(self) -> mx.array:
         """``[n, d_sae]``: the rule's, or by a product of its own where the rule never held them."""

@@ -1,7 +1,9 @@
 """Terms that judge a reconstruction by what the model makes of it (Braun et al. 2024, arXiv 2405.12241).
 
-The model comes as a function of the activations alone: for a residual stream, the model from there on. Batches must keep
-what that function needs, such as whole contexts in order; gradients pass through it into the SAE.
+The model comes as a function of activations. Batches of whole contexts (:class:`~mlxsae.data.ContextActivations`) give it
+``(rows, tokens, places)``, the rows as the model has them whatever the run's normalisation: that is what
+:func:`mlxsae.lm.logits_from` and :func:`mlxsae.lm.losses_from` take. Of other batches it gets the rows alone. Gradients pass
+through it into the SAE.
 """
 
 from __future__ import annotations
@@ -15,19 +17,26 @@ import mlx.nn as nn
 from mlxsae.loss.compose import Forward
 
 
+def _of(model: Callable[..., mx.array], forward: Forward, rows: mx.array) -> mx.array:
+    context = forward.context
+    if context is None:
+        return model(rows)
+    return model(rows * context.scale + context.shift, context.tokens, context.places)
+
+
 @dataclass(frozen=True)
 class KL:
     r""":math:`\mathrm{mean}\; KL(p(y) \,\|\, p(\hat y))`, in nats a prediction: the model on the activations against the
     model on their reconstruction.
 
-    ``logits``: from activations ``[n, d_out]`` to logits ``[..., vocabulary]``.
+    ``logits``: from activations ``[n, d_out]`` (and context) to logits ``[..., vocabulary]``.
     """
 
-    logits: Callable[[mx.array], mx.array]
+    logits: Callable[..., mx.array]
 
     def __call__(self, forward: Forward) -> mx.array:
         clean, spliced = (
-            nn.log_softmax(self.logits(a).astype(mx.float32), axis=-1)
+            nn.log_softmax(_of(self.logits, forward, a).astype(mx.float32), axis=-1)
             for a in (mx.stop_gradient(forward.y), forward.y_hat)
         )
         clean = mx.stop_gradient(clean)
@@ -38,10 +47,14 @@ class KL:
 class CrossEntropy:
     """Mean cross entropy of the next token with the reconstruction in place of the activation.
 
-    ``losses``: from activations ``[n, d_out]`` to one loss a prediction, any shape.
+    ``losses``: from activations ``[n, d_out]`` (and context) to one loss a prediction, any shape.
     """
 
-    losses: Callable[[mx.array], mx.array]
+    losses: Callable[..., mx.array]
 
     def __call__(self, forward: Forward) -> mx.array:
-        return self.losses(forward.y_hat).mean()
+        return _of(self.losses, forward, forward.y_hat).mean()
+
+
+END_TO_END: dict[str, type[KL] | type[CrossEntropy]] = {"kl": KL, "cross_entropy": CrossEntropy}
+"""Those that configurations name."""

@@ -15,13 +15,17 @@ import mlx.core as mx
 from mlxsae.loss import (
     AUXK_PRESETS,
     DEFAULT_TERMS,
+    END_TO_END,
     RECONSTRUCTION,
     TERMS,
     AuxK,
     FixedPrefixes,
     Loss,
+    Lp,
     Prefixes,
     RandomPrefixes,
+    Term,
+    anneal,
 )
 from mlxsae.loss.compose import Weight
 from mlxsae.sae import RULES, SAE, Crosscoder, Rule
@@ -108,12 +112,21 @@ class LossConfig(_Config):
     cannot do without (:data:`mlxsae.loss.DEFAULT_TERMS`: JumpReLU's L0, ReLU's L1, ...). They rise linearly from 0 over
     the fraction ``warmup`` of the run (steps where over 1).
 
+    ``end_to_end`` puts ``kl`` or ``cross_entropy`` of the model's predictions, with the reconstruction in place of the
+    activation, in place of the reconstruction term, which is only watched then. It wants the doors that have the model
+    and text (``train_sae``); steps are then whole contexts of about ``batch_size`` tokens in all.
+
+    ``p_end`` anneals the power of the term ``lp`` linearly from 1, when ``warmup`` is over, to there at the end, at the size
+    that L1 has (:class:`mlxsae.loss.Lp`).
+
     ``prefixes`` makes the SAE a Matryoshka: widths as ascending shares of ``d_sae`` (or numbers of latents, over 1), the
     full width being added; ``random_prefixes`` draws so many anew for each step instead.
     """
 
     reconstruction: str = "fvu"
     terms: dict[str, float] | None = None
+    end_to_end: str | None = None
+    p_end: float | None = None
     warmup: float = 0.0
     prefixes: tuple[float, ...] | None = None
     random_prefixes: int | None = None
@@ -129,6 +142,12 @@ class LossConfig(_Config):
             _require("terms", name, name in TERMS, f"be among {sorted(TERMS)}")
             _require(f"terms.{name}", weight, weight >= 0, "not be negative")
         _require("warmup", self.warmup, self.warmup >= 0, "not be negative")
+        known = sorted(END_TO_END)
+        fits = self.end_to_end is None or self.end_to_end in known
+        _require("end_to_end", self.end_to_end, fits, f"be None or one of {known}")
+        if self.p_end is not None:
+            _require("p_end", self.p_end, 0 < self.p_end <= 1, "lie in (0, 1]")
+            _require("terms", self.terms, "lp" in (self.terms or {}), "have lp where p_end is given")
         if self.prefixes is not None and self.random_prefixes is not None:
             raise ValueError("[config] prefixes and random_prefixes must not both be given but are.")
         self._prefixes()
@@ -146,8 +165,13 @@ class LossConfig(_Config):
             return RandomPrefixes(self.random_prefixes)
         return None if self.prefixes is None else FixedPrefixes(self.prefixes)
 
-    def build(self, sae: SAE, total_steps: int = 0) -> Loss:
-        """The loss for ``sae`` in a run of ``total_steps``."""
+    def build(self, sae: SAE, total_steps: int = 0, end_to_end: Term | None = None) -> Loss:
+        """The loss for ``sae`` in a run of ``total_steps``; ``end_to_end`` is the term that the field of this name asks for."""
+        if self.end_to_end is not None and end_to_end is None:
+            raise ValueError(
+                f"[config] end_to_end must be None without a model and text but got {self.end_to_end!r}; "
+                "train_sae has them, or give fit a loss."
+            )
         auxk, d_in = None, sae.d_in
         if self.auxk is not None:
             weight = AUXK_PRESETS[self.auxk].weight if self.auxk_weight is None else self.auxk_weight
@@ -159,7 +183,13 @@ class LossConfig(_Config):
             return (lambda step: weight * min(1.0, (step + 1) / rising)) if rising else weight
 
         terms = {name: (weight_of(weight), TERMS[name]) for name, weight in weights.items()}
-        reconstruction = {self.reconstruction: (1.0, RECONSTRUCTION[self.reconstruction])}
+        if self.p_end is not None:
+            begin = min(rising, total_steps - 1)
+            terms["lp"] = terms["lp"][0], Lp(anneal(1.0, self.p_end, begin, total_steps), like=1.0)
+        if end_to_end is not None and self.end_to_end is not None:
+            terms[self.end_to_end] = 1.0, end_to_end
+        share = 1.0 if end_to_end is None else 0.0
+        reconstruction = {self.reconstruction: (share, RECONSTRUCTION[self.reconstruction])}
         return Loss(reconstruction, auxk, terms, self._prefixes())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +13,19 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsae import lm as lm_room
-from mlxsae.data import ActivationSource, ArraySource, Chunk, ShuffleBuffer
+from mlxsae.data import (
+    ActivationSource,
+    ArraySource,
+    Chunk,
+    ContextActivations,
+    ModelActivations,
+    ShuffleBuffer,
+)
+from mlxsae.data.source import valid_rows
 from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint, LanguageModel, TokenBatch
 from mlxsae.lm.hook_point import SITES
+from mlxsae.loss import END_TO_END, Loss
 from mlxsae.train.callbacks import Callback
 from mlxsae.train.config import CrosscoderConfig, SAEConfig, TrackingConfig, TranscoderConfig, overruled
 from mlxsae.train.loop import FitResult, Job, fit, fit_many
@@ -238,6 +246,7 @@ class SAETrainer:
         task = _Task(lms, points, config, dataset, text_field, apart=bool(each_of))
         lengthless = not self._explicit and not flat.keys() & set(_LENGTHS)
         config, source, validation = task.data(_EPOCHS if lengthless else None)
+        coder = None if each_of else task.build(config)
         common: dict[str, Any] = {
             "validation": validation,
             "checkpoint_dir": checkpoint_dir,
@@ -263,9 +272,10 @@ class SAETrainer:
                 if save_path is not None:
                     native.save(sae, Path(save_path) / f"layer_{n}")
             return made
-        coder = task.build(config)
         watchers = [*callbacks, *tracking_callbacks(config.tracking)]
-        self.result = fit(coder, source, config.train, callbacks=watchers, **common)
+        loss = None if config.train.loss.end_to_end is None else task.end_to_end(config, coder)
+        self.result = fit(coder, source, config.train, loss=loss, callbacks=watchers, **common)
+        assert coder is not None
         coder.metadata = coder.metadata | task.metadata()
         if save_path is not None:
             native.save(coder, save_path)
@@ -319,7 +329,12 @@ class _Task:
     def data(self, epochs: int | None) -> tuple[Any, ActivationSource, Any]:
         """The configuration with its number of tokens, the source, and held-out activations or None."""
         config, dataset = self.config, self.dataset
-        train = config.train
+        train, whole = config.train, config.train.loss.end_to_end is not None
+        stored = isinstance(dataset, (mx.array, np.ndarray, ActivationSource)) or hasattr(
+            dataset, "hook_points"
+        )
+        if whole and (stored or self.crosses or self.apart):
+            raise ValueError("[train] end_to_end must be None but for one SAE or transcoder on text.")
         n = len(self.lms) * len(self.points)
         if isinstance(dataset, (mx.array, np.ndarray)):
             return config, ArraySource(dataset, batch_size=train.batch_size, seed=train.seed), None
@@ -333,7 +348,9 @@ class _Task:
             return config, _Joined(source) if self.crosses else source, None
         texts = Documents(dataset, self.text_field)
         split = 0.0 if texts.once else config.data.validation_split
-        held_out = self._held_out(texts, split) if split else None
+        held_out = None
+        if split and any(lm_room.in_heldout(text, split) for text in texts if text.strip()):
+            held_out = self._held_out(self._batches(texts, "heldout", split))
         # A validation split into which no document falls leaves all of them to training, by the same hash.
         batches = self._batches(texts, "train" if split else None, split)
         if not texts.once and train.epochs is not None:
@@ -344,21 +361,27 @@ class _Task:
             there = _count(batches(), enough=train.total_tokens / epochs)
             train = replace(train, total_tokens=min(train.total_tokens, epochs * there))
         config = replace(config, train=train)
+        again = 1 if texts.once else None
+
+        def walk() -> Iterator[TokenBatch]:
+            return batches(max_tokens=train.total_tokens, seed=train.seed, epochs=again)
+
+        if whole:
+            return config, ContextActivations(self.lms[0], tuple(self.points), walk), held_out
         width = sum(lm.shape_at(point)[-1] for lm in self.lms for point in self.points)
         fits = max(_BUFFER_BYTES // (4 * width), train.batch_size)
         capacity = max(config.data.buffer_tokens or min(_BUFFER_TOKENS, fits), train.batch_size)
-        stream = _Stream(
-            self,
-            lambda: batches(max_tokens=train.total_tokens, seed=train.seed, epochs=1 if texts.once else None),
+        source = ShuffleBuffer(
+            self._stream(walk), batch_size=train.batch_size, capacity=capacity, seed=train.seed
         )
-        source: Any = ShuffleBuffer(stream, batch_size=train.batch_size, capacity=capacity, seed=train.seed)
-        if self.apart:
-            widths = [self.lms[0].shape_at(point)[-1] for point in self.points]
-            source = _Apart(source, widths)
-            held_out = (
-                None if held_out is None else tuple(np.split(held_out[0], np.cumsum(widths)[:-1], axis=1))
-            )
-        return config, source, held_out
+        return config, _Joined(source) if self.crosses else source, held_out
+
+    def end_to_end(self, config: Any, coder: Any) -> Loss:
+        """The loss that asks the model."""
+        name = config.train.loss.end_to_end
+        continued = lm_room.logits_from if name == "kl" else lm_room.losses_from
+        term = END_TO_END[name](continued(self.lms[0], self.points[-1]))
+        return config.train.loss.build(coder, config.train.total_steps, term)
 
     def metadata(self) -> dict[str, Any]:
         lm, names = self.lms[0], [str(point) for point in self.points]
@@ -380,25 +403,23 @@ class _Task:
             found["dataset_path"] = os.fspath(self.dataset)
         return found
 
-    def chunk(self, batch: TokenBatch) -> Chunk:
-        """``x``, for a transcoder also ``y``; of a crosscoder the sources side by side."""
-        arrays = []
-        for lm in self.lms:
-            found = lm_room.capture(lm, batch.tokens, self.points)
-            arrays += [found[point] for point in self.points]
-        if self.crosses or self.apart:
-            return Chunk(mx.concatenate([a.astype(mx.float32) for a in arrays], axis=-1), valid=batch.valid)
-        return Chunk(*arrays, valid=batch.valid)
+    def _stream(self, batches: Callable[[], Iterable[TokenBatch]]) -> Any:
+        each = [ModelActivations(lm, tuple(self.points), batches) for lm in self.lms]
+        return each[0] if len(each) == 1 else _Abreast(each)
 
     def _batches(
         self, texts: Documents, split: str | None, share: float
     ) -> Callable[..., Iterator[TokenBatch]]:
+        train, size = self.config.train, self.config.data.lm_batch_size
+        if train.loss.end_to_end is not None:  # what the model reads at once is a step
+            size = max(1, train.batch_size // self.context_size)
+
         def walk(**more: Any) -> Iterator[TokenBatch]:
             return lm_room.token_batches(
                 self.lms[0],
                 texts,
                 context_size=self.context_size,
-                batch_size=self.config.data.lm_batch_size,
+                batch_size=size,
                 split=split,
                 heldout_fraction=share,
                 **more,
@@ -406,44 +427,38 @@ class _Task:
 
         return walk
 
-    def _held_out(self, texts: Documents, split: float) -> tuple[np.ndarray, ...] | None:
-        if not any(lm_room.in_heldout(text, split) for text in texts if text.strip()):
-            return None
-        return self._collected(self._batches(texts, "heldout", split))
-
-    def all_rows(self) -> tuple[np.ndarray, ...]:
+    def all_rows(self) -> Any:
         """The activations of the dataset's texts, at most ``validation_tokens``."""
-        return self._collected(self._batches(Documents(self.dataset, self.text_field), None, 0.0))
+        return self._held_out(self._batches(Documents(self.dataset, self.text_field), None, 0.0))
 
-    def _collected(self, batches: Callable[..., Iterator[TokenBatch]]) -> tuple[np.ndarray, ...]:
-        parts = []
-        for batch in batches(max_tokens=self.config.data.validation_tokens):
-            x, y, _ = self.chunk(batch)
-            fields = [mx.array(a) for a in ((x,) if y is None else (x, y))]
-            parts.append([np.array(lm_room.valid_rows(a.astype(mx.float32), batch.valid)) for a in fields])
-        return tuple(np.concatenate(field) for field in zip(*parts, strict=True))
+    def _held_out(self, batches: Callable[..., Iterator[TokenBatch]]) -> Any:
+        def walk() -> Iterator[TokenBatch]:
+            return batches(max_tokens=self.config.data.validation_tokens)
+
+        if self.config.train.loss.end_to_end is not None:
+            contexts = ContextActivations(self.lms[0], tuple(self.points), walk)
+            return list(iter(contexts.next_batch, None))
+        rows = zip(*(valid_rows(chunk) for chunk in self._stream(walk)), strict=True)
+        arrays = tuple(np.concatenate(field) for field in rows)
+        return (np.concatenate(arrays, axis=1),) if self.crosses else arrays
 
 
-class _Stream:
-    """Chunks of a task's activations, from any batch of tokens on."""
+class _Abreast:
+    """Chunks of several models that read the same tokens, as one stream."""
 
-    def __init__(self, task: _Task, batches: Callable[[], Iterable[TokenBatch]]):
-        self._task, self._batches, self._used = task, batches, 0
+    def __init__(self, streams: Sequence[ModelActivations]):
+        self._streams = streams
 
     def __iter__(self) -> Iterator[Chunk]:
-        for batch in itertools.islice(self._batches(), self._used, None):
-            chunk = self._task.chunk(batch)
-            self._used += 1
-            yield chunk
+        for chunks in zip(*self._streams, strict=True):
+            yield Chunk(tuple(a for chunk in chunks for a in chunk.x), valid=chunks[0].valid)
 
-    def state(self) -> dict[str, Any]:
-        return {"points": [str(point) for point in self._task.points], "used": self._used}
+    def state(self) -> list[dict[str, Any]]:
+        return [stream.state() for stream in self._streams]
 
-    def restore(self, position: dict[str, Any]) -> None:
-        mine = [str(point) for point in self._task.points]
-        if position["points"] != mine:
-            raise ValueError(f"[train] to resume, points must be {position['points']} but got {mine}.")
-        self._used = int(position["used"])
+    def restore(self, position: list[dict[str, Any]]) -> None:
+        for stream, own in zip(self._streams, position, strict=True):
+            stream.restore(own)
 
 
 class _Joined:
@@ -463,24 +478,6 @@ class _Joined:
 
     def sample(self, n: int) -> tuple[mx.array, ...]:
         return (_side_by_side(self._source.sample(n)),)
-
-
-class _Apart:
-    """A source whose one array is cut into columns: what each point has."""
-
-    def __init__(self, source: ActivationSource, widths: Sequence[int]):
-        self._source, self._cuts = source, np.cumsum(widths)[:-1].tolist()
-        self.state, self.restore = source.state, source.restore
-
-    def next_batch(self) -> tuple[mx.array, ...] | None:
-        batch = self._source.next_batch()
-        return None if batch is None else self._cut(batch)
-
-    def sample(self, n: int) -> tuple[mx.array, ...]:
-        return self._cut(self._source.sample(n))
-
-    def _cut(self, batch: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-        return tuple(mx.contiguous(a) for a in mx.split(batch[0], self._cuts, axis=1))
 
 
 def _side_by_side(batch: tuple[mx.array, ...]) -> mx.array:

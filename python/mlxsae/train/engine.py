@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae import ops
 from mlxsae.code import DenseCode, detached
-from mlxsae.loss import Forward, Loss
+from mlxsae.loss import Context, Forward, Loss
 from mlxsae.loss.matryoshka import bands
 from mlxsae.metrics import l0
 from mlxsae.sae import SAE, Rule
@@ -79,14 +79,24 @@ class AutodiffEngine:
         return _copied(state)
 
     def step(
-        self, arrays: Arrays, x: mx.array, y: mx.array, *, lr: float, step: int, auxk: bool
+        self,
+        arrays: Arrays,
+        x: mx.array,
+        y: mx.array,
+        *,
+        lr: float,
+        step: int,
+        auxk: bool,
+        context: Context | None = None,
     ) -> tuple[Arrays, dict[str, mx.array]]:
         k = self._config.k_at(step, self._sae.rule)
-        if (auxk, k) not in self._steps:
-            self._steps[auxk, k] = self._compiled(self._graph(auxk, k))
         frozen = self._sae.parameters()
         scheduled = self._loss.scheduled(step, self._sae.d_sae, self._config.seed)
         scheduled |= {"lr": mx.array(lr, mx.float32), "step": mx.array(step, mx.int32)}
+        if context is not None:  # through a language model, which hooks want eager
+            return self._graph(auxk, k)(arrays, frozen, x, y, scheduled | context.named())
+        if (auxk, k) not in self._steps:
+            self._steps[auxk, k] = self._compiled(self._graph(auxk, k))
         return self._steps[auxk, k](arrays, frozen, x, y, scheduled)
 
     def _graph(self, auxk: bool, k: int | None) -> Callable[..., tuple[Arrays, dict[str, mx.array]]]:

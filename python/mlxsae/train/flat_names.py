@@ -43,7 +43,11 @@ _PATHS: dict[str, str] = {
     # loss
     "dead_feature_window": "train.loss.dead_after",
     "feature_sampling_window": "train.loss.dead_after",
+    "auxk": "train.loss.auxk",
     "k_aux": "train.loss.k_aux",
+    "end_to_end": "train.loss.end_to_end",
+    "p_end": "train.loss.p_end",
+    "prefixes": "train.loss.prefixes",
     "resample_dead_every": "train.resample_every",
     "resample_interval": "train.resample_every",
     # data

@@ -21,14 +21,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.data import ActivationSource, as_source
-from mlxsae.loss import Forward, Loss
+from mlxsae.loss import Context, Forward, Loss
 from mlxsae.metrics import Throughput, fire_counts, l0
 from mlxsae.sae import SAE
 from mlxsae.sae.model import layer_norm
 from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
 from mlxsae.train.config import TrainConfig, default_learning_rate
-from mlxsae.train.engine import Engine, make_engine, substituted
+from mlxsae.train.engine import AutodiffEngine, Engine, make_engine, substituted
 from mlxsae.train.initial import (
     column_statistics,
     expected_norm_scale,
@@ -485,6 +485,8 @@ class _Session:
             part = self.source.next_batch()
             if part is None:
                 break
+            if len(_activations(part)) < len(part) and self.config.gradient_accumulation_steps > 1:
+                raise ValueError("[fit] gradient_accumulation_steps must be 1 for whole contexts.")
             parts.append(part)
         if not parts:
             return None
@@ -512,7 +514,7 @@ class _Session:
         for batch in _walk(self.validation, run.config.batch_size):
             _check_batch(run, batch)
             held = _Batch(self._prepared(batch))
-            metrics, counts = _evaluate(run, *held.pair(run))
+            metrics, counts = _evaluate(run, *held.pair(run), held.context(run))
             mx.eval(metrics, counts)
             rows = batch[0].shape[0]
             fired += np.array(counts, np.int64)
@@ -585,7 +587,8 @@ class _Batch:
     """A batch, and what runs made of it that others may use."""
 
     def __init__(self, arrays: tuple[mx.array, ...]):
-        self.arrays = arrays
+        self.arrays = _activations(arrays)
+        self._context = arrays[len(self.arrays) :]
         self._made: dict[Any, mx.array] = {}
 
     def pair(self, run: Run) -> tuple[mx.array, mx.array]:
@@ -595,6 +598,18 @@ class _Batch:
         by_token = run.config.normalize == "layer_norm"
         x = self.scaled(i, state.norm, state.scale[0], 0, by_token)
         return x, x if i == j else self.scaled(j, state.norm, state.scale[1], 1)
+
+    def context(self, run: Run) -> Context | None:
+        """What a loss of this run may ask a language model about; None of rows that are no contexts."""
+        if not self._context or run.loss is None or not isinstance(run.engine, AutodiffEngine):
+            return None
+        norm, std, mean = run.state.norm, mx.array(1.0), mx.array(0.0)
+        if norm:
+            which = "out" if "mean_out" in norm else "in"
+            std, mean = norm[f"std_{which}"], norm[f"mean_{which}"]
+        elif run.config.normalize == "layer_norm":
+            _, mean, std = layer_norm(self.arrays[_places(run.fields, len(self.arrays))[1]])
+        return Context(*self._context, std / run.state.scale[1], mean)
 
     def scaled(
         self, i: int, norm: dict[str, mx.array], scale: float, side: int, by_token: bool = False
@@ -746,8 +761,9 @@ def _advance(run: Run, batch: _Batch) -> None:
     scaled, target = batch.pair(run)
     n = scaled.shape[0]
     lr = run.learning_rate(state.step)
+    more: dict[str, Any] = {} if (context := batch.context(run)) is None else {"context": context}
     arrays, metrics = run.engine.step(
-        state.arrays, scaled, target, lr=lr, step=state.step, auxk=state.auxk_active
+        state.arrays, scaled, target, lr=lr, step=state.step, auxk=state.auxk_active, **more
     )
     run.state = replace(state, **arrays, step=state.step + 1, tokens=state.tokens + n)
     del state  # the last reference to the old arrays: now the update may reuse their memory
@@ -771,7 +787,9 @@ def _record(run: Run, clock: Throughput) -> dict[str, Any]:
     return record
 
 
-def _evaluate(run: Run, x: mx.array, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
+def _evaluate(
+    run: Run, x: mx.array, y: mx.array, context: Context | None
+) -> tuple[dict[str, mx.array], mx.array]:
     """Metrics of one batch without a step, and how often each latent fired."""
     own = getattr(run.engine, "evaluate", None)
     if own is not None:
@@ -780,6 +798,8 @@ def _evaluate(run: Run, x: mx.array, y: mx.array) -> tuple[dict[str, mx.array], 
     with substituted(run.module, run.state.params) as sae:
         code, _, pre_acts = sae.learn(x, run.state.rule)
         scheduled = run.loss.scheduled(run.state.step, sae.d_sae, run.config.seed)
+        if context is not None:
+            scheduled |= context.named()
         forward = Forward(sae, x, y, code, sae.decode(code, x), None, pre_acts, scheduled)
         total, terms = run.loss(forward)
         return terms | {"loss": total, "l0": l0(code)}, fire_counts(code, run.widths.d_sae)
@@ -843,7 +863,13 @@ def _check_widths(widths: Widths, fields: tuple[int, ...] | None, batch: tuple[m
 
 
 def _check_batch(run: Run, batch: tuple[mx.array, ...]) -> None:
-    _check_widths(run.widths, run.fields, batch)
+    _check_widths(run.widths, run.fields, _activations(batch))
+
+
+def _activations(batch: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+    """A batch without the tokens and places of whole contexts."""
+    whole = len(batch) > 2 and not any(mx.issubdtype(a.dtype, mx.floating) for a in batch[-2:])
+    return batch[:-2] if whole else batch
 
 
 def _same_config(saved: dict[str, Any], mine: dict[str, Any], path: str = "") -> None:

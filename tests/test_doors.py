@@ -23,6 +23,7 @@ from mlxsae.train import (
     DEFAULT_SAE_CONFIG,
     DEFAULT_TRANSCODER_CONFIG,
     CrosscoderConfig,
+    CrossLayerConfig,
     DeadNeuronCallback,
     LossConfig,
     OptimizerConfig,
@@ -32,6 +33,7 @@ from mlxsae.train import (
     TrainConfig,
     TranscoderConfig,
     fit,
+    train_cross_layer_transcoder,
     train_crosscoder,
     train_sae,
     train_sae_from_activations,
@@ -160,6 +162,18 @@ def test_train_sae_in_one_call(model: lm.LanguageModel, texts: list[str], tmp_pa
     assert_same_bits(weights(train_sae(model, 1, "resid", texts, resume=True, **options)), weights(sae))
 
 
+def test_a_hook_point_in_place_of_a_layer(model: lm.LanguageModel, texts: list[str]) -> None:
+    options = SMALL | {"total_tokens": 500}
+    named = train_sae(model, dataset=texts, hook_point="blocks.1.hook_mlp_out", **options)
+    assert_same_bits(weights(named), weights(train_sae(model, 1, "mlp", texts, **options)))
+    config = SAEConfig.from_model(
+        model, 2, k=4, expansion_factor=2, dead_latent_threshold=0.01, total_tokens=500
+    )
+    assert (config.d_in, config.train.loss.dead_after) == (model.d_model, 100)
+    sae = SAETrainer(config).train(model, dataset=texts, progress=False)
+    assert sae.metadata["hook_name"] == "blocks.2.hook_resid_post"
+
+
 def test_several_layers_from_one_forward_pass(
     model: lm.LanguageModel, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +289,7 @@ def test_doors_name_what_is_missing(model: lm.LanguageModel, texts: list[str]) -
         train_sae(model, 1, dataset=texts, magic=3)
     with pytest.raises(ValueError, match="model must be a path, a name or a LanguageModel but got int"):
         train_sae(3, 1, dataset=texts)
-    with pytest.raises(ValueError, match="layer must be given"):
+    with pytest.raises(ValueError, match="layer or hook_point must be given"):
         SAETrainer.train(model, dataset=texts)
     with pytest.raises(ValueError, match="entry 0 of the dataset must be a string or an object but is int"):
         train_sae(model, 1, dataset=[1, 2], validation_split=0.0)
@@ -607,6 +621,33 @@ def test_train_crosscoder(model: lm.LanguageModel, texts: list[str], tmp_path: P
     ):
         with pytest.raises(ValueError, match=said):
             train_crosscoder(model, dataset=texts, **bad)
+
+
+def test_train_cross_layer_transcoder(model: lm.LanguageModel, texts: list[str]) -> None:
+    trainer = SAETrainer(
+        CrossLayerConfig(k=4, expansion_factor=2, batch_size=128, num_epochs=1, validation_split=0.2)
+    )
+    coder = trainer.train(model, dataset=texts, progress=False)
+    n = len(model.model.layers)
+    assert (coder.n_layers, coder.d_layer, coder.d_in) == (n, 2 * model.d_model, n * model.d_model)
+    assert coder.metadata["inputs"][1] == "blocks.1.mlp.hook_in"
+    assert coder.metadata["targets"][-1] == f"blocks.{n - 1}.hook_mlp_out"
+    assert trainer.result is not None
+    assert trainer.result.validations[-1]["val_fvu"] < 0.9
+    # Rows are tokens, sides are inputs and targets: on activations taken by hand it does as well.
+    batch = next(iter(lm.token_batches(model, texts, context_size=64, batch_size=16)))
+    names = [*coder.metadata["inputs"], *coder.metadata["targets"]]
+    found = lm.capture(model, batch.tokens, names)
+    x, y = (
+        mx.concatenate([lm.valid_rows(found[name], batch.valid) for name in side], axis=-1)
+        for side in (names[:n], names[n:])
+    )
+    assert evaluate(coder, [(x, y)])["fvu"] < 0.9
+    two = train_cross_layer_transcoder(model, [0, 2], texts, total_tokens=500, **SMALL)
+    assert two.n_layers == 2
+    assert CrossLayerConfig.from_dict(trainer.config.to_dict()) == trainer.config
+    with pytest.raises(ValueError, match="save_path must be None for a cross-layer transcoder"):
+        train_cross_layer_transcoder(model, dataset=texts, save_path="x")
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -411,7 +411,7 @@ class InterpretableModel:
 
     def train_sae(
         self,
-        layer: int,
+        layer: int | None = None,
         component: str = "mlp",
         dataset: Any = None,
         save_path: str | os.PathLike[str] | None = None,
@@ -422,7 +422,7 @@ class InterpretableModel:
         argument means. Afterwards it is also in `model.saes`.
         """
         sae = train.train_sae(self.lm, layer, component, dataset, save_path, config, **options)
-        self.saes[self.lm.hook_point(component, layer=layer)] = sae
+        self.saes[self.lm.hook_point(sae.metadata["hook_name"])] = sae
         return sae
 
     def train_transcoder(

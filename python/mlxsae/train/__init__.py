@@ -6,6 +6,7 @@ from mlxsae.train.activations import train_sae_from_activations
 from mlxsae.train.callbacks import Callback, ProgressBar
 from mlxsae.train.config import (
     CrosscoderConfig,
+    CrossLayerConfig,
     DataConfig,
     LossConfig,
     OptimizerConfig,
@@ -15,7 +16,14 @@ from mlxsae.train.config import (
     TranscoderConfig,
 )
 from mlxsae.train.diagnosis import Finding, diagnose
-from mlxsae.train.doors import SAETrainer, train_crosscoder, train_sae, train_saes, train_transcoder
+from mlxsae.train.doors import (
+    SAETrainer,
+    train_cross_layer_transcoder,
+    train_crosscoder,
+    train_sae,
+    train_saes,
+    train_transcoder,
+)
 from mlxsae.train.flat_names import DEFAULT_CROSSCODER_CONFIG, DEFAULT_SAE_CONFIG, DEFAULT_TRANSCODER_CONFIG
 from mlxsae.train.initial import (
     directions,
@@ -40,6 +48,7 @@ __all__ = [
     "OPTIMIZERS",
     "Callback",
     "CheckpointCallback",
+    "CrossLayerConfig",
     "CrosscoderConfig",
     "DataConfig",
     "DeadNeuronCallback",
@@ -71,6 +80,7 @@ __all__ = [
     "initialize",
     "initialize_decoder_from_pca",
     "initialize_encoder_as_transpose",
+    "train_cross_layer_transcoder",
     "train_crosscoder",
     "train_sae",
     "train_sae_from_activations",

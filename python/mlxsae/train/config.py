@@ -28,7 +28,7 @@ from mlxsae.loss import (
     anneal,
 )
 from mlxsae.loss.compose import Weight
-from mlxsae.sae import RULES, SAE, Crosscoder, Rule
+from mlxsae.sae import RULES, SAE, Crosscoder, CrossLayerTranscoder, Rule
 from mlxsae.train.flat_names import nested
 from mlxsae.train.optimizers import OPTIMIZERS, WITH_WEIGHT_DECAY
 from mlxsae.train.schedules import in_steps
@@ -319,12 +319,14 @@ class TrainConfig(_Config):
 class DataConfig(_Config):
     """How text becomes activations where a door reads it.
 
+    ``hook_point`` serves an SAE whose door is given no layer, in any spelling that names one.
     ``validation_split`` of the documents, chosen by a hash of their text, is never trained on (none by default); the
     activations of at most ``validation_tokens`` of theirs serve for validation. ``context_size`` is that of the model, at most 256, unless
     given; ``lm_batch_size`` rows go through the model at once; ``buffer_tokens`` activations are held for shuffling
     (131,072, or what fits in 1 GiB).
     """
 
+    hook_point: str | None = None
     validation_split: float = 0.0
     validation_tokens: int = 20_000
     context_size: int | None = None
@@ -407,6 +409,12 @@ class SAEConfig(_Config):
         dtypes = ("float32", "float16", "bfloat16")
         _require("dtype", self.dtype, self.dtype in dtypes, f"be one of {list(dtypes)}")
 
+    @classmethod
+    def from_model(cls, model: Any, layer: int, **options: Any) -> Self:
+        """For the stream after block ``layer`` of a model (a ``LanguageModel`` or a facade with one in ``lm``)."""
+        d_in = getattr(model, "lm", model).d_model
+        return cls(**{"d_in": d_in, "hook_point": f"blocks.{layer}.hook_resid_post"} | options)
+
     def build(self, d_in: int) -> SAE:
         """The untrained SAE for activations of width ``d_in``."""
         return SAE(
@@ -483,6 +491,25 @@ class CrosscoderConfig(SAEConfig):
         if self.source_weights is not None:
             made.metadata = made.metadata | {"source_weights": list(self.source_weights)}
         return made
+
+
+@_flat_names_too
+@dataclass(frozen=True)
+class CrossLayerConfig(SAEConfig):
+    """A cross-layer transcoder. ``expansion_factor`` is the latents of one layer over the width of the stream, or ``d_sae``
+    the latents of one layer; ``k`` counts per token and layer. Decoder rows have no norm of their own, and begin at 0.
+    """
+
+    expansion_factor: int = 8
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("tied", self.tied, not self.tied, "be False for a cross-layer transcoder")
+
+    def build(self, d_in: int, n_layers: int = 2) -> SAE:
+        """The untrained transcoder of ``n_layers`` layers of width ``d_in``."""
+        return CrossLayerTranscoder(d_in, n_layers, self._width(d_in), **self._arguments())
 
 
 C = TypeVar("C", bound=SAEConfig)

@@ -27,7 +27,14 @@ from mlxsae.lm import Documents, HookPoint, LanguageModel, TokenBatch
 from mlxsae.lm.hook_point import SITES
 from mlxsae.loss import END_TO_END, Loss
 from mlxsae.train.callbacks import Callback
-from mlxsae.train.config import CrosscoderConfig, SAEConfig, TrackingConfig, TranscoderConfig, overruled
+from mlxsae.train.config import (
+    CrosscoderConfig,
+    CrossLayerConfig,
+    SAEConfig,
+    TrackingConfig,
+    TranscoderConfig,
+    overruled,
+)
 from mlxsae.train.loop import FitResult, Job, fit, fit_many
 from mlxsae.train.tracking import (
     LocalTracker,
@@ -43,7 +50,7 @@ _LENGTHS = ("num_epochs", "epochs", "total_tokens", "num_activations")
 
 def train_sae(
     model: Any,
-    layer: int,
+    layer: int | None = None,
     component: str = "mlp",
     dataset: Any = None,
     save_path: str | os.PathLike | None = None,
@@ -56,7 +63,7 @@ def train_sae(
     ----------
     model : what ``mlxsae.lm.load`` takes, a ``LanguageModel``, or a facade with one in ``lm``.
     layer, component : ``mlp``, ``attn``, ``residual`` (also ``output``: the stream after the block), or a site of
-        ``HookPoint``.
+        ``HookPoint``; in their place ``hook_point``, such as ``blocks.10.hook_resid_post``.
     dataset : texts (a list of str, or of objects with a ``text``; a file, folder or hub dataset by name), an
         ``ActivationDataset``, an :class:`~mlxsae.data.ActivationSource`, or an array ``[n, d_in]``.
     save_path : where to save it, as by ``mlxsae.io.save``.
@@ -162,6 +169,19 @@ def train_crosscoder(
     )
 
 
+def train_cross_layer_transcoder(
+    model: Any,
+    layers: Sequence[int] | None = None,
+    dataset: Any = None,
+    config: CrossLayerConfig | None = None,
+    **options: Any,
+) -> Any:
+    """Train a cross-layer transcoder: what the MLPs of ``layers`` (by default all) read, to what they add to the stream; the
+    rest as in :func:`train_sae`, but for ``save_path``: ``sae.save_weights`` stores it.
+    """
+    return SAETrainer(config or CrossLayerConfig).train(model, None, None, dataset, layers=layers, **options)
+
+
 class _EitherWay:
     """A method that also works on the class, on a new instance made with the ``config`` that it is given."""
 
@@ -180,7 +200,8 @@ class _EitherWay:
 
 
 class SAETrainer:
-    """Train what a configuration describes: an SAE, or a transcoder or crosscoder by the class of ``config``.
+    """Train what a configuration describes: an SAE, or a transcoder, crosscoder or cross-layer transcoder by the class of
+    ``config``.
 
     ::
 
@@ -235,10 +256,19 @@ class SAETrainer:
             points = [
                 lms[0].hook_point(c, layer=n) for n, c in _sources(layer, layers, component, components)
             ]
+        elif isinstance(config, CrossLayerConfig):
+            if save_path is not None:
+                raise ValueError(
+                    "[train] save_path must be None for a cross-layer transcoder, which sae.save_weights stores."
+                )
+            order = sorted(set(range(len(lms[0].model.layers)) if layers is None else layers))
+            points = [lms[0].hook_point(c, layer=n) for c in ("mlp_in", "mlp") for n in order]
         elif each_of:
             points = [lms[0].hook_point(component or "mlp", layer=n) for n in each_of]
+        elif layer is None and config.data.hook_point is not None:
+            points = [lms[0].hook_point(config.data.hook_point)]
         elif layer is None:
-            raise ValueError("[train] layer must be given but is None.")
+            raise ValueError("[train] layer or hook_point must be given but is None.")
         else:
             points = [lms[0].hook_point(component or "mlp", layer=layer)]
         if any(point.site == "attn_pattern" for point in points):
@@ -315,15 +345,20 @@ class _Task:
         return isinstance(self.config, CrosscoderConfig)
 
     @property
+    def sides(self) -> int:
+        """Arrays of a batch into which the points are laid side by side; 0 where each is one."""
+        return 1 if self.crosses else 2 if isinstance(self.config, CrossLayerConfig) else 0
+
+    @property
     def context_size(self) -> int:
         return self.config.data.context_size or min(_CONTEXT, self.lms[0].context_size or _CONTEXT)
 
     def build(self, config: Any) -> Any:
         widths = [lm.shape_at(point)[-1] for lm in self.lms for point in self.points]
-        if self.crosses:
+        if self.sides:
             if len(set(widths)) > 1:
-                raise ValueError(f"[train] sources of a crosscoder must have one width but have {widths}.")
-            return config.build(widths[0], len(widths))
+                raise ValueError(f"[train] what is laid side by side must have one width but has {widths}.")
+            return config.build(widths[0], len(widths) // self.sides)
         return config.build(*widths)
 
     def data(self, epochs: int | None) -> tuple[Any, ActivationSource, Any]:
@@ -333,19 +368,19 @@ class _Task:
         stored = isinstance(dataset, (mx.array, np.ndarray, ActivationSource)) or hasattr(
             dataset, "hook_points"
         )
-        if whole and (stored or self.crosses or self.apart):
+        if whole and (stored or self.sides or self.apart):
             raise ValueError("[train] end_to_end must be None but for one SAE or transcoder on text.")
         n = len(self.lms) * len(self.points)
         if isinstance(dataset, (mx.array, np.ndarray)):
             return config, ArraySource(dataset, batch_size=train.batch_size, seed=train.seed), None
         if isinstance(dataset, ActivationSource):
-            return config, _Joined(dataset) if self.crosses else dataset, None
+            return config, self._joined(dataset), None
         if hasattr(dataset, "source") and hasattr(dataset, "hook_points"):
             names = [str(point) for point in self.points]
             source = dataset.source(
                 train.batch_size, hook_points=tuple(names) if n > 1 else names[0], seed=train.seed
             )
-            return config, _Joined(source) if self.crosses else source, None
+            return config, self._joined(source), None
         texts = Documents(dataset, self.text_field)
         split = 0.0 if texts.once else config.data.validation_split
         held_out = None
@@ -374,7 +409,7 @@ class _Task:
         source = ShuffleBuffer(
             self._stream(walk), batch_size=train.batch_size, capacity=capacity, seed=train.seed
         )
-        return config, _Joined(source) if self.crosses else source, held_out
+        return config, self._joined(source), held_out
 
     def end_to_end(self, config: Any, coder: Any) -> Loss:
         """The loss that asks the model."""
@@ -397,6 +432,8 @@ class _Task:
             found["sources"] = [
                 f"{m.name} {name}" if len(self.lms) > 1 else name for m in self.lms for name in names
             ]
+        elif self.sides:
+            found |= {"inputs": names[: len(names) // 2], "targets": names[len(names) // 2 :]}
         elif len(names) > 1 and not self.apart:
             found["hook_name_out"] = names[1]
         if isinstance(self.dataset, (str, os.PathLike)):
@@ -440,7 +477,10 @@ class _Task:
             return list(iter(contexts.next_batch, None))
         rows = zip(*(valid_rows(chunk) for chunk in self._stream(walk)), strict=True)
         arrays = tuple(np.concatenate(field) for field in rows)
-        return (np.concatenate(arrays, axis=1),) if self.crosses else arrays
+        return _sides(arrays, self.sides, np.concatenate)
+
+    def _joined(self, source: ActivationSource) -> ActivationSource:
+        return _Joined(source, self.sides) if self.sides else source
 
 
 class _Abreast:
@@ -462,10 +502,11 @@ class _Abreast:
 
 
 class _Joined:
-    """A source whose arrays are laid side by side: what a crosscoder reads."""
+    """A source whose arrays are laid side by side, in ``sides`` equal parts: what a crosscoder reads, or what a cross-layer
+    transcoder reads and predicts. A batch of fewer arrays is there already."""
 
-    def __init__(self, source: ActivationSource):
-        self._source = source
+    def __init__(self, source: ActivationSource, sides: int):
+        self._source, self._sides = source, sides
         self.state, self.restore = source.state, source.restore
 
     @property
@@ -474,14 +515,17 @@ class _Joined:
 
     def next_batch(self) -> tuple[mx.array, ...] | None:
         batch = self._source.next_batch()
-        return None if batch is None else (_side_by_side(batch),)
+        return None if batch is None else _sides(batch, self._sides, mx.concatenate)
 
     def sample(self, n: int) -> tuple[mx.array, ...]:
-        return (_side_by_side(self._source.sample(n)),)
+        return _sides(self._source.sample(n), self._sides, mx.concatenate)
 
 
-def _side_by_side(batch: tuple[mx.array, ...]) -> mx.array:
-    return batch[0] if len(batch) == 1 else mx.concatenate([a.astype(mx.float32) for a in batch], axis=-1)
+def _sides(arrays: tuple[Any, ...], sides: int, concatenate: Callable[..., Any]) -> tuple[Any, ...]:
+    if len(arrays) <= sides or sides == 0:
+        return arrays
+    each = len(arrays) // sides
+    return tuple(concatenate(list(arrays[i * each : (i + 1) * each]), axis=-1) for i in range(sides))
 
 
 def _count(batches: Iterable[TokenBatch], enough: float = math.inf) -> int:

@@ -51,6 +51,7 @@ _PATHS: dict[str, str] = {
     "resample_dead_every": "train.resample_every",
     "resample_interval": "train.resample_every",
     # data
+    "hook_point": "data.hook_point",
     "validation_split": "data.validation_split",
     "context_size": "data.context_size",
     "text_batch_size": "data.lm_batch_size",
@@ -70,6 +71,11 @@ def _scheduler(value: str) -> dict[str, Any]:
     return {"train.optimizer.shape": value} | ({} if value == "constant" else {"train.optimizer.decay": 0.95})
 
 
+def _window(value: float) -> dict[str, Any]:
+    # One that fires less often than f of the time has, as a rule, been silent for 1 / f tokens.
+    return {"train.loss.dead_after": round(1 / value)} if value else {}
+
+
 _SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
     "lr_scheduler": _scheduler,
     "normalize_input": lambda value: {"train.normalize": _normalize(value)},
@@ -78,8 +84,8 @@ _SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
     "use_ghost_grads": lambda value: {} if value else {"train.loss.auxk": None},
     "lambda_sparse": lambda value: {"train.loss.terms": {"l1": value}} if value else {},
     "l1_coefficient": lambda value: {"train.loss.terms": {"l1": value}} if value else {},
-    # One that fires less often than f of the time has, as a rule, been silent for 1 / f tokens.
-    "dead_neuron_threshold": lambda value: {"train.loss.dead_after": round(1 / value)} if value else {},
+    "dead_neuron_threshold": lambda value: _window(value),
+    "dead_latent_threshold": lambda value: _window(value),
     "sparsity_warm_up_steps": lambda value: (
         {} if value is None else {"train.loss.warmup": value, "train.k_warmup": value}
     ),

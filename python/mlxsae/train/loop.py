@@ -609,7 +609,8 @@ class _Batch:
             std, mean = norm[f"std_{which}"], norm[f"mean_{which}"]
         elif run.config.normalize == "layer_norm":
             _, mean, std = layer_norm(self.arrays[_places(run.fields, len(self.arrays))[1]])
-        return Context(*self._context, std / run.state.scale[1], mean)
+        tokens, places = self._context
+        return Context(tokens, places, std / run.state.scale[1], mean)
 
     def scaled(
         self, i: int, norm: dict[str, mx.array], scale: float, side: int, by_token: bool = False

@@ -179,10 +179,12 @@ def test_several_saes_from_one_pass_are_those_trained_alone(
     a, b = weights_of(several / names[-1]), weights_of(alone)
     assert all(mx.array_equal(a[key], b[key]) for key in b)
     assert native.load(several / names[-1]).metadata["hook_name"] == names[-1]
-    # The held-out text is known from the run that made it.
+    capsys.readouterr()  # the held-out text is known from the run that made it
     assert main(["eval", str(several / names[-1]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fvu"] == pytest.approx(run["results"][names[-1]]["fvu"], rel=1e-6)
+    assert main(["eval", str(several)]) == 1
+    assert f"holds several SAEs: give one, of {several / names[0]}, " in capsys.readouterr().err
     assert main(["train", "--resume", str(several), "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == set(names)
 

@@ -142,11 +142,12 @@ def test_every_row_comes_once_an_epoch(
     whole = stored if part is None else stored[slice(*part)]
     n = len(whole)
     options = {"seed": seed, "epochs": epochs, "block_rows": block_rows}
-    batches = list(whole.batches(batch_size, hook_points=["a", "b"], **options))
-    assert all(len(b["a"]) == batch_size for b in batches[:-1])
-    for batch in batches:
-        assert mx.array_equal(batch["b"], mx.concatenate([batch["a"], -batch["a"]], axis=1))
-    rows = numbers([b["a"] for b in batches])
+    batches = whole.batches(batch_size, hook_points=["a", "b"], **options)
+    pairs = [(np.array(batch["a"]), np.array(batch["b"])) for batch in batches]
+    assert all(len(a) == batch_size for a, _ in pairs[:-1])
+    a, b = map(np.concatenate, zip(*pairs, strict=True))
+    assert np.array_equal(b, np.concatenate([a, -a], axis=1))
+    rows = a[:, 0].astype(int).tolist()
     assert len(rows) == int(epochs * n)
     on_disk = numbers(list(whole.batches(1000, hook_points="a", shuffle=False)))
     for epoch in range(int(epochs)):

@@ -41,6 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    several = sorted(str(cfg.parent) for cfg in options.directory.glob("*/cfg.json"))
+    if several and not (options.directory / "cfg.json").is_file():
+        raise ValueError(f"[eval] {options.directory} holds several SAEs: give one, of {', '.join(several)}.")
     sae = native.load(options.directory)
     trained = read(options.directory) or read(options.directory.resolve().parent)  # one of several of a run
     made: dict[str, Any] = trained.get("options", {})

@@ -298,6 +298,8 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
 
     for point, sae in saes.items():
         say(f"reading activations of {point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")
+    if several:
+        say(f"progress is that of {only}")
     if "activations" in chosen:
         stored = ActivationDataset.open(record.place("activations"))
         source = stored.source(train.batch_size, hook_points=points, seed=train.seed)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_CHUNK_BYTES = 512 << 10  # stays in a core's cache over the passes that are made
+# A chunk stays in a core's cache over the passes that are made, and is short enough for float32 to sum.
+_CHUNK_BYTES, _CHUNK_ROWS = 512 << 10, 512
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Moments:
 
     def update(self, x: np.ndarray) -> None:
         """Take in rows ``x [n, d]`` of floats."""
-        step = max(1, _CHUNK_BYTES // max(1, 4 * self.mean.size))
+        step = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // max(1, 4 * self.mean.size)))
         for begin in range(0, len(x), step):
             part = self._sums(x[begin : begin + step])
             if not np.isfinite(part[2]).all():  # squares over float32's range, or what is truly not finite

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
 from mlxsae import SparseCodeCSR, io, to_dense
@@ -21,43 +19,12 @@ from mlxsae.metrics import evaluate, fire_counts, l0
 from mlxsae.sae import SAE, BatchTopK, GroupMax, JumpReLU, calibrate
 from mlxsae.sae.straight_through import jump_relu, step
 from mlxsae.train import LossConfig, NonFiniteError, OptimizerConfig, SAEConfig, TrainConfig, fit
-
-D, D_SAE, K = 16, 48, 4
-
-
-def data(n: int = 6000, seed: int = 0, scale: float = 0.3) -> np.ndarray:
-    """Sparse positive combinations of unit directions around an offset: what an SAE can explain."""
-    rng = np.random.default_rng(seed)
-    directions = np.random.default_rng(99).normal(size=(32, D))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    codes = rng.exponential(size=(n, 32)) * (rng.random((n, 32)) < 0.08)
-    return (scale * (codes @ directions + 0.5 + 0.01 * rng.normal(size=(n, D)))).astype(np.float32)
+from test_train import D_SAE, D, K, config, half_dead, source, weights
+from test_train import dictionary_data as data
 
 
 def settings(steps: int = 60, **changes: Any) -> TrainConfig:
-    base = TrainConfig(
-        total_tokens=steps * 64,
-        batch_size=64,
-        sample_size=512,
-        log_every=10,
-        checkpoint_every=20,
-        optimizer=OptimizerConfig(learning_rate=3e-3),
-        loss=LossConfig(dead_after=640, k_aux=6),
-    )
-    return replace(base, **changes)
-
-
-def source(seed: int = 0) -> ArraySource:
-    return ArraySource(data(), batch_size=64, seed=seed)
-
-
-def weights(sae: SAE) -> dict[str, np.ndarray]:
-    return {name: np.array(a.astype(mx.float32)) for name, a in tree_flatten(sae.parameters())}
-
-
-def half_dead(sae: SAE) -> SAE:
-    sae.W_enc = mx.where(mx.arange(D_SAE) < 12, 0.01 * sae.W_enc, sae.W_enc)
-    return sae
+    return config(**{"total_tokens": steps * 64} | changes)
 
 
 # ---- codes --------------------------------------------------------------------------------------------------

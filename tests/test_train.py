@@ -86,9 +86,8 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def half_dead_sae() -> SAE:
+def half_dead(sae: SAE) -> SAE:
     """A quarter of the latents are too weak to be ever selected."""
-    sae = new_sae()
     sae.W_enc = mx.where(mx.arange(D_SAE) < 12, 0.01 * sae.W_enc, sae.W_enc)
     return sae
 
@@ -141,7 +140,7 @@ def test_auxk_revives_the_dead() -> None:
         weight = 4.0 if preset == "saelens" else 1.0  # its distance is not normalised
         loss = LossConfig(auxk=preset, auxk_weight=weight, dead_after=640)
         settings = config(total_tokens=400 * 64, loss=loss, optimizer=OptimizerConfig(learning_rate=5e-3))
-        history = fit(half_dead_sae(), source(), settings).history
+        history = fit(half_dead(new_sae()), source(), settings).history
         assert history[0]["dead_fraction"] == 12 / D_SAE
         dead[preset] = history[-1]["dead_fraction"]
     assert dead.pop(None) > 0.2
@@ -468,7 +467,7 @@ def test_the_second_selection_shares_the_product_and_is_skipped_while_nothing_is
     for name in ("topk_encode", "topk_encode_masked"):
         monkeypatch.setattr(ops, name, counted(name))
     settings = config(total_tokens=30 * 64, loss=LossConfig(dead_after=64 * 15, k_aux=6))
-    fit(half_dead_sae(), source(), settings)
+    fit(half_dead(new_sae()), source(), settings)
     assert calls == ["topk_encode"] * 20 + ["topk_encode_masked"] * 10
 
 
@@ -571,10 +570,10 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, make_source: A
     objects.
     """
     settings = config(loss=LossConfig(dead_after=128, k_aux=6))
-    whole = fit(half_dead_sae(), make_source(), settings)
+    whole = fit(half_dead(new_sae()), make_source(), settings)
     assert any(r.get("auxk", 0) > 0 for r in whole.history)
     with pytest.raises(KeyboardInterrupt):
-        fit(half_dead_sae(), make_source(), settings, callbacks=[StopAt(stop)], checkpoint_dir=tmp_path)
+        fit(half_dead(new_sae()), make_source(), settings, callbacks=[StopAt(stop)], checkpoint_dir=tmp_path)
     assert [p.name for p in checkpoints(tmp_path)][-1] == f"step_{stop:08d}"
     # The SAE handed in no longer matters, nor what was left in MLX's random state.
     mx.random.seed(123)

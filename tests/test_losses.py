@@ -252,6 +252,13 @@ def test_schedules_reach_the_terms() -> None:
     ).history
     weights = [(r["loss"] - r["fvu"]) / r["l1"] for r in history]
     np.testing.assert_allclose(weights, [0.01 * min(1, (s + 1) / 10) for s in range(20)], rtol=2e-2)
+    annealed = LossConfig(terms={"lp": 1e-3}, warmup=0.5, p_end=0.2).build(sae, 20)
+    powers = [annealed.scheduled(step, D_SAE)["lp.p"].item() for step in (0, 10, 15, 20)]
+    np.testing.assert_allclose(powers, [1, 1, 0.6, 0.2], rtol=1e-6)
+    f = forward(sae, x, annealed, step=19)
+    assert annealed(f)[1]["lp"].item() == pytest.approx(L.L1()(f).item(), rel=1e-5)  # at the size of L1
+    with pytest.raises(ValueError, match="terms must have lp where p_end is given"):
+        LossConfig(p_end=0.2)
     with pytest.raises(ValueError, match=r"\[anneal\] begin must be in \[0, finish\)"):
         L.anneal(1, 0, 5, 5)
 

@@ -48,7 +48,7 @@ def test_the_tables_of_hook_points_and_families_are_the_codes():
 
 def test_the_examples_of_training_run(tmp_path, monkeypatch, capsys):
     examples = re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "training.md").read_text(), re.S)
-    assert len(examples) == 6
+    assert len(examples) == 7
     monkeypatch.chdir(tmp_path)
     names = {}
     for example in examples:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,8 +14,6 @@ import pytest
 from lm_toys import write_folder
 from mlxsae import lm
 from mlxsae.data import ActivationDataset
-
-datasets = pytest.importorskip("datasets", reason="pip install 'mlxsae[datasets]'")
 
 TEXTS = [
     f"The {a} {b} hen ran. {'So it was. ' * (len(a) % 4)}" for a in ("old", "red", "big") for b in "abcdefgh"

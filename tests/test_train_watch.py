@@ -296,44 +296,6 @@ def test_tracking_in_plain_files(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "log" / "my_run") == records
 
 
-def test_tracking_in_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip(
-        "tensorboardX", reason="tensorboardX is not installed: pip install 'mlxsae[tensorboard]'"
-    )
-    reader = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator",
-        reason="tensorboard, to read, is not installed",
-    )
-    interrupted_and_resumed(lambda: TensorBoardCallback(tmp_path / "logs"), tmp_path / "c")
-    events = reader.EventAccumulator(str(tmp_path / "logs")).Reload()
-    assert set(events.Tags()["scalars"]) >= NAMES
-    assert [e.step for e in events.Scalars("train/loss")] == [10, 20, 30, 40, 50, 60]
-    assert [e.step for e in events.Scalars("val/l0")] == [20, 40, 60]
-
-
-def test_tracking_in_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install 'mlxsae[wandb]'")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logged, ids = [], []
-    real = wandb.init
-
-    def init(**options: Any) -> Any:
-        run = real(**options)
-        ids.append((run.id, options["config"]["d_sae"]))
-        log = run.log
-        run.log = lambda metrics, step: (logged.append((step, metrics)), log(metrics, step=step))
-        return run
-
-    monkeypatch.setattr(wandb, "init", init)
-    interrupted_and_resumed(
-        lambda: WandbCallback("test", "mine", mode="offline", dir=str(tmp_path)), tmp_path / "c"
-    )
-    assert set().union(*(metrics for _, metrics in logged)) >= NAMES
-    assert ids[0] == ids[1]  # one run of W&B
-    assert ids[0][1] == 48
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-
-
 def test_a_library_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -386,20 +348,6 @@ def test_experiment_with_runs_metrics_figures_and_a_comparison(tmp_path: Path) -
         later.log_metrics({"a": 1})
     with pytest.raises(ValueError, match=r"track_with must name some of .* but got \['mlflow'\]"):
         Experiment("x", track_with="mlflow")
-
-
-def test_experiment_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed: pip install 'mlxsae[wandb]'")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    options = {"mode": "offline", "dir": str(tmp_path)}
-    experiment = Experiment("study", track_with=["wandb"], wandb=options, directory=tmp_path)
-    for name in "ab":
-        experiment.start_run(name)
-        experiment.log_metrics({"score": ord(name)}, step=1)
-        experiment.log_figure("picture", "<p>picture</p>")
-        experiment.end_run()
-    assert experiment.compare_runs("score", mode="max").best == "b"
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
 # ---- profiling ---------------------------------------------------------------------------------------------

@@ -235,8 +235,8 @@ def edit(directory: Path, **changes: object) -> None:
         ({"k": 25}, r"\[SAE\] k must be in \(0, d_sae\] but got k=25 with d_sae=24"),
         ({"dtype": "float8"}, r"\[load\] dtype must be one of .* but got 'float8'"),
         (
-            {"normalize_activations": "layer_norm"},
-            r"\[load\] normalize_activations must be one of \['none'\]",
+            {"normalize_activations": "constant_norm_rescale"},
+            r"\[load\] normalize_activations must be one of \['none', 'layer_norm'\]",
         ),
         ({"apply_b_dec_to_input": "yes"}, r"\[load\] apply_b_dec_to_input must be one of"),
         ({"metadata": []}, r"\[load\] metadata must be an object"),

@@ -628,7 +628,7 @@ def test_train_cross_layer_transcoder(model: lm.LanguageModel, texts: list[str])
         CrossLayerConfig(k=4, expansion_factor=2, batch_size=128, num_epochs=1, validation_split=0.2)
     )
     coder = trainer.train(model, dataset=texts, progress=False)
-    n = len(model.model.layers)
+    n = model.n_layers
     assert (coder.n_layers, coder.d_layer, coder.d_in) == (n, 2 * model.d_model, n * model.d_model)
     assert coder.metadata["inputs"][1] == "blocks.1.mlp.hook_in"
     assert coder.metadata["targets"][-1] == f"blocks.{n - 1}.hook_mlp_out"

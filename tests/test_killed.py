@@ -58,7 +58,8 @@ NURSERY = textwrap.dedent(
                     loss=LossConfig(dead_after=256, k_aux=6))
         noise = lambda x: x + 0.01 * mx.random.normal(x.shape)
         if kind == 0:
-            return SAE(D, 48, rule=BatchTopK(4), seed=0), TrainConfig(**base), {}
+            # Nothing but checkpoints: most kills strike while one is written.
+            return SAE(D, 48, rule=BatchTopK(4), seed=0), TrainConfig(**base | {"checkpoint_every": 1}), {}
         if kind == 1:
             o = OptimizerConfig(name="muon", learning_rate=1e-2, shape="cosine")
             config = TrainConfig(**base, optimizer=o, normalize="mean_std", gradient_accumulation_steps=2)

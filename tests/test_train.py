@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -766,31 +765,6 @@ def test_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert_same_bits(found, weights(fit(new_sae(), source(), config()).sae))
-
-
-def test_killed_at_any_moment_the_last_complete_checkpoint_loads(tmp_path: Path) -> None:
-    """SIGKILL in the middle of a run that does nothing but write checkpoints; then the run is resumed to its
-    end.
-    """
-    script = textwrap.dedent(
-        f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_train import *
-        print("go", flush=True)
-        fit(new_sae(), source(), config(checkpoint_every=1), checkpoint_dir=sys.argv[1], resume=True)
-        """
-    )
-    whole = fit(new_sae(), source(), config(checkpoint_every=1))
-    for delay in (0.02, 0.1):
-        process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"go\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(delay)
-        process.kill()
-        process.wait()
-    resumed = fit(new_sae(), source(), config(checkpoint_every=1), checkpoint_dir=tmp_path, resume=True)
-    assert_same_bits(weights(resumed.sae), weights(whole.sae))
 
 
 # ---- watching, files, bad input ----------------------------------------------------------------------------

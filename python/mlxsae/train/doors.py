@@ -261,7 +261,7 @@ class SAETrainer:
                 raise ValueError(
                     "[train] save_path must be None for a cross-layer transcoder, which sae.save_weights stores."
                 )
-            order = sorted(set(range(len(lms[0].model.layers)) if layers is None else layers))
+            order = sorted(set(range(lms[0].n_layers) if layers is None else layers))
             points = [lms[0].hook_point(c, layer=n) for c in ("mlp_in", "mlp") for n in order]
         elif each_of:
             points = [lms[0].hook_point(component or "mlp", layer=n) for n in each_of]

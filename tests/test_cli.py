@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -275,13 +276,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
                 raise KeyboardInterrupt
 
     out = tmp_path / "run"
-    fit = train_command.fit
-    monkeypatch.setattr(train_command, "fit", lambda *a, **o: fit(*a, **(o | {"callbacks": [Stop()]})))
+    fit = train_command.fit_many
+    monkeypatch.setattr(
+        train_command,
+        "fit_many",
+        lambda jobs, *a, **o: fit([replace(job, callbacks=[Stop()]) for job in jobs], *a, **o),
+    )
     assert main(arguments(model, stories, out, quiet=True)) == 130
     err = capsys.readouterr().err
     assert "step_00000017" in err
     assert f"mlxsae train --resume {out}" in err
-    monkeypatch.setattr(train_command, "fit", fit)
+    monkeypatch.setattr(train_command, "fit_many", fit)
 
     assert main(arguments(model, stories, out, quiet=True)) == 1  # an unfinished run is not dropped unasked
     assert "unfinished run" in capsys.readouterr().err
@@ -448,7 +453,7 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 def test_demo_at_a_small_size(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     start = time.process_time()
-    options = ["--tokens", "60000", "--heldout-tokens", "8000", "--seed", "3", "--quiet"]
+    options = ["--tokens", "40000", "--heldout-tokens", "8000", "--seed", "3", "--quiet"]
     assert main(["demo", "--out", str(tmp_path), *options]) == 0
     assert time.process_time() - start < 120
     captured = capsys.readouterr()

@@ -540,6 +540,37 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(tmp_path: Path) -> Non
         subprocess.run(["umount", str(disk)], check=False)
 
 
+MEMORY = """
+import re
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+found = [0]
+read = lm.text._batches
+def watched(*args):
+    for batch in read(*args):
+        found[-1] = max(found[-1], anonymous())
+        yield batch
+lm.text._batches = watched
+for n in (20_000, 120_000):
+    ActivationDataset.from_texts(
+        model, texts * 2, layer=[0, 1, 2], component="resid", cache_dir=f"{sys.argv[1]}/{n}", max_samples=n,
+        context_size=32, lm_batch_size=32, shard_bytes=2_000_000)
+    found.append(0)
+assert min(found[:2]) > 10_000_000
+print(found[1] - found[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_what_is_harvested(tmp_path: Path) -> None:
+    code = TOY[: TOY.index("try:")] + MEMORY
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 8e6  # of 58 MB more
+
+
 # ---- the collector
 
 

@@ -165,7 +165,15 @@ def test_several_saes_from_one_pass_are_those_trained_alone(
         return out
 
     several = train(
-        tmp_path / "several", "--layer", "1", "2", "--component", "resid", "mlp_in", "--max-tokens", "2000"
+        tmp_path / "several",
+        "--layer",
+        "1",
+        "--layer",
+        "2",
+        "--component",
+        "resid,mlp_in",
+        "--max-tokens",
+        "2000",
     )
     shown = capsys.readouterr().out
     names = [f"blocks.{n}.{site}" for n in (1, 2) for site in ("hook_resid_post", "mlp.hook_in")]
@@ -256,6 +264,7 @@ def test_wrong_usage(capsys) -> None:
         ["harvest"],
         ["harvest", "--dtype", "int3"],
         ["harvest", "--layer", "x"],
+        ["harvest", "--layer", "1,x"],
         ["harvest", "--component", "soul"],
     ):
         assert main(words) == 2

@@ -30,13 +30,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to store")
     what.add_argument("--model", required=True, help="mlx-lm model folder, hub name, or 'tiny'")
     what.add_argument(
-        "--layer", required=True, nargs="+", type=kinds.whole(0), metavar="N", help="blocks, from 0"
+        "--layer",
+        required=True,
+        action=kinds.Several,
+        type=kinds.whole(0),
+        metavar="N",
+        help="blocks, from 0",
     )
     what.add_argument(
         "--component",
-        nargs="+",
+        action=kinds.Several,
         type=kinds.component,
-        default=["resid"],
         metavar="NAME",
         help="of each layer: mlp, attn, resid (the residual stream after the block), or sites such as mlp_in (resid)",
     )
@@ -87,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             lm,
             Documents(options.dataset, options.text_field),
             layer=options.layer,
-            component=options.component,
+            component=options.component or ["resid"],
             cache_dir=options.out,
             max_samples=options.max_tokens,
             seed=options.seed,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mlxsae.lm.hook_point import HookPoint
 from mlxsae.sae import RULES
@@ -24,6 +26,25 @@ def whole(least: int = 1) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+class Several(argparse.Action):
+    """All values of an option that takes one or several at a time, with spaces or commas between, and may be repeated."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, type: Callable[[str], Any], **more: Any
+    ) -> None:
+        super().__init__(
+            option_strings,
+            dest,
+            nargs="+",
+            type=lambda text: [type(part) for part in text.split(",")],
+            **more,
+        )
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        held = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*held, *itertools.chain.from_iterable(values)])
 
 
 def number(*, above: float | None = None, below: float | None = None) -> Callable[[str], float]:

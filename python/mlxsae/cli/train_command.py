@@ -56,11 +56,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--model", help="mlx-lm model folder, hub name, or 'tiny'")
     where.add_argument(
-        "--layer", nargs="+", type=kinds.whole(0), metavar="N", help="number of the block, from 0, or several"
+        "--layer",
+        action=kinds.Several,
+        type=kinds.whole(0),
+        metavar="N",
+        help="number of the block, from 0, or several",
     )
     where.add_argument(
         "--component",
-        nargs="+",
+        action=kinds.Several,
         type=kinds.component,
         metavar="NAME",
         help="of each layer: mlp, attn, resid (the residual stream after the block), or sites such as resid_mid (resid)",

@@ -23,11 +23,14 @@ def write_files(directory: str | os.PathLike, writers: Mapping[str, Writer]) -> 
     directory.mkdir(parents=True, exist_ok=True)
     temporary: dict[Path, Path] = {}
     try:
-        for name, writer in writers.items():
-            # The process id keeps two writers of one folder from sharing a temporary file.
-            path = temporary[directory / name] = directory / f".{name}.{os.getpid()}.tmp"
-            with open(path, "wb") as file:
-                writer(file)
+        with contextlib.ExitStack() as files:
+            opened = []
+            for name, writer in writers.items():
+                # The process id keeps two writers of one folder from sharing a temporary file.
+                path = temporary[directory / name] = directory / f".{name}.{os.getpid()}.tmp"
+                opened.append(files.enter_context(open(path, "wb")))
+                writer(opened[-1])
+            for file in opened:  # only now: a disk's journal takes them all at once
                 file.flush()
                 os.fsync(file.fileno())
         for target, path in temporary.items():

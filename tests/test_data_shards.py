@@ -292,6 +292,26 @@ def test_a_batch_kept_is_never_overwritten(stored: ActivationDataset) -> None:
     assert all(np.array_equal(np.array(x), b) for x, b in zip(kept, before, strict=True))
 
 
+def test_what_cannot_be_read_is_never_handed_out(fresh: Path) -> None:
+    """Whoever reads a batch, the thread or the one that asks for it, and however often it is asked for."""
+    made = ActivationDataset.open(fresh)
+    with open(fresh / "shard_00001.safetensors", "r+b") as file:
+        file.truncate(1000)
+    source = made.source(32, block_rows=16)
+    good = failed = 0
+    for _ in range(4 * ROWS // 32):
+        try:
+            (x,) = source.next_batch() or (None,)
+        except (OSError, ValueError) as e:
+            failed += "shard_00001.safetensors" in str(e)
+        else:
+            assert set(numbers([x])) <= set(range(ROWS))
+            assert mx.all(mx.abs(x[:, 1:]) < 10).item()
+            good += 1
+    assert good > 10
+    assert failed > 10
+
+
 def test_many_threads_may_read(stored: ActivationDataset) -> None:
     expected = numbers(list(stored.batches(64, hook_points="a")))
     found: list[list[int]] = []

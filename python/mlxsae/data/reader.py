@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -91,8 +92,9 @@ class _Blocks(NamedTuple):
     at: np.ndarray
 
 
-class _Job(NamedTuple):
-    """A batch that the thread reads, or whoever cannot wait for it to begin."""
+@dataclass
+class _Job:
+    """A batch that the thread reads, or whoever cannot wait for it to begin. ``done`` raises what reading raised."""
 
     fields: dict[str, mx.array]
     rows: int
@@ -101,13 +103,15 @@ class _Job(NamedTuple):
 
     def take_over(self) -> bool:
         """Read it here, unless the thread has begun."""
-        if taken := not self.done.cancelled() and self.done.cancel():
-            self.read()
-        return taken
-
-    def wait(self) -> None:
-        if not self.done.cancelled():
-            self.done.result()
+        if not self.done.cancel():
+            return False
+        here: Future[None] = Future()
+        try:
+            here.set_result(self.read())
+        except Exception as e:
+            here.set_exception(e)
+        self.done = here
+        return True
 
 
 class BlockReader:
@@ -173,7 +177,7 @@ class BlockReader:
         if not self._jobs[0].done.done():
             any(job.take_over() for job in self._jobs)
         job = self._jobs.popleft()
-        job.wait()
+        job.done.result()
         self._taken += job.rows
         return self._decoded(job.fields)
 
@@ -184,7 +188,7 @@ class BlockReader:
         job = self._start(self._taken, min(n, self.rows), endless=True)
         assert job is not None
         job.take_over()
-        job.wait()
+        job.done.result()
         return self._decoded(job.fields)
 
     @property

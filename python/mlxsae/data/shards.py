@@ -303,6 +303,7 @@ class ShardWriter:
             return self._index | {"shards": [*shards, shard], **also}
 
         try:
+            # The shard takes its name first, and file systems with a journal keep to that order on disk.
             writers = {name: hashed, INDEX: lambda file: atomic.json_writer(index())(file)}
             atomic.write_files(self.directory, writers)
             self._index = index()

@@ -76,7 +76,7 @@ $(VENV)/installed-dev: $(VENV)/installed-test
 
 # What it does not have it finds in $(VENV), so our library is compiled once.
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-$(PEERS)/installed-peers: benchmarks/peers/requirements-peers.txt $(SOURCES) | $(VENV)/installed-test
+$(PEERS)/installed-peers: benchmarks/peers/requirements-peers.txt | $(VENV)/installed-test
 	test -e $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
 	echo "import site; site.addsitedir('$$($(BIN)/$(SITE))')" > "$$($(PEERS)/bin/$(SITE))/mlxsae.pth"
 	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/requirements-peers.txt

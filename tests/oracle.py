@@ -38,8 +38,8 @@ def batch_topk_encode(x, w_enc, b_enc, k):
 
 
 def threshold_encode(x, w_enc, b_enc, threshold):
-    z = pre_acts(x, w_enc, b_enc)
-    return compressed((z > threshold) & (z > 0), z)
+    z = np.where(np.isnan(threshold), np.nan, pre_acts(x, w_enc, b_enc))
+    return compressed(np.isnan(z) | ((z > threshold) & (z > 0)), z)
 
 
 def csr_to_slots(values, indices, offsets):

@@ -218,6 +218,16 @@ def test_threshold_is_strict():
             equal_codes(code, oracle.threshold_encode(x, w, None, theta))
 
 
+@pytest.mark.parametrize("theta", [np.float32(np.nan), np.float32([1, np.nan, -np.inf, np.inf])])
+def test_a_threshold_of_nan_is_seen(theta):
+    """Its feature is NaN in every row, also where the pre-activation is negative."""
+    x, w = integers(np.random.default_rng(0), 6, 3, 4, 2)
+    for run in (lambda f, *a, **q: f(*a, **q), graph_of):
+        code = run(ops.threshold_encode, mx.array(x), mx.array(w), threshold=mx.array(theta))
+        equal_codes(code, oracle.threshold_encode(x, w, None, theta))
+        assert np.isnan(np.array(code.values)).sum() == 6 * np.isnan(np.broadcast_to(theta, 4)).sum()
+
+
 @pytest.mark.parametrize("n", [3, 400])
 def test_threshold_with_more_entries_than_expected(n):
     """All 700 features fire on every row: more than the first guess of 256 has room for."""

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 import mlxsae
@@ -50,6 +51,11 @@ def test_another_app_embeds_the_kernels(tmp_path):
         rf"mlxsae {re.escape(mlxsae.__version__)} error \S+ gradient \S+ kernel \(\w+\)\n",
         run(tmp_path / "consumer"),
     )
+    if not mx.metal.is_available() and not mx.cuda.is_available():
+        # What happens where a GPU refuses a kernel: eval_gpu gives the definition's result, and kernel_for says why.
+        lines = run(tmp_path / "refused").splitlines()
+        assert len(lines) == 8
+        assert all(" same fallback (" in line for line in lines)
 
 
 def test_import_stays_light():

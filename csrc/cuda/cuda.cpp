@@ -60,11 +60,32 @@ void allocate(std::vector<mx::array>& arrays, mx::Stream s) {
   made[0].primitive().eval_gpu({}, arrays);
 }
 
+/** The kernels of a plan's launches, in their order; throws NoKernel where this GPU does not run one. */
+std::vector<cuda::Function> kernels_of(const Plan& plan, int device) {
+  std::vector<cuda::Function> kernels;
+  for (auto& step : plan.steps) {
+    auto* l = std::get_if<Launch>(&step);
+    if (!l) continue;
+    try {
+      kernels.push_back(kernel(*l, device));
+    } catch (const std::exception& e) {
+      throw NoKernel(e.what());
+    }
+    if (int most = cuda::most_threads(kernels.back()); l->threads.x > most)
+      throw NoKernel("[cuda] kernel " + l->kernel + " must run with " + std::to_string(l->threads.x) +
+                     " threads but this GPU allows " + std::to_string(most) + ".");
+  }
+  return kernels;
+}
+
 /** One run of a plan. */
 class Run {
  public:
   Run(const Plan& plan, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, mx::Stream s)
-      : stream_(s), encoder_(mlx_.get_command_encoder(s)), arrays_(arrays_of(plan, inputs, outputs)) {
+      : stream_(s),
+        kernels_(kernels_of(plan, s.device.index)),
+        encoder_(mlx_.get_command_encoder(s)),
+        arrays_(arrays_of(plan, inputs, outputs)) {
     std::set<int> products;  // MLX allocates these
     for (auto& step : plan.steps)
       if (auto* m = std::get_if<Matmul>(&step)) products.insert(m->out);
@@ -82,10 +103,7 @@ class Run {
   void operator()(const Launch& l) {
     if (l.threads.y * l.threads.z != 1 || l.groups.z != 1 || l.groups.y > kMostRowsOfGrid)
       throw std::logic_error("[cuda] kernel " + l.kernel + " must have threadgroups in a row but has not.");
-    auto f = kernel(l, stream_.device.index);
-    if (int most = cuda::most_threads(f); l.threads.x > most)
-      throw std::runtime_error("[cuda] kernel " + l.kernel + " must run with " + std::to_string(l.threads.x) +
-                               " threads but this GPU allows " + std::to_string(most) + ".");
+    auto f = kernels_[launched_++];
     // A kernel's parameters are its buffers and values in the order of their index.
     std::map<int, void*> pointers;
     std::map<int, void*> parameters;
@@ -137,6 +155,8 @@ class Run {
   }
 
   mx::Stream stream_;
+  std::vector<cuda::Function> kernels_;
+  size_t launched_ = 0;
   const cuda::MLX& mlx_ = cuda::mlx_cuda();
   cuda::Encoder& encoder_;
   std::vector<mx::array> arrays_;  // by buffer
@@ -167,7 +187,7 @@ const Support& support(const std::string& op) {
 }
 
 const Device& device() {
-  static const Device& row = device_for(architecture(mx::Device(mx::Device::gpu).index));
+  static const Device& row = device_for(mx::cu::is_available() ? architecture(mx::Device(mx::Device::gpu).index) : "");
   return row;
 }
 
@@ -175,6 +195,11 @@ void run(const Plan& plan, const std::vector<mx::array>& inputs, std::vector<mx:
   Run execute(plan, inputs, outputs, s);
   for (auto& step : plan.steps) std::visit([&](auto& s) { execute(s); }, step);
   execute.end(plan);
+}
+
+void keep(const std::vector<mx::array>& arrays, mx::Stream s) {
+  const auto& mlx = cuda::mlx_cuda();
+  mlx.add_completed_handler(&mlx.get_command_encoder(s), [arrays] {});
 }
 
 }  // namespace mlxsae::gpu

@@ -58,6 +58,7 @@ std::string in_words(const Value& v) {
       v);
 }
 
+/** MLX keeps what it made. */
 MTL::ComputePipelineState* pipeline(mx::metal::Device& d, const Launch& l) {
   mx::metal::MTLFCList constants;
   std::string name = l.kernel;
@@ -69,12 +70,33 @@ MTL::ComputePipelineState* pipeline(mx::metal::Device& d, const Launch& l) {
   return d.get_kernel(l.kernel, library(d, l.library), name, constants);
 }
 
+using Kernels = std::vector<MTL::ComputePipelineState*>;
+
+/** The kernels of a plan's launches, in their order; throws NoKernel where this GPU does not run one. */
+Kernels kernels_of(const Plan& plan, mx::metal::Device& d) {
+  Kernels kernels;
+  for (auto& step : plan.steps) {
+    auto* l = std::get_if<Launch>(&step);
+    if (!l) continue;
+    try {
+      kernels.push_back(pipeline(d, *l));
+    } catch (const std::exception& e) {
+      throw NoKernel(e.what());
+    }
+    auto threads = l->threads.x * l->threads.y * l->threads.z;
+    if (auto most = static_cast<int64_t>(kernels.back()->maxTotalThreadsPerThreadgroup()); most < threads)
+      throw NoKernel("[metal] kernel " + l->kernel + " must run with " + std::to_string(threads) +
+                     " threads but this GPU allows " + std::to_string(most) + ".");
+  }
+  return kernels;
+}
+
 /** One run of a plan. */
 class Run {
  public:
   Run(const Plan& plan, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, mx::Stream s)
       : stream_(s),
-        device_(mx::metal::device(s.device)),
+        kernels_(kernels_of(plan, mx::metal::device(s.device))),
         encoder_(mx::metal::get_command_encoder(s)),
         arrays_(arrays_of(plan, inputs, outputs)) {
     for (size_t i = 0; i < arrays_.size(); ++i) {
@@ -84,13 +106,7 @@ class Run {
   }
 
   void operator()(const Launch& l) {
-    auto* kernel = pipeline(device_, l);
-    auto threads = l.threads.x * l.threads.y * l.threads.z;
-    if (static_cast<int64_t>(kernel->maxTotalThreadsPerThreadgroup()) < threads)
-      throw std::runtime_error("[metal] kernel " + l.kernel + " must run with " + std::to_string(threads) +
-                               " threads but this GPU allows " +
-                               std::to_string(kernel->maxTotalThreadsPerThreadgroup()) + ".");
-    encoder_.set_compute_pipeline_state(kernel);
+    encoder_.set_compute_pipeline_state(kernels_[launched_++]);
     // Metal wants something at every argument: one that is never touched gets what another has.
     int any = 0;
     for (auto& b : l.bindings) any = std::max(any, b.buffer);
@@ -136,7 +152,8 @@ class Run {
   }
 
   mx::Stream stream_;
-  mx::metal::Device& device_;
+  Kernels kernels_;
+  size_t launched_ = 0;
   mx::metal::CommandEncoder& encoder_;
   std::vector<mx::array> arrays_;  // by buffer
   std::vector<bool> temporary_;
@@ -171,6 +188,10 @@ const Device& device() {
 void run(const Plan& plan, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, mx::Stream s) {
   Run execute(plan, inputs, outputs, s);
   for (auto& step : plan.steps) std::visit(execute, step);
+}
+
+void keep(const std::vector<mx::array>& arrays, mx::Stream s) {
+  mx::metal::get_command_encoder(s).add_temporaries(arrays);
 }
 
 }  // namespace mlxsae::gpu

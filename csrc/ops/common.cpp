@@ -1,10 +1,13 @@
 #include "ops/common.h"
 
 #include <atomic>
+#include <mutex>
+#include <unordered_set>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "gpu/plans.h"
+#include "mlx/backend/cpu/encoder.h"
 
 namespace mlxsae {
 
@@ -43,8 +46,81 @@ gpu::Plan FusedPrimitive::plan(const Arrays&, const gpu::Device&) {
   throw std::logic_error(std::string("[") + name() + "] has no GPU kernel.");
 }
 
+namespace {
+
+/** Ops whose kernels turned out not to run on this machine's GPU, and why. */
+class Withdrawn {
+ public:
+  void add(const std::string& op, const std::string& why) {
+    std::lock_guard lock(mutex_);
+    ops_.emplace(op, why);
+  }
+  std::optional<std::string> why(const std::string& op) {
+    std::lock_guard lock(mutex_);
+    auto it = ops_.find(op);
+    return it == ops_.end() ? std::nullopt : std::optional(it->second);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::string, std::string> ops_;
+};
+
+Withdrawn& withdrawn() {
+  static Withdrawn ops;
+  return ops;
+}
+
+/** The op of a primitive: topk_encode of TopKEncode. */
+const std::string& op_of(const mx::Primitive& p) {
+  auto letters = [](const std::string& name) {
+    std::string only;
+    for (unsigned char c : name)
+      if (c != '_') only += static_cast<char>(std::tolower(c));
+    return only;
+  };
+  for (auto& op : op_names())
+    if (letters(op) == letters(p.name())) return op;
+  throw std::logic_error(std::string("[") + p.name() + "] is no op's primitive.");
+}
+
+/** The values of a graph within an eval: node after node on the stream, as MLX's own loop does it. */
+void evaluate(const FusedPrimitive::Graph& graph, const Arrays& inputs, Arrays& outputs, mx::Stream s) {
+  Arrays leaves;  // the inputs' data without what made it
+  for (auto& a : inputs) leaves.emplace_back(a.shape(), a.dtype(), nullptr, Arrays{}).copy_shared_buffer(a);
+  auto results = graph(leaves);
+  Arrays nodes;
+  std::unordered_set<std::uintptr_t> seen;
+  std::function<void(const mx::array&)> visit = [&](const mx::array& a) {
+    if (!a.has_primitive() || !seen.insert(a.id()).second) return;
+    for (auto& other : a.siblings()) seen.insert(other.id());
+    for (auto& in : a.inputs()) visit(in);
+    nodes.push_back(a);
+  };
+  for (auto& r : results) visit(r);
+  for (auto& node : nodes) {
+    auto made = node.outputs();
+    if (s.device == mx::Device::gpu)
+      node.primitive().eval_gpu(node.inputs(), made);
+    else
+      node.primitive().eval_cpu(node.inputs(), made);
+  }
+  if (s.device == mx::Device::gpu)
+    gpu::keep(nodes, s);
+  else
+    mx::cpu::get_command_encoder(s).dispatch([nodes] {});
+  for (size_t i = 0; i < outputs.size(); ++i) outputs[i].copy_shared_buffer(results.at(i));
+}
+
+}  // namespace
+
 void FusedPrimitive::eval_gpu(const Arrays& inputs, Arrays& outputs) {
-  gpu::run(plan(inputs, gpu::device()), inputs, outputs, stream());
+  try {
+    gpu::run(plan(inputs, gpu::device()), inputs, outputs, stream());
+  } catch (const gpu::NoKernel& e) {
+    withdrawn().add(op_of(*this), e.what());
+    evaluate(graph_, inputs, outputs, stream());
+  }
 }
 
 Arrays FusedPrimitive::jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) {
@@ -108,7 +184,7 @@ void enable_kernels(bool on) { enabled = on; }
 
 bool has_kernel(const char* op, mx::Device device) {
   if (!enabled) return false;
-  return device == mx::Device::cpu || gpu::support(op).kernel;
+  return device == mx::Device::cpu || (gpu::support(op).kernel && !withdrawn().why(op));
 }
 
 std::string kernel_for(const std::string& op, mx::Device device) {
@@ -117,8 +193,10 @@ std::string kernel_for(const std::string& op, mx::Device device) {
   if (!known) fail("kernel_for", "there is no op named ", op, ".");
   if (device == mx::Device::cpu) return enabled ? std::string("kernel (") + cpu::kernels().isa + ")" : "fallback";
   const auto& gpu = gpu::support(op);
-  if (enabled && gpu.kernel) return "kernel (" + gpu.text + ")";
-  return gpu.kernel || gpu.text.empty() ? "fallback" : "fallback (" + gpu.text + ")";
+  auto why = withdrawn().why(op);
+  if (enabled && gpu.kernel && !why) return "kernel (" + gpu.text + ")";
+  if (!why && !gpu.kernel) why = gpu.text;
+  return why && !why->empty() ? "fallback (" + *why + ")" : "fallback";
 }
 
 std::string gpu_plan(const std::string& op, const std::map<std::string, gpu::Named::Item>& sizes,

@@ -44,8 +44,10 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
   auto define = [capacity, s](const Arrays& in) { return graph(in, capacity, s); };
   auto t = mx::astype(mx::stop_gradient(threshold, s), mx::float32, s);
   t = mx::broadcast_to(threshold.size() == 1 ? mx::reshape(t, {1}, s) : t, {d_sae}, s);
-  auto bounds = mx::where(mx::less_equal(t, mx::array(0.0f), s), mx::array(0.0f), t, s);  // relu comes first
-  Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s), bounds};
+  // relu comes first; and a threshold of NaN is seen in the values
+  auto bounds = mx::where(mx::greater(t, mx::array(0.0f), s), t, mx::array(0.0f), s);
+  auto bias = mx::where(mx::isnan(t, s), t, bias_or_zeros(b_enc, d_sae, s), s);
+  Arrays inputs{x, w_enc, bias, bounds};
   if (!has_kernel(op, s.device)) return only_values(define(inputs), s);
   one_type_on_gpu(inputs, s);
   for (auto& a : inputs) a = normal(a, s);

@@ -201,7 +201,8 @@ def threshold_encode(
 
     .. math:: z = x W_{enc}^\top + b_{enc}, \qquad f_j = \mathrm{relu}(z_j) \, [z_j > \theta_j]
 
-    Strictly above, on float32 pre-activations; a negative threshold acts like 0. NaN is above every threshold.
+    Strictly above, on float32 pre-activations; a negative threshold acts like 0. NaN is above every threshold, and a
+    threshold of NaN makes its feature's pre-activations NaN, so that it is seen.
 
     How many entries there are depends on the data, so this **waits for the result** (one ``mx.eval``) before it can give
     it its shape; should it exceed 256 entries a row on average, the product runs again with more room. Within

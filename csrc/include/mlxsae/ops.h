@@ -99,9 +99,10 @@ MLXSAE_API std::pair<CsrCode, mlx::core::array> batch_topk_encode(
 
 /**
  * All pre-activations above a threshold, after relu (JumpReLU): z where z > max(threshold[j], 0). threshold is [d_sae]
- * or one number. The code has nnz = capacity >= 0: of more entries the first in order of (row, feature) are kept, and
- * offsets end at capacity. Returns the code and how many entries there are in truth (one int64 number). Entries from
- * offsets[n] on are in no row, with value 0 and index 0. The threshold gets no gradient.
+ * or one number; where it is NaN, so are the feature's pre-activations, which are then all kept. The code has nnz =
+ * capacity >= 0: of more entries the first in order of (row, feature) are kept, and offsets end at capacity. Returns
+ * the code and how many entries there are in truth (one int64 number). Entries from offsets[n] on are in no row, with
+ * value 0 and index 0. The threshold gets no gradient.
  */
 MLXSAE_API std::pair<CsrCode, mlx::core::array> threshold_encode(const mlx::core::array& x,
                                                                  const mlx::core::array& w_enc,
@@ -201,7 +202,8 @@ MLXSAE_API const std::vector<std::string>& op_names();
 
 /**
  * What runs `op` on a device: "kernel (avx512)" and the like, or "fallback" (plain MLX ops), with the compiler's words
- * where a GPU's kernel did not compile.
+ * where a GPU's kernel did not compile. A kernel that compiles may yet be refused by the GPU when it is first wanted:
+ * from then on, that first result included, the op is its fallback.
  */
 MLXSAE_API std::string kernel_for(const std::string& op, mlx::core::Device device);
 

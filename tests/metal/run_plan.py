@@ -30,6 +30,8 @@ DTYPES = {
 }
 # Bytes that no result may depend on: NaN as a float, and far out of every range as an index.
 GARBAGE = 0xFF
+# Orders of the threads: one after the other, at random, and simdgroup by simdgroup.
+SCHEDULES = (0, 1, 2)
 
 
 def to_float(a: np.ndarray) -> np.ndarray:
@@ -55,10 +57,12 @@ def library(name: str, mode: str) -> msl.Library:
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a b^T in float32, rounded to the type of the operands: what a product of 16-bit matrices gives on a GPU."""
+    """a b^T rounded to the type of the operands, as a product of 16-bit matrices on a GPU is. In float64 before that, so that
+    it does not depend on which columns are asked for together, as it would in float32 with some BLAS."""
     names = {np.dtype(np.float32): "float", np.dtype(np.float16): "half", np.dtype(np.uint16): "bfloat"}
     with np.errstate(all="ignore"):
-        return from_float(to_float(a) @ to_float(b).T, names[a.dtype])
+        exact = to_float(a).astype(np.float64) @ to_float(b).astype(np.float64).T
+        return from_float(exact.astype(np.float32), names[a.dtype])
 
 
 def run(
@@ -129,6 +133,17 @@ def run(
         if on_launch:
             on_launch(step, report)
     return [a for a, b in zip(arrays, plan["buffers"], strict=True) if b["role"] == "output"]
+
+
+def run_in_every_schedule(
+    plan: Mapping[str, Any], inputs: list[np.ndarray], **options: Any
+) -> list[np.ndarray]:
+    """The outputs of a plan, which must have the same bits in whatever order the threads run."""
+    first, *others = (run(plan, inputs, schedule=s, **options) for s in SCHEDULES)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+    return first
 
 
 def counted(plan: Mapping[str, Any], inputs: list[np.ndarray], **options: Any) -> dict[str, msl.Counts]:

@@ -13,7 +13,8 @@ constexpr int64_t kFewRows = 8;
 struct EncodeSizes {
   int64_t n, d_in, d_sae;
   Type type;
-  bool exact;         // the float32 result; else that of the product in `type`. With few rows it is exact in any case
+  bool exact;         // the float32 result (ops ask for it where type is f32); else that of the product in `type`.
+                      // With few rows it is exact in any case
   bool shadow;        // multiply in bfloat16: w16 and columns are inputs
   bool aligned;       // rows of x and w_enc are whole vectors
   bool aligned_bias;  // so are b_enc and, with a shadow, columns

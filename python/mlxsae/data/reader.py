@@ -98,7 +98,7 @@ class _Job:
 
     fields: dict[str, mx.array]
     rows: int
-    read: Callable[[], None]
+    todo: list[Callable[[], None]]
     done: Future[None]
 
     def take_over(self) -> bool:
@@ -107,7 +107,7 @@ class _Job:
             return False
         here: Future[None] = Future()
         try:
-            here.set_result(self.read())
+            here.set_result(self.todo.pop()())
         except Exception as e:
             here.set_exception(e)
         self.done = here
@@ -274,7 +274,8 @@ class BlockReader:
             for field, view in views.items():
                 self._store.read(field, runs, view)
 
-        return _Job(fields, rows, read, self._thread.submit(read))
+        todo = [read]  # whoever reads takes it out, so that no queue holds the batch's memory any longer
+        return _Job(fields, rows, todo, self._thread.submit(lambda: todo.pop()()))
 
     def _decoded(self, fields: Mapping[str, mx.array]) -> dict[str, mx.array]:
         return {

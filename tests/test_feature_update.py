@@ -59,6 +59,7 @@ def mlx_args(x, terms, params, m, v):
         (64, 100, 100, 31, 31),
         (7, 16, 3, 500, 2),
         (300, 600, 520, 24, 12),  # long buckets, walked in blocks of tokens
+        (150, 70, 133, 45, 32),  # features that so many tokens use that dense products are cheaper
     ],
 )
 @pytest.mark.parametrize(
@@ -95,6 +96,59 @@ def test_equals_the_oracle(n, d_in, d_out, d_sae, k, n_terms, project, clip):
                     numpy(getattr(got, name)), exact[name], rtol=1e-4, atol=2e-5, err_msg=name
                 )
         np.testing.assert_allclose(out[3].item(), want[3], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "d_in", "d_out"), [(200, 70, 133), (340, 4190, 4202)])  # one block; several
+def test_dense_and_sparse_routes_agree(n, d_in, d_out):
+    """A term is a dense product over its features where they are few, a walk over entries where others join in."""
+    rng = np.random.default_rng(n)
+    d_sae, dead = 540, 520 if d_in > 1000 else 40
+    x, terms, params, m, v = problem(rng, n, d_in, d_out, d_sae, 3, 1)
+    aux = np.sort(rng.permuted(np.tile(np.arange(dead), (n, 1)), axis=1)[:, : dead // 2], axis=1)
+    values = np.maximum(rng.standard_normal(aux.shape), -0.5).astype(np.float32)
+    values[:, 0] = 1.0
+    residual = rng.standard_normal((n, d_out)).astype(np.float32)
+
+    def update(parts):
+        """The auxiliary term as several: each holds only a part of the tokens' entries, so none is dense alone."""
+        aux_terms = []
+        for i in range(parts):
+            mine = np.where((np.arange(n) % parts == i)[:, None], values, 0)
+            aux_terms.append((residual, mine, aux.astype(np.uint32), 0.3))
+        args = mlx_args(x, terms + aux_terms, params, m, v)
+        out = ops.feature_update(
+            *args, loss=mx.array(1.0), lr=1e-2, step=3, clip_norm=0.7, b_dec_to_input=False
+        )
+        mx.eval(out)
+        return out
+
+    dense, sparse, again = update(1), update(6), update(1)
+    for group in range(3):
+        for name, a, b, c in zip(NAMES, dense[group], sparse[group], again[group], strict=True):
+            np.testing.assert_array_equal(np.array(a), np.array(c))
+            np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(dense[3].item(), sparse[3].item(), rtol=1e-5)
+
+
+def test_a_feature_twice_in_a_token_counts_twice():
+    """Such a code is no matrix: it is walked, however often its features are used."""
+    rng = np.random.default_rng(0)
+    n, d, d_sae = 64, 20, 50
+    x, terms, params, m, v = problem(rng, n, d, d, d_sae, 40, 1)
+    residual, values, indices, scale = terms[0]
+    indices = np.repeat(indices[:, ::2], 2, axis=1)
+    out, want = (
+        run(
+            ops.feature_update,
+            *mlx_args(x, [(residual, values, indices, scale)], params, m, v),
+            loss=mx.array(1.0),
+            lr=1e-2,
+            step=1,
+        )
+        for run in (lambda f, *a, **q: f(*a, **q), graph_of)
+    )
+    for got, exact in zip(out[0], want[0], strict=True):
+        np.testing.assert_allclose(np.array(got), np.array(exact), rtol=1e-4, atol=1e-5)
 
 
 def test_equals_autodiff_with_mlx_adam_over_many_steps():

@@ -75,6 +75,28 @@ def test_any_shape_kernel_equals_fallback(n, d, d_sae, data):
         np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("n", "d", "d_sae", "k"), [(100, 33, 60, 40), (130, 1100, 1030, 600), (64, 5000, 900, 500)]
+)
+def test_a_code_that_uses_few_features_often(n, d, d_sae, k):
+    """It is decoded by a dense product, with the bits of the walk over its entries; not where rows are infinite."""
+    rng = np.random.default_rng(n)
+    code, w, rows = problem(rng, n, d, d_sae, k, mx.float32)
+    bias = array(rng.standard_normal(d), mx.float32)
+    residual, square = ops.decode_residual(code, w, rows, bias)
+    want = oracle.sparse_decode(numpy(code.values), np.array(code.indices), numpy(w), numpy(bias)) - numpy(
+        rows
+    )
+    close(residual, want, mx.float32)
+    close(square, (want**2).sum(1), mx.float32)
+    np.testing.assert_array_equal(np.array(residual), np.array(ops.sparse_decode(code, w, bias) - rows))
+    row = code.indices[0, mx.argmax(mx.abs(code.values[0]))].item()
+    w[row] = mx.array(np.inf)
+    used = ((code.indices == row) & (code.values != 0)).any(axis=1)
+    finite = mx.isfinite(ops.decode_residual(code, w, rows, bias)[1])
+    np.testing.assert_array_equal(np.array(finite), np.array(mx.logical_not(used)))
+
+
 def test_unused_slots_are_inert():
     """A value of 0 adds nothing, whatever its row holds, in the kernel and in the definition."""
     w = mx.array([[np.nan, np.inf], [1.0, 2.0]])

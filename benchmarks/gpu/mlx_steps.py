@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.shapes import Shape, Weights
-from benchmarks.steps import BETAS, EPS, LR, OurStep, PlainStep
+from benchmarks.steps import OurStep, PlainStep
 from mlxsae import SparseCode, ops
 
 
@@ -36,29 +36,6 @@ class Ours(OurStep):
             centred, self.params.w_enc, self.params.b_enc, k=self.shape.k, shadow=self.shadow
         )
         return centred, (code,)
-
-    def _update(
-        self, centred: mx.array, terms: list[ops.Term], loss: mx.array, b_dec_path: bool, clip_norm: float
-    ) -> None:
-        self.count += 1
-        # The state leaves self before it goes in: a second reference would make the update copy it.
-        params, m, v, shadow = self.params, self.m, self.v, self.shadow
-        del self.params, self.m, self.v, self.shadow
-        self.params, self.m, self.v, _, self.shadow = ops.feature_update(
-            centred,
-            terms,
-            params,
-            m,
-            v,
-            loss=loss,
-            lr=LR,
-            step=self.count,
-            betas=BETAS,
-            eps=EPS,
-            b_dec_to_input=b_dec_path,
-            clip_norm=clip_norm,
-            shadow=shadow,
-        )
 
     def encode_only(self, x: mx.array) -> None:
         self.encode(x)

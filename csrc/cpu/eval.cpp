@@ -4,6 +4,7 @@
 #include <atomic>
 #include <future>
 #include <string>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -81,24 +82,37 @@ float value_at(const Code& c, int64_t i) {
 
 }  // namespace
 
-Grouped::Grouped(const Code& c, int64_t d_sae) : starts_(d_sae + 2, 0) {
+Grouped::Grouped(const Code& c, int64_t d_sae, bool positive) : starts_(d_sae + 1, 0) {
   int64_t nnz = c.size();
   rows_ = std::make_unique_for_overwrite<uint32_t[]>(nnz + 4);
   values_ = std::make_unique_for_overwrite<float[]>(nnz + 1);
-  std::fill_n(rows_.get() + nnz, 4, 0u);  // rows to prefetch after the last
-  // starts_[j + 2] counts, then starts_[j + 1] is where the next entry of feature j goes, then where feature j + 1
-  // starts.
-  for (int64_t i = 0; i < nnz; ++i) ++starts_[c.indices[i] + 2];
-  for (int64_t j = 2; j < d_sae + 2; ++j) starts_[j] += starts_[j - 1];
-  for (int64_t t = 0; t < c.n; ++t) {
-    int64_t begin = c.offsets ? c.offsets[t] : t * c.k, end = c.offsets ? c.offsets[t + 1] : (t + 1) * c.k;
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t place = starts_[c.indices[i] + 1]++;
-      rows_[place] = static_cast<uint32_t>(t);
-      values_[place] = value_at(c, i);
-    }
+  auto row = [&](int64_t t) { return c.offsets ? c.offsets[t] : t * c.k; };
+  // Each part of the rows counts for itself and then has its own places in every feature, behind the parts before it.
+  constexpr int64_t kPartEntries = 1 << 16;
+  int64_t parts = std::clamp<int64_t>(nnz / kPartEntries, 1, std::min(num_threads(), 8));
+  std::vector<int64_t> next(parts * d_sae, 0);
+  auto each = [&](int64_t p, auto&& take) {
+    for (int64_t t = c.n * p / parts; t < c.n * (p + 1) / parts; ++t)
+      for (int64_t i = row(t); i < row(t + 1); ++i)
+        if (float v = value_at(c, i); !(positive && v <= 0)) take(t, c.indices[i], v);
+  };
+  parallel_for(parts, [&](int64_t p, int) {
+    each(p, [count = next.data() + p * d_sae](int64_t, uint32_t j, float) { ++count[j]; });
+  });
+  int64_t place = 0;
+  for (int64_t j = 0; j < d_sae; ++j) {
+    starts_[j] = place;
+    for (int64_t p = 0; p < parts; ++p) place += std::exchange(next[p * d_sae + j], place);
   }
-  starts_.pop_back();
+  starts_[d_sae] = place;
+  std::fill_n(rows_.get() + place, 4, 0u);  // rows to prefetch after the last
+  parallel_for(parts, [&](int64_t p, int) {
+    each(p, [&, to = next.data() + p * d_sae](int64_t t, uint32_t j, float v) {
+      int64_t at = to[j]++;
+      rows_[at] = static_cast<uint32_t>(t);
+      values_[at] = v;
+    });
+  });
 }
 
 std::vector<int64_t> Grouped::ranges(int64_t parts, double per_feature) const {

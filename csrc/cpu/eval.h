@@ -66,7 +66,8 @@ void check_code(const char* op, const Code& code, int64_t d_sae);
 /** The entries of a code, counted and sorted by feature (a counting sort: stable, so rows ascend in each feature). */
 class Grouped {
  public:
-  Grouped(const Code& code, int64_t d_sae);
+  /** Of all entries, or of those that are not <= 0. */
+  Grouped(const Code& code, int64_t d_sae, bool positive = false);
   ByFeature view() const { return {starts_.data(), rows_.get(), values_.get()}; }
   /** Ranges of features that cost about the same: entries plus `per_feature` each. */
   std::vector<int64_t> ranges(int64_t parts, double per_feature) const;

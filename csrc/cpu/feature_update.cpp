@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/eval.h"
+#include "cpu/dense.h"
 
 namespace mlxsae {
 
@@ -56,12 +56,13 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
         std::vector<cpu::Term> walk;
         for (auto& t : terms) {
           cpu::check_code("feature_update", t.code, d_sae);
-          grouped.emplace_back(t.code, d_sae);
+          grouped.emplace_back(t.code, d_sae, true);
           walk.push_back({grouped.back().view(), t.residual, *t.scale});
         }
         // A fixed number of ranges, so that sums over them do not depend on the number of threads.
         auto cuts = grouped[0].ranges(64, 3.0);
-        int64_t parts = static_cast<int64_t>(cuts.size()) - 1;
+        cpu::DenseTerms dense(walk, n, d_sae);
+        int64_t ranges = static_cast<int64_t>(cuts.size()) - 1, parts = ranges + dense.parts();
         std::vector<float> through(o.b_dec_to_input ? parts * d_in : 0, 0.0f);
         std::vector<double> squares(parts, 0.0);
 
@@ -75,15 +76,21 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
         u.project = o.project_decoder, u.normalize = o.normalize_decoder;
         u.clip = 1;
         u.w16 = w16, u.columns = columns, u.d_sae = d_sae;
+        u.apart = dense.apart();
         auto pass = [&](bool norms_only, bool sums) {
           u.norms_only = norms_only;
-          cpu::parallel_for(parts, [&](int64_t i, int) {
+          auto part_of = [&](int64_t i) {
             cpu::Update part = u;
-            part.f0 = cuts[i], part.f1 = cuts[i + 1];
             part.through_input = sums && o.b_dec_to_input ? through.data() + i * d_in : nullptr;
             part.square = sums ? &squares[i] : nullptr;
+            return part;
+          };
+          cpu::parallel_for(ranges, [&](int64_t i, int) {
+            cpu::Update part = part_of(i);
+            part.f0 = cuts[i], part.f1 = cuts[i + 1];
             kernels.update(part);
           });
+          if (dense.any()) dense.update(u, n, [&](int64_t i) { return part_of(ranges + i); });
         };
         bool clip = o.clip_norm > 0;
         pass(clip, true);

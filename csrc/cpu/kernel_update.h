@@ -14,34 +14,6 @@
 
 namespace mlxsae::cpu::MLXSAE_ISA {
 
-template <class V>
-MLXSAE_INLINE V get(const float* p) {
-  if constexpr (sizeof(V) == 4)
-    return *p;
-  else
-    return load(p);
-}
-MLXSAE_INLINE void put(float* p, float v) { *p = v; }
-MLXSAE_INLINE void put(float* p, vf v) { store(p, v); }
-MLXSAE_INLINE float sqrt(float v) { return __builtin_sqrtf(v); }
-
-/** body.operator()<V>(c) over [0, d): whole vectors, then single floats. */
-template <class Body>
-MLXSAE_INLINE void lanes(int64_t d, Body&& body) {
-  int64_t c = 0;
-  for (; c + kLanes <= d; c += kLanes) body.template operator()<vf>(c);
-  for (; c < d; ++c) body.template operator()<float>(c);
-}
-
-/** A sum that has a part in vectors and a part in single floats. */
-struct Sum {
-  vf wide{};
-  float rest = 0;
-  MLXSAE_INLINE void add(vf v) { wide += v; }
-  MLXSAE_INLINE void add(float v) { rest += v; }
-  MLXSAE_INLINE float total() const { return sum(wide) + rest; }
-};
-
 /** One Adam step on a row; returns |w|^2 after it. g null: the gradient is zero. */
 template <bool kGradient>
 MLXSAE_INLINE float adam_row(const Param& p, const float* g, float clip, const Adam& a, int64_t d) {
@@ -119,7 +91,6 @@ inline void gather_all(const Update& u, const Term& term, const float* w_dec, in
   int64_t batch[4];
   int m = 0;
   for (int64_t e = begin; e < end; ++e) {
-    if (term.by.values[e] <= 0) continue;  // not chosen, or cut off by the relu; NaN passes
     batch[m++] = e;
     if (!to.any) {
       gather<1, true, true>(u, term, w_dec, batch, to);
@@ -212,6 +183,7 @@ inline void update(const Update& u) {
   };
 
   for (int64_t j = u.f0; j < u.f1; ++j) {
+    if (u.apart && u.apart[j]) continue;
     int64_t n = 0;
     for (int q = 0; q < u.n_terms; ++q) n += u.terms[q].by.starts[j + 1] - u.terms[q].by.starts[j];
     if (n >= kMany) {
@@ -228,11 +200,29 @@ inline void update(const Update& u) {
   if (u.square) *u.square += square;
 }
 
-inline void residual(const Code& code, const float* w, const float* bias, const float* target, int64_t d,
-                     float* residual, float* square, int64_t t0, int64_t t1) {
-  Rows rows{w, Type::f32, 0, d};
+inline void gather_apart(const Update& u, const Apart& a) {
+  for (int64_t i = a.begin; i < a.end; ++i) {
+    int64_t j = a.features[i];
+    Gathered found{a.dec + i * a.dec_stride, a.enc + i * a.enc_stride};
+    for (int q = 0; q < u.n_terms; ++q)
+      gather_all(u, u.terms[q], u.w_dec.w + j * u.d_out, u.terms[q].by.starts[j], u.terms[q].by.starts[j + 1], found);
+    if (!found.any) {
+      std::memset(found.dec, 0, u.d_out * sizeof(float));
+      std::memset(found.enc, 0, u.d_in * sizeof(float));
+    }
+    a.bias[i] = found.bias;
+  }
+}
+
+inline void finish_apart(const Update& u, const Apart& a) {
+  double square = 0;
+  for (int64_t i = a.begin; i < a.end; ++i)
+    finish(u, a.features[i], {a.dec + i * a.dec_stride, a.enc + i * a.enc_stride, a.bias[i], true}, square);
+  if (u.square) *u.square += square;
+}
+
+inline void subtract(const float* target, int64_t d, float* residual, float* square, int64_t t0, int64_t t1) {
   for (int64_t t = t0; t < t1; ++t) {
-    decode(code, rows, bias, Type::f32, residual, Type::f32, t, t + 1);
     float* r = residual + t * d;
     Sum sq;
     lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
@@ -241,6 +231,15 @@ inline void residual(const Code& code, const float* w, const float* bias, const 
       sq.add(e * e);
     });
     square[t] = sq.total();
+  }
+}
+
+inline void residual(const Code& code, const float* w, const float* bias, const float* target, int64_t d,
+                     float* residual, float* square, int64_t t0, int64_t t1) {
+  Rows rows{w, Type::f32, 0, d};
+  for (int64_t t = t0; t < t1; ++t) {
+    decode(code, rows, bias, Type::f32, residual, Type::f32, t, t + 1);
+    subtract(target, d, residual, square, t, t + 1);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <new>
 
+#include "cpu/kernel_dense.h"
 #include "cpu/kernel_encode.h"
 #include "cpu/kernel_screen.h"
 #include "cpu/kernel_sparse.h"
@@ -19,6 +20,7 @@ const Kernels& table();
 const Kernels& table() {
   static const Kernels t{
       .isa = MLXSAE_STRING(MLXSAE_ISA),
+      .panel = kPanel,
       .token_block = 2 * kTileVectors * kLanes,
       .encode = encode,
       .merge = merge,
@@ -27,6 +29,12 @@ const Kernels& table() {
       .gather_dot = gather_dot,
       .outer = outer,
       .update = update,
+      .gather = gather_apart,
+      .finish = finish_apart,
+      .product = product,
+      .panel_of = panel_of,
+      .turned_panel_of = turned_panel_of,
+      .entries_of = entries_of,
 #if defined(__AVX512BF16__)
       .screen = screen,
 #else
@@ -36,6 +44,7 @@ const Kernels& table() {
       .estimate = estimate,
       .rescore = rescore,
       .adam = adam_vector,
+      .subtract = subtract,
       .residual = residual,
   };
   return t;

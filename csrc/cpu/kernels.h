@@ -132,15 +132,36 @@ struct Update {
   float clip;       // factor on every gradient
   bool norms_only;  // sums up, but changes nothing
   int64_t f0, f1;
-  uint16_t* w16;  // the encoder's new bfloat16 shadow [d_sae, d_in] and columns [3, d_sae], or null
+  const uint8_t* apart;  // [d_sae], features that the walk leaves out; or null
+  uint16_t* w16;         // the encoder's new bfloat16 shadow [d_sae, d_in] and columns [3, d_sae], or null
   float* columns;
   int64_t d_sae;
   float* through_input;  // [d_in] += sum_j db_enc[j] * w_enc[j], or null
   double* square;        // += squares of all gradients, before the clip
 };
 
+/** c[i][j] += sum_k a[i][k] b[k][j], with b in panels of `Kernels::panel` columns (kernel_dense.h). */
+struct Product {
+  const float* a;
+  int64_t lda;
+  const uint32_t* which;  // rows of a, or null: all in their order
+  const float* panels;    // [columns / panel][depth][panel]
+  int64_t depth, columns;
+  float* c;
+  int64_t ldc;
+};
+
+/** Features that are updated from gradients in memory, by their place in `features`. */
+struct Apart {
+  const uint32_t* features;
+  int64_t begin, end;
+  float *dec, *enc, *bias;  // [.., dec_stride], [.., enc_stride], [..]
+  int64_t dec_stride, enc_stride;
+};
+
 struct Kernels {
   const char* isa;
+  int panel;        // columns of a packed panel of `product`
   int token_block;  // tokens of one encode task that fill the tile and the cache well, at d_in = 1024
 
   void (*encode)(const Encode&);
@@ -154,13 +175,22 @@ struct Kernels {
   /** out[j] = sum over the entries of feature j of value * rows[row], for j in [f0, f1). */
   void (*outer)(const ByFeature&, const Rows& rows, void* out, Type out_type, int64_t f0, int64_t f1);
   void (*update)(const Update&);
+  /** The two halves of `update` for single features: gradients of the terms; what follows once they are complete. */
+  void (*gather)(const Update&, const Apart&);
+  void (*finish)(const Update&, const Apart&);
+  void (*product)(const Product&, int64_t i0, int64_t i1, int64_t p);
+  bool (*panel_of)(const float* rows, const uint32_t* which, int64_t n, int64_t d, float* out, int64_t p);
+  void (*turned_panel_of)(const float* rows, int64_t n, int64_t d, float* out, int64_t p);
+  float (*entries_of)(float* values, float* dz, float scale, int64_t n);
   void (*screen)(const Screen&);  // null where the instruction set has no bfloat16 product
   void (*shadow)(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1);
   void (*estimate)(const Rescore&, int64_t begin, int64_t end);  // in any order of additions
   void (*rescore)(const Rescore&, int64_t begin, int64_t end);   // in the order of encode: its bits
   /** One Adam step on d numbers with gradient g * clip. */
   void (*adam)(const Param&, const float* g, float clip, const Adam&, int64_t d);
-  /** residual[t] = decode(t) - target[t], square[t] = |residual[t]|^2, for float32 arrays. */
+  /** residual[t] -= target[t], square[t] = |residual[t]|^2; and the same with residual[t] = decode(t) before, all
+   * float32. */
+  void (*subtract)(const float* target, int64_t d, float* residual, float* square, int64_t t0, int64_t t1);
   void (*residual)(const Code&, const float* w, const float* bias, const float* target, int64_t d, float* residual,
                    float* square, int64_t t0, int64_t t1);
 };

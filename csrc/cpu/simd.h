@@ -91,6 +91,34 @@ MLXSAE_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, locality);
 }
 
+template <class V>
+MLXSAE_INLINE V get(const float* p) {
+  if constexpr (sizeof(V) == 4)
+    return *p;
+  else
+    return load(p);
+}
+MLXSAE_INLINE void put(float* p, float v) { *p = v; }
+MLXSAE_INLINE void put(float* p, vf v) { store(p, v); }
+MLXSAE_INLINE float sqrt(float v) { return __builtin_sqrtf(v); }
+
+/** body.operator()<V>(c) over [0, d): whole vectors, then single floats. */
+template <class Body>
+MLXSAE_INLINE void lanes(int64_t d, Body&& body) {
+  int64_t c = 0;
+  for (; c + kLanes <= d; c += kLanes) body.template operator()<vf>(c);
+  for (; c < d; ++c) body.template operator()<float>(c);
+}
+
+/** A sum that has a part in vectors and a part in single floats. */
+struct Sum {
+  vf wide{};
+  float rest = 0;
+  MLXSAE_INLINE void add(vf v) { wide += v; }
+  MLXSAE_INLINE void add(float v) { rest += v; }
+  MLXSAE_INLINE float total() const { return sum(wide) + rest; }
+};
+
 // ---- element types: storage of 16 bits, arithmetic in float32
 // --------------------------------------------------------
 

@@ -1,6 +1,7 @@
 #include "cpu/screened.h"
 
 #include <cmath>
+#include <utility>
 
 namespace mlxsae::cpu {
 
@@ -26,24 +27,34 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
                       ids.get(), counts.get(), norms_.get()});
   });
 
-  std::vector<int64_t> starts(d_sae + 1, 0);
   first_.assign(n + 1, 0);
   for (int64_t t = 0; t < n; ++t) {
     if (counts[t] < 0) redo_.push_back(t);
-    for (int32_t i = 0; i < counts[t]; ++i) ++starts[ids[t * room + i] + 1];
     first_[t + 1] = first_[t] + std::max(0, counts[t]);
   }
-  for (int64_t j = 0; j < d_sae; ++j) starts[j + 1] += starts[j];
   size_ = first_[n];
   rows_ = room_for<uint32_t>(size_), features_ = room_for<uint32_t>(size_), slots_ = room_for<uint32_t>(size_);
   sums_ = room_for<float>(size_);
-  for (int64_t t = 0, slot = 0; t < n; ++t)
-    for (int32_t i = 0; i < counts[t]; ++i) {
-      int32_t f = ids[t * room + i];
-      int64_t q = starts[f]++;
+  // A counting sort, as Grouped's: the parts of the rows have places of their own in every feature.
+  int64_t parts = std::clamp<int64_t>(size_ >> 14, 1, std::min(num_threads(), 8));
+  std::vector<int64_t> next(parts * d_sae, 0);
+  auto each = [&](int64_t p, auto&& take) {
+    for (int64_t t = n * p / parts; t < n * (p + 1) / parts; ++t)
+      for (int32_t i = 0; i < counts[t]; ++i) take(t, ids[t * room + i], first_[t] + i);
+  };
+  parallel_for(parts, [&](int64_t p, int) {
+    each(p, [count = next.data() + p * d_sae](int64_t, int32_t f, int64_t) { ++count[f]; });
+  });
+  int64_t place = 0;
+  for (int64_t j = 0; j < d_sae; ++j)
+    for (int64_t p = 0; p < parts; ++p) place += std::exchange(next[p * d_sae + j], place);
+  parallel_for(parts, [&](int64_t p, int) {
+    each(p, [&, to = next.data() + p * d_sae](int64_t t, int32_t f, int64_t slot) {
+      int64_t q = to[f]++;
       rows_[q] = static_cast<uint32_t>(t), features_[q] = static_cast<uint32_t>(f);
-      slots_[q] = static_cast<uint32_t>(slot++);
-    }
+      slots_[q] = static_cast<uint32_t>(slot);
+    });
+  });
 }
 
 float Candidates::error(int64_t q) const {

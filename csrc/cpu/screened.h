@@ -49,11 +49,14 @@ class Candidates {
   /** Keep those that stay(q) names. */
   template <class Stay>
   void keep(Stay&& stay) {
+    auto stays = room_for<bool>(size_);
+    parallel_ranges(size_, 4096, [&](int64_t a, int64_t b) {
+      for (int64_t q = a; q < b; ++q) stays[q] = stay(q);
+    });
     int64_t kept = 0;
     for (int64_t q = 0; q < size_; ++q) {
-      bool s = stay(q);
       rows_[kept] = rows_[q], features_[kept] = features_[q], slots_[kept] = slots_[q];
-      kept += s;
+      kept += stays[q];
     }
     size_ = kept;
   }

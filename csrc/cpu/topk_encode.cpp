@@ -89,14 +89,16 @@ void encode_masked(const cpu::Encode& e, const float* w) {
   cpu::Codes to = e.aux;
   to.room = k;
   to.keys = memory.get(), to.ids = to.keys + n * k, to.counts = to.ids + n * k;
-  for (int64_t t = 0; t < n; ++t) {
-    to.counts[t] = static_cast<int32_t>(k);
-    for (int64_t i = 0; i < k; ++i) {
-      to.keys[t * k + i] = cpu::order_key(values[t * k + i]);
-      to.ids[t * k + i] = static_cast<int32_t>(features[places[t * k + i]]);
+  cpu::parallel_ranges(n, 16, [&](int64_t t0, int64_t t1) {
+    for (int64_t t = t0; t < t1; ++t) {
+      to.counts[t] = static_cast<int32_t>(k);
+      for (int64_t i = 0; i < k; ++i) {
+        to.keys[t * k + i] = cpu::order_key(values[t * k + i]);
+        to.ids[t * k + i] = static_cast<int32_t>(features[places[t * k + i]]);
+      }
     }
-  }
-  cpu::kernels().merge({to, 1, n, 0, n});
+    cpu::kernels().merge({to, 1, n, t0, t1});
+  });
 }
 
 /** Screen in bfloat16, then the float32 pre-activations of what may be among the k largest (cpu/kernel_screen.h). */
@@ -108,7 +110,9 @@ void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
   // First fast sums, whose order nobody promises: they leave hardly more than k of a token.
   found.estimate();
   auto low = room_for<float>(total), bound = room_for<float>(n);
-  for (int64_t q = 0; q < total; ++q) low[found.slot(q)] = found.sum(q) - found.error(q);
+  cpu::parallel_ranges(total, 4096, [&](int64_t a, int64_t b) {
+    for (int64_t q = a; q < b; ++q) low[found.slot(q)] = found.sum(q) - found.error(q);
+  });
   cpu::parallel_ranges(n, 16, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t)
       if (float *begin = low.get() + found.first(t), *end = low.get() + found.first(t + 1); begin < end) {
@@ -122,24 +126,30 @@ void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
 
   auto keys = room_for<int32_t>(total), places = room_for<int32_t>(total);
   std::fill_n(places.get(), total, -1);
-  for (int64_t q = 0; q < found.size(); ++q) {
-    keys[found.slot(q)] = cpu::order_key(found.sum(q));
-    places[found.slot(q)] = static_cast<int32_t>(found.feature(q));
-  }
-  auto memory = room_for<int32_t>(n * (2 * room + 1));
-  cpu::Codes to = e.out;
-  to.room = room;
-  to.keys = memory.get(), to.ids = to.keys + n * room, to.counts = to.ids + n * room;
-  for (int64_t t = 0; t < n; ++t) {
-    int32_t m = 0;
-    for (int64_t i = found.first(t); i < found.first(t + 1); ++i)
-      if (places[i] >= 0) {
-        to.keys[t * room + m] = keys[i];
-        to.ids[t * room + m++] = places[i];
-      }
-    to.counts[t] = m;
-  }
-  cpu::parallel_ranges(n, 16, [&](int64_t t0, int64_t t1) { cpu::kernels().merge({to, 1, n, t0, t1}); });
+  cpu::parallel_ranges(found.size(), 4096, [&](int64_t a, int64_t b) {
+    for (int64_t q = a; q < b; ++q) {
+      keys[found.slot(q)] = cpu::order_key(found.sum(q));
+      places[found.slot(q)] = static_cast<int32_t>(found.feature(q));
+    }
+  });
+  cpu::parallel_ranges(n, 16, [&](int64_t t0, int64_t t1) {
+    auto memory = room_for<int32_t>((t1 - t0) * (2 * room + 1));
+    cpu::Codes to = e.out;
+    to.room = room;
+    // The merge of these tokens alone: it counts them from 0.
+    to.values = static_cast<char*>(to.values) + t0 * k * (to.type == cpu::Type::f32 ? 4 : 2), to.indices += t0 * k;
+    to.keys = memory.get(), to.ids = to.keys + (t1 - t0) * room, to.counts = to.ids + (t1 - t0) * room;
+    for (int64_t t = t0; t < t1; ++t) {
+      int32_t m = 0;
+      for (int64_t i = found.first(t); i < found.first(t + 1); ++i)
+        if (places[i] >= 0) {
+          to.keys[(t - t0) * room + m] = keys[i];
+          to.ids[(t - t0) * room + m++] = places[i];
+        }
+      to.counts[t - t0] = m;
+    }
+    cpu::kernels().merge({to, 1, t1 - t0, 0, t1 - t0});
+  });
   cpu::Encode plain = e;
   plain.mask = nullptr, plain.k_aux = 0;
   if (found.redo().size() * 8 > static_cast<size_t>(n)) {

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <future>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -12,6 +14,20 @@
 
 namespace mlxsae::cpu {
 
+namespace {
+
+#if defined(__linux__)
+/** madvise on the whole large pages of an array that has at least a few. */
+void advise(const void* data, size_t bytes, int what) {
+  constexpr uintptr_t page = 2u << 20;
+  auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (bytes >= 4 * page && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, what);
+}
+#endif
+
+}  // namespace
+
 void allocate(mx::array& out) {
   // MLX's allocator on the CPU gives memory 24 bytes behind a cache line, so that every wide load touches two lines.
   constexpr uintptr_t line = 64;
@@ -19,10 +35,23 @@ void allocate(mx::array& out) {
   uintptr_t skip = -reinterpret_cast<uintptr_t>(data.buffer().raw_ptr()) % line;
   out.set_data(std::move(data), out.size(), out.strides(), out.flags(), static_cast<int64_t>(skip));
 #if defined(__linux__)
-  constexpr uintptr_t page = 2u << 20;
-  auto begin = (reinterpret_cast<uintptr_t>(out.data<char>()) + page - 1) / page * page;
-  auto end = (reinterpret_cast<uintptr_t>(out.data<char>()) + out.nbytes()) / page * page;
-  if (out.nbytes() >= 4 * page && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  advise(out.data<char>(), out.nbytes(), MADV_HUGEPAGE);
+#endif
+}
+
+void settle(const void* data, size_t bytes) {
+#if defined(__linux__)
+  // A second call would cost the kernel a look at every page, so the last arrays are remembered.
+  static std::mutex mutex;
+  static std::deque<std::pair<const void*, size_t>> settled;
+  std::pair array{data, bytes};
+  std::lock_guard lock(mutex);
+  if (std::find(settled.begin(), settled.end(), array) != settled.end()) return;
+  settled.push_back(array);
+  if (settled.size() > 64) settled.pop_front();
+  constexpr int collapse = 25;  // MADV_COLLAPSE of Linux 6.1, which older headers do not name
+  advise(data, bytes, MADV_HUGEPAGE);
+  advise(data, bytes, collapse);
 #endif
 }
 

@@ -27,6 +27,12 @@ inline Code code_of(const mx::array* values, const mx::array& indices, const mx:
 void allocate(mx::array& out);
 
 /**
+ * Moves what already fills the memory of a large array to large pages, once for each array: for weights and moments
+ * that are updated in place wherever they were made. Where the system does not, nothing is lost.
+ */
+void settle(const void* data, size_t bytes);
+
+/**
  * MLX counts a task as running before it hands it to the stream (CommandEncoder::dispatch, 0.32.4); if an earlier task
  * has thrown by then, the main thread throws that error in between, and the count stays one too high for ever. Over ten
  * of these and every evaluation waits for tasks that nobody has. So what our tasks lose is given back: the next

@@ -11,6 +11,7 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   let_go(inputs, outputs);
   size_t n_terms = csr_.size(), first = place_of_offsets(csr_, n_terms);
   std::vector<std::tuple<char*, const char*, size_t>> copies;
+  std::vector<std::pair<const void*, size_t>> reused;
   for (size_t i = 0; i < outputs.size(); ++i) {
     if (i == 12) {
       cpu::allocate(outputs[i]);  // grad_norm
@@ -19,6 +20,7 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     const auto& in = inputs[first + i - (i > 12)];
     if (in.is_donatable()) {
       outputs[i].copy_shared_buffer(in);
+      reused.emplace_back(outputs[i].data<char>(), outputs[i].nbytes());
     } else {
       cpu::allocate(outputs[i]);
       copies.emplace_back(outputs[i].data<char>(), in.data<char>(), in.nbytes());
@@ -42,12 +44,13 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
 
   cpu::dispatch(
       stream(), inputs, outputs,
-      [copies, terms, x = inputs[0].data<float>(), loss = inputs[1].data<float>(), n = int64_t{inputs[0].shape(0)},
-       d_in = int64_t{inputs[0].shape(1)}, d_sae = int64_t{outputs[0].shape(0)}, d_out = int64_t{outputs[2].shape(1)},
-       w_enc = param(0), b_enc = param(1), w_dec = param(2), b_dec = param(3), norm_out = outputs[12].data<float>(),
-       w16 = outputs.size() > 13 ? outputs[13].data<uint16_t>() : nullptr,
+      [copies, reused, terms, x = inputs[0].data<float>(), loss = inputs[1].data<float>(),
+       n = int64_t{inputs[0].shape(0)}, d_in = int64_t{inputs[0].shape(1)}, d_sae = int64_t{outputs[0].shape(0)},
+       d_out = int64_t{outputs[2].shape(1)}, w_enc = param(0), b_enc = param(1), w_dec = param(2), b_dec = param(3),
+       norm_out = outputs[12].data<float>(), w16 = outputs.size() > 13 ? outputs[13].data<uint16_t>() : nullptr,
        columns = outputs.size() > 13 ? outputs[14].data<float>() : nullptr, o = options_] {
         for (auto& [to, from, size] : copies) std::memcpy(to, from, size);
+        for (auto& [data, size] : reused) cpu::settle(data, size);
         *norm_out = NAN;
         if (!std::isfinite(*loss)) return;  // the step is skipped: parameters and moments stay what they were
 

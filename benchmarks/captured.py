@@ -71,7 +71,7 @@ def candidates(x: np.ndarray, step: OurStep) -> dict[str, float]:
     screened = reached(low @ w16.T + bias, error + 4 * UNIT * np.abs(bias))
     z = x @ np.array(step.params.w_enc).T + bias
     exact = reached(z, gamma * norm(x) * column[0] + column[2] + 4 * UNIT * np.abs(bias)) & screened
-    return {"screened": screened.sum() / n, "rescored": exact.sum() / n, "k": k}
+    return {"screened": float(screened.sum() / n), "rescored": float(exact.sum() / n), "k": k}
 
 
 def seconds(call: Callable[[], Any]) -> float:

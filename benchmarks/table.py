@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import machine
 from benchmarks.peers.contest import CONTESTANTS, MODES
 from benchmarks.shapes import Shape
 
@@ -54,6 +55,12 @@ def load(path: Path | None = None) -> dict | None:
     )
     chosen = path or (stored[-1] if stored else None)
     return json.loads(chosen.read_text()) if chosen else None
+
+
+def load_captured(about: dict) -> dict | None:
+    """What ``benchmarks.captured`` stored on the same machine, if anything."""
+    path = RESULTS / f"captured-cpu-{machine.slug(about['cpu'])}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def median(block: dict, turn: str) -> float:
@@ -288,6 +295,8 @@ def render(results: dict) -> str:
                 list(rows(results, name)),
             )
         )
+    if (captured := load_captured(about)) is not None:
+        parts.append(render_captured(captured))
     listed = ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
     parts.append(
         f"{about['cpu']}, {about['threads']} threads, {about['date'][:10]}. All steps start from the same weights and "
@@ -295,6 +304,26 @@ def render(results: dict) -> str:
         f"parameters, two moments and the batch. Versions: {listed}. `make bench-peers` repeats it."
     )
     return "\n\n".join(parts)
+
+
+def render_captured(found: dict) -> str:
+    """The step on a language model's activations, from ``benchmarks.captured``."""
+    header = ["activations", "step", "certified", "encode", "certified", "screened", "rescored"]
+    body = []
+    for name, stage in found["stages"].items():
+        times = [
+            ms(statistics.median(stage["samples"][f"{precision}: {what}"]))
+            for what in ("step", "encode")
+            for precision in ("float32", "certified")
+        ]
+        counts = stage["candidates"]
+        body.append([name, *times, f"{counts['screened']:.1f}", f"{counts['rescored']:.1f}"])
+    return (
+        "The step of S1 on what a language model has at eight sites, at the start and along a training run, beside Gaussian "
+        f"activations; of a token's features, how many the bfloat16 screen leaves and how many of these are computed twice in "
+        f"float32, for k = {found['shape']['k']} (`python -m benchmarks.captured`).\n\n"
+        + markdown(header, body)
+    )
 
 
 def readme_block(text: str) -> str | None:

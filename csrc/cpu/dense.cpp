@@ -129,8 +129,8 @@ DenseTerms::DenseTerms(const std::vector<Term>& terms, int64_t n, int64_t d_sae)
     int64_t entries = 0;
     for (int64_t j = 0; j < d_sae; ++j) {
       int64_t begin = term.by.starts[j], end = term.by.starts[j + 1];
-      if (!dense_pays(n, 32, 32 * (end - begin))) continue;
-      bool once = true;  // a matrix has one place for a feature and a token
+      if (4 * (end - begin) < n || begin == end) continue;  // as dense_pays, one by one
+      bool once = true;                                     // a matrix has one place for a feature and a token
       for (int64_t e = begin + 1; e < end; ++e) once &= term.by.rows[e] != term.by.rows[e - 1];
       if (!once) continue;
       often.push_back(static_cast<uint32_t>(j));

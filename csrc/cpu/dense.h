@@ -10,7 +10,7 @@ namespace mlxsae::cpu {
 
 /**
  * Is a dense product cheaper than a walk over the entries, for a code of n rows that uses so many features? A product
- * costs n * features, a walk about four times as much an entry, at every width; packing wants many features to serve.
+ * costs n * features at every width, a walk about four times as much an entry; packing wants many features to serve.
  */
 inline bool dense_pays(int64_t n, int64_t features, int64_t entries) {
   return n >= 16 && features >= 32 && 4 * entries >= n * features;

@@ -14,8 +14,10 @@
 //
 // A part has features that cost about as much as any other part's, found from the entries, whatever the chip: sums over
 // parts have the same bits on every run. Where the loss is not finite everything keeps its value. New parameters and
-// moments may lie in the memory of the old ones: a thread reads its numbers before it writes them.
+// moments may lie in the memory of the old ones: a thread reads its numbers before it writes them. M, the type in which
+// the moments of both matrices are kept, is float or bfloat (common/rounding.h); arithmetic is in float32 either way.
 
+#include "common/rounding.h"
 #include "encoder_shadow.h"
 
 // What the host and the batch decide for all threads: one array, so that the kernels keep room for the weights.
@@ -24,7 +26,8 @@ constant constexpr uint kClip = 1;  // factor on every gradient
 constant constexpr uint kBeta1 = 2, kBeta2 = 3, kEps = 4;
 constant constexpr uint kStepSize = 5;  // lr / (1 - beta1^t)
 constant constexpr uint kInverse = 6;   // 1 / sqrt(1 - beta2^t)
-constant constexpr uint kScales = 7;    // of each term's residual, to the end
+constant constexpr uint kSeed = 7;      // of the noise that rounds moments: bits, not a number
+constant constexpr uint kScales = 8;    // of each term's residual, to the end
 
 constant constexpr uint kProject = 1, kNormalize = 2;
 constant constexpr uint kThrough = 4;  // sum up db_enc[j] w_enc[j], what b_dec gets through the input
@@ -39,6 +42,7 @@ constant constexpr uint kEntriesPerFeature = 4;  // the work on a feature's row,
 struct Adam {
   float beta1, beta2, eps, step_size, inverse, clip;
   bool live;
+  uint seed;
 };
 
 /** All but the clip. */
@@ -49,21 +53,25 @@ METAL_FUNC void read_adam(const device float* control, thread Adam& a) {
   a.step_size = control[kStepSize];
   a.inverse = control[kInverse];
   a.live = control[kLive] != 0.0f;
+  a.seed = as_type<uint>(control[kSeed]);
 }
 
 /** One step on V numbers with gradient clip * g: moments are stored, the new weights returned. */
-template <int V>
-METAL_FUNC Lanes<V> adam_piece(const thread Adam& a, Lanes<V> w, Lanes<V> g, const device float* m,
-                               const device float* v, device float* m_out, device float* v_out) {
+template <int V, typename M>
+METAL_FUNC Lanes<V> adam_piece(const thread Adam& a, Lanes<V> w, Lanes<V> g, const device M* m, const device M* v,
+                               device M* m_out, device M* v_out, uint place = 0) {
   g *= a.clip;
-  const Lanes<V> old_m = load<float, V>(m), old_v = load<float, V>(v);
+  const Lanes<V> old_m = load<M, V>(m), old_v = load<M, V>(v);
   const Lanes<V> new_m = a.beta1 * old_m + (1.0f - a.beta1) * g;
   const Lanes<V> new_v = a.beta2 * old_v + (1.0f - a.beta2) * (g * g);
-  store<float, V>(m_out, a.live ? new_m : old_m);
-  store<float, V>(v_out, a.live ? new_v : old_v);
+  store_moments<M, V>(m_out, v_out, a.live ? new_m : old_m, a.live ? new_v : old_v, place);
   const Lanes<V> new_w = w - a.step_size * new_m / (precise::sqrt(new_v) * a.inverse + a.eps);
   return a.live ? new_w : w;
 }
+
+/** The noise of a row of w_enc, of w_dec. */
+METAL_FUNC uint noise_enc(const thread Adam& a, uint j) { return noise_key(2 * a.seed, j); }
+METAL_FUNC uint noise_dec(const thread Adam& a, uint j) { return noise_key(2 * a.seed + 1, j); }
 
 /** The first feature of a part: where its share of the work begins. */
 METAL_FUNC uint part_begin(const device uint* starts, uint d_sae, uint part, uint parts) {
@@ -83,7 +91,8 @@ METAL_FUNC uint part_begin(const device uint* starts, uint d_sae, uint part, uin
 [[kernel]] void update_begin(const device float* loss [[buffer(0)]], device float* control [[buffer(1)]],
                              constant float& beta1 [[buffer(2)]], constant float& beta2 [[buffer(3)]],
                              constant float& eps [[buffer(4)]], constant float& step_size [[buffer(5)]],
-                             constant float& inverse [[buffer(6)]], uint tid [[thread_position_in_grid]]) {
+                             constant float& inverse [[buffer(6)]], constant uint& seed [[buffer(7)]],
+                             uint tid [[thread_position_in_grid]]) {
   if (tid != 0) return;
   control[kLive] = is_finite(loss[0]) ? 1.0f : 0.0f;
   control[kClip] = 1.0f;
@@ -92,6 +101,7 @@ METAL_FUNC uint part_begin(const device uint* starts, uint d_sae, uint part, uin
   control[kEps] = eps;
   control[kStepSize] = step_size;
   control[kInverse] = inverse;
+  control[kSeed] = as_type<float>(seed);
 }
 
 /** A term's scale to control[], and `size` numbers of its residual to where those of all auxiliary terms stand. */
@@ -107,18 +117,18 @@ METAL_FUNC uint part_begin(const device uint* starts, uint d_sae, uint part, uin
 
 /** kGroup: a team is a threadgroup; else a simdgroup. A row has at most kColumns V numbers for each thread of a team.
  * db [d_sae] takes db_enc, squares [parts] and through [parts, d_in] the sums of the parts. */
-template <int V, bool kGroup>
+template <int V, bool kGroup, typename M>
 [[kernel, max_total_threads_per_threadgroup(512)]] void feature_update(
     const device float* x [[buffer(0)]], const device float* residual [[buffer(1)]],
     const device float* residual_aux [[buffer(2)]], const device uint* starts [[buffer(3)]],
     const device uint* rows [[buffer(4)]], const device float* values [[buffer(5)]],
     const device float* control [[buffer(6)]], const device float* w_enc [[buffer(7)]],
-    const device float* m_enc [[buffer(8)]], const device float* v_enc [[buffer(9)]],
-    const device float* w_dec [[buffer(10)]], const device float* m_dec [[buffer(11)]],
-    const device float* v_dec [[buffer(12)]], device float* w_enc_out [[buffer(13)]],
-    device float* m_enc_out [[buffer(14)]], device float* v_enc_out [[buffer(15)]],
-    device float* w_dec_out [[buffer(16)]], device float* m_dec_out [[buffer(17)]],
-    device float* v_dec_out [[buffer(18)]], device bfloat* w16 [[buffer(19)]], device float* columns [[buffer(20)]],
+    const device M* m_enc [[buffer(8)]], const device M* v_enc [[buffer(9)]],
+    const device float* w_dec [[buffer(10)]], const device M* m_dec [[buffer(11)]],
+    const device M* v_dec [[buffer(12)]], device float* w_enc_out [[buffer(13)]],
+    device M* m_enc_out [[buffer(14)]], device M* v_enc_out [[buffer(15)]],
+    device float* w_dec_out [[buffer(16)]], device M* m_dec_out [[buffer(17)]],
+    device M* v_dec_out [[buffer(18)]], device bfloat* w16 [[buffer(19)]], device float* columns [[buffer(20)]],
     device float* db_enc [[buffer(21)]], device float* through [[buffer(22)]], device float* squares [[buffer(23)]],
     constant uint& n [[buffer(24)]], constant uint& d_in [[buffer(25)]], constant uint& d_out [[buffer(26)]],
     constant uint& d_sae [[buffer(27)]], constant uint& parts [[buffer(28)]], constant uint& flags [[buffer(29)]],
@@ -212,16 +222,16 @@ template <int V, bool kGroup>
           Lanes<V> old = load<float, V>(w_enc + place);
           if (any && sums && (flags & kThrough)) pass_through[u] = scaled(db, old, pass_through[u]);
           if (!dry) {
-            old =
-                adam_piece<V>(adam, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place, v_enc_out + place);
+            old = adam_piece<V, M>(adam, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place,
+                                   v_enc_out + place, noise_enc(adam, j0 + i) + c[u]);
             store<float, V>(w_enc_out + place, old);
             if (shadow) shadow_piece<V>(old, w16 + place, full, rest, low);
           }
         }
         if (!dry && c[u] < d_out) {
           const ulong place = dec + c[u];
-          w[u] =
-              adam_piece<V>(adam, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place, v_dec_out + place);
+          w[u] = adam_piece<V, M>(adam, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place,
+                                  v_dec_out + place, noise_dec(adam, j0 + i) + c[u]);
           norm += w[u] * w[u];
         }
       }
@@ -251,18 +261,18 @@ template <int V, bool kGroup>
 
 /** feature_update for rows of any length, a threadgroup a part. dz of every entry is kept in `products` [nnz], so that
  * blocks of columns are walked one after the other; w_dec is read twice and, to be renormed, written twice. */
-template <int V>
+template <int V, typename M>
 [[kernel, max_total_threads_per_threadgroup(512)]] void feature_update_wide(
     const device float* x [[buffer(0)]], const device float* residual [[buffer(1)]],
     const device float* residual_aux [[buffer(2)]], const device uint* starts [[buffer(3)]],
     const device uint* rows [[buffer(4)]], const device float* values [[buffer(5)]],
     const device float* control [[buffer(6)]], const device float* w_enc [[buffer(7)]],
-    const device float* m_enc [[buffer(8)]], const device float* v_enc [[buffer(9)]],
-    const device float* w_dec [[buffer(10)]], const device float* m_dec [[buffer(11)]],
-    const device float* v_dec [[buffer(12)]], device float* w_enc_out [[buffer(13)]],
-    device float* m_enc_out [[buffer(14)]], device float* v_enc_out [[buffer(15)]],
-    device float* w_dec_out [[buffer(16)]], device float* m_dec_out [[buffer(17)]],
-    device float* v_dec_out [[buffer(18)]], device bfloat* w16 [[buffer(19)]], device float* columns [[buffer(20)]],
+    const device M* m_enc [[buffer(8)]], const device M* v_enc [[buffer(9)]],
+    const device float* w_dec [[buffer(10)]], const device M* m_dec [[buffer(11)]],
+    const device M* v_dec [[buffer(12)]], device float* w_enc_out [[buffer(13)]],
+    device M* m_enc_out [[buffer(14)]], device M* v_enc_out [[buffer(15)]],
+    device float* w_dec_out [[buffer(16)]], device M* m_dec_out [[buffer(17)]],
+    device M* v_dec_out [[buffer(18)]], device bfloat* w16 [[buffer(19)]], device float* columns [[buffer(20)]],
     device float* db_enc [[buffer(21)]], device float* through [[buffer(22)]], device float* squares [[buffer(23)]],
     constant uint& n [[buffer(24)]], constant uint& d_in [[buffer(25)]], constant uint& d_out [[buffer(26)]],
     constant uint& d_sae [[buffer(27)]], constant uint& parts [[buffer(28)]], constant uint& flags [[buffer(29)]],
@@ -327,7 +337,8 @@ template <int V>
       if (dry) continue;
       const ulong place = dec + c;
       const Lanes<V> stepped =
-          adam_piece<V>(adam, w, g, m_dec + place, v_dec + place, m_dec_out + place, v_dec_out + place);
+          adam_piece<V, M>(adam, w, g, m_dec + place, v_dec + place, m_dec_out + place, v_dec_out + place,
+                           noise_dec(adam, j) + c);
       store<float, V>(w_dec_out + place, stepped);
       norm += stepped * stepped;
     }
@@ -343,7 +354,8 @@ template <int V>
       if (dry) continue;
       const ulong place = enc + c;
       const Lanes<V> stepped =
-          adam_piece<V>(adam, w, g, m_enc + place, v_enc + place, m_enc_out + place, v_enc_out + place);
+          adam_piece<V, M>(adam, w, g, m_enc + place, v_enc + place, m_enc_out + place, v_enc_out + place,
+                           noise_enc(adam, j) + c);
       store<float, V>(w_enc_out + place, stepped);
       if (shadow) shadow_piece<V>(stepped, w16 + place, full, rest, low);
     }
@@ -439,7 +451,7 @@ template <int V>
   const float length = precise::sqrt(total[0]);
   adam.clip = clip_norm > 0.0f && length > clip_norm ? clip_norm / length : 1.0f;
   for (uint c = tid; c < d; c += simdgroups * kSimd)
-    b_out[c] = adam_piece<1>(adam, b[c], gradient[c], m + c, v + c, m_out + c, v_out + c);
+    b_out[c] = adam_piece<1, float>(adam, b[c], gradient[c], m + c, v + c, m_out + c, v_out + c);
   if (tid == 0) {
     norm[0] = adam.live ? length : not_a_number();
     control[kClip] = adam.clip;
@@ -456,5 +468,5 @@ template <int V>
   Adam adam;
   read_adam(control, adam);
   adam.clip = control[kClip];
-  b_out[j] = adam_piece<1>(adam, b[j], db[j], m + j, v + j, m_out + j, v_out + j);
+  b_out[j] = adam_piece<1, float>(adam, b[j], db[j], m + j, v + j, m_out + j, v_out + j);
 }

@@ -39,7 +39,9 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
                      inputs[5 + 4 * q].data<float>()});
   }
   auto param = [&](int i) {
-    return cpu::Param{outputs[i].data<float>(), outputs[4 + i].data<float>(), outputs[8 + i].data<float>()};
+    return cpu::Param{outputs[i].data<float>(), outputs[4 + i].data<void>(), outputs[8 + i].data<void>(),
+                      outputs[4 + i].dtype() == mx::float32 ? cpu::Type::f32 : cpu::Type::bf16,
+                      noise_seed(options_, i)};
   };
 
   cpu::dispatch(

@@ -10,31 +10,49 @@
 // their moments once, and gathers g and x. Entries come in ascending order of t, so the result does not depend on the
 // number of threads.
 
+#include "cpu/kernel_rounding.h"
 #include "cpu/kernel_sparse.h"
 
 namespace mlxsae::cpu::MLXSAE_ISA {
 
-/** One Adam step on a row; returns |w|^2 after it. g null: the gradient is zero. */
-template <bool kGradient>
-MLXSAE_INLINE float adam_row(const Param& p, const float* g, float clip, const Adam& a, int64_t d) {
+/** One Adam step on d numbers with moments of type M, whose noise begins at `place`; returns |w|^2 after it. g null:
+ * the gradient is zero. */
+template <bool kGradient, class M>
+MLXSAE_INLINE float adam_numbers(float* w, M* m, M* v, uint32_t place, const float* g, float clip, const Adam& a,
+                                 int64_t d) {
   Sum norm;
   lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
     // The next feature's row follows this one in memory.
-    prefetch<2>(p.w + d + c), prefetch<2>(p.m + d + c), prefetch<2>(p.v + d + c);
+    prefetch<2>(w + d + c), prefetch<2>(m + d + c), prefetch<2>(v + d + c);
     V grad = kGradient ? clip * get<V>(g + c) : V{};
-    V m = a.beta1 * get<V>(p.m + c) + (1 - a.beta1) * grad;
-    V v = a.beta2 * get<V>(p.v + c) + (1 - a.beta2) * (grad * grad);
-    V w = get<V>(p.w + c) - a.step_size * m / (sqrt(v) * a.inv_sqrt_bias + a.eps);
-    put(p.m + c, m), put(p.v + c, v), put(p.w + c, w);
-    norm.add(w * w);
+    V new_m = a.beta1 * get<V>(m + c) + (1 - a.beta1) * grad;
+    V new_v = a.beta2 * get<V>(v + c) + (1 - a.beta2) * (grad * grad);
+    V new_w = get<V>(w + c) - a.step_size * new_m / (sqrt(new_v) * a.inv_sqrt_bias + a.eps);
+    put(w + c, new_w);
+    if constexpr (sizeof(M) == 4) {
+      put(m + c, new_m), put(v + c, new_v);
+    } else {
+      auto bits = noise<V>(place + static_cast<uint32_t>(c));
+      put_bits(m + c, dithered(new_m, bits & 0xffffu)), put_bits(v + c, dithered(new_v, bits >> 16));
+    }
+    norm.add(new_w * new_w);
   });
   return norm.total();
 }
 
-MLXSAE_INLINE Param row_of(const Param& p, int64_t offset) { return {p.w + offset, p.m + offset, p.v + offset}; }
+/** The same on row j of a parameter with rows of d numbers. */
+template <bool kGradient>
+MLXSAE_INLINE float adam_row(const Param& p, int64_t j, const float* g, float clip, const Adam& a, int64_t d) {
+  auto step = [&]<class M>(M* m, M* v) __attribute__((always_inline)) {
+    return adam_numbers<kGradient>(p.w + j * d, m + j * d, v + j * d, noise_key(p.seed, static_cast<uint32_t>(j)), g,
+                                   clip, a, d);
+  };
+  return p.moments == Type::f32 ? step(static_cast<float*>(p.m), static_cast<float*>(p.v))
+                                : step(static_cast<bf16*>(p.m), static_cast<bf16*>(p.v));
+}
 
 inline void adam_vector(const Param& p, const float* g, float clip, const Adam& a, int64_t d) {
-  adam_row<true>(p, g, clip, a, d);
+  adam_row<true>(p, 0, g, clip, a, d);
 }
 
 inline void shadow(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1);
@@ -106,15 +124,15 @@ inline void gather_all(const Update& u, const Term& term, const float* w_dec, in
 /** What follows the gradients of feature j: projection, the sums over all features, Adam, the norm, the shadow. */
 inline void finish(const Update& u, int64_t j, const Gathered& g, double& square) {
   const int64_t d_in = u.d_in, d_out = u.d_out;
-  Param dec = row_of(u.w_dec, j * d_out), enc = row_of(u.w_enc, j * d_in), bias = row_of(u.b_enc, j);
+  float* w_dec = u.w_dec.w + j * d_out;
   if (g.any) {
     if (u.project) {
       Sum along;
       lanes(d_out, [&]<class V>(int64_t c)
-                       __attribute__((always_inline)) { along.add(get<V>(g.dec + c) * get<V>(dec.w + c)); });
+                       __attribute__((always_inline)) { along.add(get<V>(g.dec + c) * get<V>(w_dec + c)); });
       float s = along.total();
       lanes(d_out, [&]<class V>(int64_t c)
-                       __attribute__((always_inline)) { put(g.dec + c, get<V>(g.dec + c) - s * get<V>(dec.w + c)); });
+                       __attribute__((always_inline)) { put(g.dec + c, get<V>(g.dec + c) - s * get<V>(w_dec + c)); });
     }
     if (u.square) {
       Sum sq;
@@ -124,22 +142,22 @@ inline void finish(const Update& u, int64_t j, const Gathered& g, double& square
             [&]<class V>(int64_t c) __attribute__((always_inline)) { sq.add(get<V>(g.enc + c) * get<V>(g.enc + c)); });
       square += static_cast<double>(sq.total()) + static_cast<double>(g.bias) * g.bias;
     }
-    if (u.through_input) add_scaled(u.through_input, g.bias, enc.w, d_in);
+    if (u.through_input) add_scaled(u.through_input, g.bias, u.w_enc.w + j * d_in, d_in);
   }
   if (u.norms_only) return;
 
-  float norm =
-      g.any ? adam_row<true>(dec, g.dec, u.clip, u.adam, d_out) : adam_row<false>(dec, nullptr, 1, u.adam, d_out);
+  float norm = g.any ? adam_row<true>(u.w_dec, j, g.dec, u.clip, u.adam, d_out)
+                     : adam_row<false>(u.w_dec, j, nullptr, 1, u.adam, d_out);
   if (u.normalize && norm > 0) {
     float inverse = 1 / __builtin_sqrtf(norm);
     lanes(d_out,
-          [&]<class V>(int64_t c) __attribute__((always_inline)) { put(dec.w + c, inverse * get<V>(dec.w + c)); });
+          [&]<class V>(int64_t c) __attribute__((always_inline)) { put(w_dec + c, inverse * get<V>(w_dec + c)); });
   }
   if (g.any)
-    adam_row<true>(enc, g.enc, u.clip, u.adam, d_in);
+    adam_row<true>(u.w_enc, j, g.enc, u.clip, u.adam, d_in);
   else
-    adam_row<false>(enc, nullptr, 1, u.adam, d_in);
-  adam_row<true>(bias, &g.bias, u.clip, u.adam, 1);
+    adam_row<false>(u.w_enc, j, nullptr, 1, u.adam, d_in);
+  adam_row<true>(u.b_enc, j, &g.bias, u.clip, u.adam, 1);
   if (u.w16) shadow(u.w_enc.w, u.d_sae, d_in, u.w16, u.columns, j, j + 1);
 }
 

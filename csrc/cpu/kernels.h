@@ -104,7 +104,10 @@ struct ByFeature {
 
 /** The parameters of one feature-major weight matrix or bias, with its Adam moments. */
 struct Param {
-  float *w, *m, *v;
+  float* w;
+  void *m, *v;
+  Type moments;   // float32 or bfloat16
+  uint32_t seed;  // of the noise that rounds them to bfloat16
 };
 
 /** Entries of one reconstruction: out[row] += value * w_dec[feature], whose gradient is scale * residual. */

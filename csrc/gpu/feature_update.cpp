@@ -9,7 +9,7 @@ namespace {
 
 // As in metal/feature_update.h and metal/common/reduce.h.
 enum Flag : uint32_t { project = 1, normalize = 2, through_input = 4, sums = 8, dry = 16, shadow = 32 };
-constexpr int64_t kPieces = 4, kMaxSimdgroups = 16, kSumSimdgroups = 8, kScales = 7;
+constexpr int64_t kPieces = 4, kMaxSimdgroups = 16, kSumSimdgroups = 8, kScales = 8;
 
 // The features are cut into parts that do not depend on the chip, because the sums over them are rounded by part. So
 // many keep the largest GPU busy a few times over; their partial sums stay below one hundredth of the parameters.
@@ -37,17 +37,19 @@ Plan feature_update(const FeatureUpdateSize& s, const FeatureUpdateOptions& o) {
   }
   for (auto& code : codes)
     if (code.size.compressed) code.offsets = plan.input("offsets", Type::i64, code.size.n + 1);
-  auto four_inputs = [&](const char* prefix) {
+  auto four_inputs = [&](const char* prefix, Type matrices) {
     Four ids;
-    for (int i = 0; i < 4; ++i) ids[i] = plan.input(std::string(prefix) + names[i], Type::f32, sizes[i]);
+    for (int i = 0; i < 4; ++i)
+      ids[i] = plan.input(std::string(prefix) + names[i], i % 2 ? Type::f32 : matrices, sizes[i]);
     return ids;
   };
   auto four_outputs = [&](const char* prefix, const Four& donors) {
     Four ids;
-    for (int i = 0; i < 4; ++i) ids[i] = plan.output(std::string(prefix) + names[i], Type::f32, sizes[i], donors[i]);
+    for (int i = 0; i < 4; ++i)
+      ids[i] = plan.output(std::string(prefix) + names[i], plan.buffers[donors[i]].type, sizes[i], donors[i]);
     return ids;
   };
-  const Four p = four_inputs(""), m = four_inputs("m_"), v = four_inputs("v_");
+  const Four p = four_inputs("", Type::f32), m = four_inputs("m_", s.moments), v = four_inputs("v_", s.moments);
   int old_w16 = s.shadow ? plan.input("w16", Type::bf16, sizes[0]) : -1;
   int old_columns = s.shadow ? plan.input("columns", Type::f32, 3 * s.d_sae) : -1;
   const Four p_out = four_outputs("", p), m_out = four_outputs("m_", m), v_out = four_outputs("v_", v);
@@ -64,7 +66,8 @@ Plan feature_update(const FeatureUpdateSize& s, const FeatureUpdateOptions& o) {
       .argument(3, o.beta2)
       .argument(4, o.eps)
       .argument(5, o.step_size)
-      .argument(6, o.inv_sqrt_bias);
+      .argument(6, o.inv_sqrt_bias)
+      .argument(7, o.seed);
   // One array for the residuals of all auxiliary terms: that of the one term, or a copy.
   int64_t size = s.n * s.d_out;
   int auxiliary = terms == 1   ? -1
@@ -98,7 +101,7 @@ Plan feature_update(const FeatureUpdateSize& s, const FeatureUpdateOptions& o) {
                          (o.through_input ? through_input : 0) | (s.shadow ? shadow : 0);
 
   auto walk = [&](uint32_t how) {
-    auto& launch = plan.launch(library, kernel_name(kernel, std::nullopt, s.aligned),
+    auto& launch = plan.launch(library, kernel_name(kernel, s.moments, s.aligned),
                                {single ? ceil_div(parts, simdgroups) : parts}, {kSimd * simdgroups});
     launch.read(0, x)
         .read(1, residuals.front())

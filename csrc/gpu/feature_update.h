@@ -9,6 +9,7 @@ struct FeatureUpdateSize {
   std::vector<CodeSize> terms;  // the main one, then the auxiliary ones
   bool shadow;
   bool aligned;  // x, residuals, parameters and moments
+  Type moments;  // of w_enc and w_dec, float32 or bfloat16
 };
 
 struct FeatureUpdateOptions {
@@ -17,6 +18,7 @@ struct FeatureUpdateOptions {
   float inv_sqrt_bias;  // 1 / sqrt(1 - beta2^t)
   bool project, normalize, through_input;
   float clip_norm;  // 0: none
+  uint32_t seed;    // of the noise that rounds moments to bfloat16: the step
 };
 
 /** Inputs and outputs as those of the primitive (csrc/ops/feature_update.h). */

@@ -51,12 +51,13 @@ CodeSize code_of(const Named& s, const std::string& suffix = "", bool typed = tr
 }
 
 Plan plan_feature_update(const Named& s, const Device&) {
-  FeatureUpdateSize size{s["n"], s["d_in"], s["d_out"], s["d_sae"], {}, s["shadow"] != 0, s["aligned"] != 0};
+  FeatureUpdateSize size{s["n"], s["d_in"],        s["d_out"],        s["d_sae"],
+                         {},     s["shadow"] != 0, s["aligned"] != 0, s.type("moments")};
   size.terms.push_back(code_of(s, "", false));
   for (int64_t q = 1; q < s["terms"]; ++q) size.terms.push_back(code_of(s, '_' + std::to_string(q), false));
-  return feature_update(size,
-                        {s.real("beta1"), s.real("beta2"), s.real("eps"), s.real("step_size"), s.real("inv_sqrt_bias"),
-                         s["project"] != 0, s["normalize"] != 0, s["through_input"] != 0, s.real("clip_norm")});
+  return feature_update(size, {s.real("beta1"), s.real("beta2"), s.real("eps"), s.real("step_size"),
+                               s.real("inv_sqrt_bias"), s["project"] != 0, s["normalize"] != 0, s["through_input"] != 0,
+                               s.real("clip_norm"), static_cast<uint32_t>(s["step"])});
 }
 
 }  // namespace

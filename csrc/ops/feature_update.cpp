@@ -15,6 +15,28 @@ BiasCorrection bias_correction(const UpdateOptions& o) {
   return {o.lr / (1 - std::pow(o.beta1, step)), 1 / std::sqrt(1 - std::pow(o.beta2, step))};
 }
 
+mx::array bits(uint32_t v) { return mx::array(v, mx::uint32); }
+
+/** As csrc/cpu/kernel_rounding.h. */
+mx::array scattered(mx::array x, mx::Stream s) {
+  auto fold = [&](int by) { return mx::bitwise_xor(x, mx::right_shift(x, bits(by), s), s); };
+  x = mx::multiply(fold(16), bits(0x7feb352d), s);
+  x = mx::multiply(fold(15), bits(0x846ca68b), s);
+  return fold(16);
+}
+
+/** Moments as they are kept: `moment` (0: first, 1: second) [d_sae, d] of a matrix in bfloat16, by stochastic rounding.
+ */
+mx::array kept(const mx::array& value, mx::Dtype type, uint32_t seed, int moment, mx::Stream s) {
+  if (type == mx::float32) return value;
+  auto rows = mx::reshape(mx::arange(0, value.shape(0), mx::uint32, s), {-1, 1}, s);
+  auto key = scattered(mx::bitwise_xor(scattered(bits(seed), s), rows, s), s);
+  auto noise = scattered(mx::add(key, mx::arange(0, value.shape(1), mx::uint32, s), s), s);
+  noise = moment == 0 ? mx::bitwise_and(noise, bits(0xffff), s) : mx::right_shift(noise, bits(16), s);
+  auto moved = mx::bitwise_and(mx::add(mx::view(value, mx::uint32, s), noise, s), bits(0xffff0000), s);
+  return mx::astype(mx::where(mx::isnan(value, s), value, mx::view(moved, mx::float32, s), s), type, s);
+}
+
 /** The definition in plain MLX ops, with dense gradients. */
 Arrays graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions& o, mx::Stream s) {
   const auto &x = in[0], &loss = in[1];
@@ -54,8 +76,9 @@ Arrays graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions
   Arrays w(4, x), m(4, x), v(4, x);
   for (int i = 0; i < 4; ++i) {
     auto g = mx::multiply(grads[i], factor, s);
-    auto new_m = mx::add(mx::multiply(mx::array(o.beta1), p[4 + i], s), mx::multiply(mx::array(1 - o.beta1), g, s), s);
-    auto new_v = mx::add(mx::multiply(mx::array(o.beta2), p[8 + i], s),
+    auto old_m = mx::astype(p[4 + i], mx::float32, s), old_v = mx::astype(p[8 + i], mx::float32, s);
+    auto new_m = mx::add(mx::multiply(mx::array(o.beta1), old_m, s), mx::multiply(mx::array(1 - o.beta1), g, s), s);
+    auto new_v = mx::add(mx::multiply(mx::array(o.beta2), old_v, s),
                          mx::multiply(mx::array(1 - o.beta2), mx::square(g, s), s), s);
     auto denominator = mx::add(mx::multiply(mx::sqrt(new_v, s), mx::array(inv_sqrt_bias), s), mx::array(o.eps), s);
     auto new_w = mx::subtract(p[i], mx::divide(mx::multiply(mx::array(step_size), new_m, s), denominator, s), s);
@@ -64,8 +87,9 @@ Arrays graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions
       new_w = mx::divide(new_w, mx::where(mx::greater(length, mx::array(0.0f), s), length, mx::array(1.0f), s), s);
     }
     w[i] = mx::where(ok, new_w, p[i], s);
-    m[i] = mx::where(ok, new_m, p[4 + i], s);
-    v[i] = mx::where(ok, new_v, p[8 + i], s);
+    auto seed = noise_seed(o, i);
+    m[i] = mx::where(ok, kept(new_m, p[4 + i].dtype(), seed, 0, s), p[4 + i], s);
+    v[i] = mx::where(ok, kept(new_v, p[8 + i].dtype(), seed, 1, s), p[8 + i], s);
   }
   Arrays out(w);
   out.insert(out.end(), m.begin(), m.end());
@@ -113,16 +137,26 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
     fail(op, "w_enc [d_sae, d_in], b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out] must fit x ", x.shape(),
          " but got ", params[0].shape(), ", ", params[1].shape(), ", ", params[2].shape(), ", ", params[3].shape(),
          ".");
+  std::vector<mx::Dtype> types;
+  auto moments = m[0].dtype();
+  if (moments != mx::float32 && moments != mx::bfloat16)
+    fail(op, "moments of w_enc and w_dec must be float32 or bfloat16 but got ", moments, ".");
+  size_t first = inputs.size();
   for (auto* group : {&params, &m, &v})
     for (size_t i = 0; i < 4; ++i) {
-      if ((*group)[i].shape() != params[i].shape()) fail(op, "moments must have the shapes of their parameters.");
-      inputs.push_back((*group)[i]);
+      const auto& a = (*group)[i];
+      if (a.shape() != params[i].shape()) fail(op, "moments must have the shapes of their parameters.");
+      types.push_back(group != &params && i % 2 == 0 ? moments : mx::float32);
+      if (group != &params && a.dtype() != types.back())
+        fail(op, "moments of ", i % 2 ? "biases" : "both matrices", " must be ", types.back(), " but got ", a.dtype(),
+             ".");
+      inputs.push_back(a);
     }
-  for (size_t i = 0; i < inputs.size(); ++i) {
+  for (size_t i = 0; i < first + 4; ++i) {
     size_t ends = 2 + 4 * terms.size();
-    bool index = (i >= 2 && i < ends && (i - 2) % 4 == 2) || (i >= ends && i < ends + offsets.size());
+    bool index = (i >= 2 && i < ends && (i - 2) % 4 == 2) || (i >= ends && i < first);
     if (!index && inputs[i].dtype() != mx::float32)
-      fail(op, "x, residuals, parameters and moments must be float32 but got ", inputs[i].dtype(), ".");
+      fail(op, "x, residuals and parameters must be float32 but got ", inputs[i].dtype(), ".");
   }
   if (shadow) {
     if (shadow->w16.dtype() != mx::bfloat16 || shadow->w16.shape() != params[0].shape() ||
@@ -136,7 +170,7 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
   for (auto& a : inputs) a = normal(a, s);
   auto primitive = std::make_shared<FeatureUpdate>(s, define, csr, options);
   auto shapes = primitive->output_shapes(inputs);
-  std::vector<mx::Dtype> types(13, mx::float32);
+  types.push_back(mx::float32);  // grad_norm
   if (shadow) types.insert(types.end(), {mx::bfloat16, mx::float32});
   return mx::array::make_arrays(shapes, types, primitive, inputs);
 }
@@ -163,7 +197,8 @@ gpu::Plan FeatureUpdate::plan(const Arrays& in, const gpu::Device&) {
                               w_dec.shape(0),
                               {},
                               in.size() > first + 12,
-                              aligned_rows(x) && aligned_rows(w_dec)};
+                              aligned_rows(x) && aligned_rows(w_dec),
+                              gpu_type(in[first + 4])};
   for (size_t q = 0; q < n_terms; ++q) {
     const auto* offsets = csr_[q] ? &in[place_of_offsets(csr_, q)] : nullptr;
     size.terms.push_back(code_size(in[4 + 4 * q], offsets ? std::optional(*offsets) : std::nullopt));
@@ -174,7 +209,7 @@ gpu::Plan FeatureUpdate::plan(const Arrays& in, const gpu::Device&) {
   auto [step_size, inv_sqrt_bias] = bias_correction(options_);
   const auto& o = options_;
   return gpu::feature_update(size, {o.beta1, o.beta2, o.eps, step_size, inv_sqrt_bias, o.project_decoder,
-                                    o.normalize_decoder, o.b_dec_to_input, o.clip_norm});
+                                    o.normalize_decoder, o.b_dec_to_input, o.clip_norm, static_cast<uint32_t>(o.step)});
 }
 
 }  // namespace mlxsae

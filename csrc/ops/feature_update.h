@@ -6,6 +6,11 @@
 
 namespace mlxsae {
 
+/** The seed of the noise that rounds the moments of w_enc (parameter 0) and w_dec (parameter 2) to bfloat16. */
+inline uint32_t noise_seed(const UpdateOptions& o, int parameter) {
+  return 2 * static_cast<uint32_t>(o.step) + static_cast<uint32_t>(parameter / 2);
+}
+
 /**
  * Inputs: x, loss, then for each term residual, values, indices, scale, then the offsets of the terms whose code is in
  * compressed rows, then w_enc, b_enc, w_dec, b_dec, their m, their v[, shadow, columns]. Outputs: w_enc, b_enc, w_dec,

@@ -171,7 +171,7 @@ struct UpdateTerm {
 struct UpdateOptions {
   float lr;
   float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f;
-  int step = 1;                   // t >= 1 of Adam's bias correction
+  int step = 1;                   // t >= 1 of Adam's bias correction, and the seed of rounding to bfloat16
   bool project_decoder = true;    // remove the part of dw_dec along w_dec
   bool normalize_decoder = true;  // rows of w_dec back to norm 1
   bool b_dec_to_input = false;    // x was taken minus b_dec
@@ -183,7 +183,10 @@ struct UpdateOptions {
  *
  * x [n, d_in] is what the encoder saw. terms[0] is the main reconstruction, through which b_dec learns; any others are
  * auxiliary ones (each its own code, no bias). params, m and v are each w_enc [d_sae, d_in],
- * b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out], all float32. Per feature: dz = <g, w_dec>, the gradients of both
+ * b_enc [d_sae], w_dec [d_sae, d_out], b_dec [d_out], all float32, but for the moments of both matrices, which may be
+ * bfloat16: then arithmetic is still in float32, and what is stored is rounded up or down with the probability that
+ * makes its mean exact, by a hash of step, matrix, row and column (the same in every run and on every device). Per
+ * feature: dz = <g, w_dec>, the gradients of both
  * rows, the projection, Adam with bias correction (every feature, touched or not), the renorm. Where `loss` is not
  * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped); where
  * the encoder's shadow is given, also its new w16 and columns.

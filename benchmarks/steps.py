@@ -137,12 +137,20 @@ class OurStep:
 class TrainerStep:
     """The same step as ``mlxsae.fit`` makes it: the engine that it chooses for a mean squared error."""
 
-    def __init__(self, shape: Shape, start: Weights, *, rule: type[Rule] = TopK, precision: str = "float32"):
+    def __init__(
+        self,
+        shape: Shape,
+        start: Weights,
+        *,
+        rule: type[Rule] = TopK,
+        precision: str = "float32",
+        moments: str = "float32",
+    ):
         w_enc, b_enc, w_dec, b_dec = (mx.array(a) for a in start)
         sae = SAE.from_weights(w_enc.T, w_dec, b_enc, b_dec, rule=rule(shape.k))
         config = TrainConfig(
             precision=precision,
-            optimizer=OptimizerConfig(learning_rate=LR, betas=BETAS, eps=EPS),
+            optimizer=OptimizerConfig(learning_rate=LR, betas=BETAS, eps=EPS, moments=moments),
             loss=LossConfig(reconstruction="mse", auxk=None),
         )
         self.engine = make_engine("auto", sae, config.loss.build(sae), config)

@@ -17,6 +17,7 @@ using namespace nb::literals;
 
 #define ARRAY "mlx.core.array"
 #define SHADOW "shadow: tuple[" ARRAY ", " ARRAY "] | None = None"
+#define TF32 "tf32: bool = False"
 #define OFFSETS "offsets: " ARRAY " | None = None"
 #define STREAM "stream: mlx.core.Stream | mlx.core.Device | None = None"
 
@@ -33,35 +34,36 @@ NB_MODULE(_ext, m) {
   m.def(
       "topk_encode",
       [shadow_of](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
-                  const Pair& shadow, mx::StreamOrDevice stream) {
-        return mlxsae::topk_encode(x, w_enc, b_enc, k, shadow_of(shadow), stream);
+                  const Pair& shadow, bool tf32, mx::StreamOrDevice stream) {
+        return mlxsae::topk_encode(x, w_enc, b_enc, k, shadow_of(shadow), tf32, stream);
       },
-      "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a, "shadow"_a = nb::none(), "stream"_a = nb::none(),
-      nb::sig("def topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, " SHADOW ", " STREAM
-              ") -> tuple[" ARRAY ", " ARRAY "]"));
+      "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a, "shadow"_a = nb::none(), "tf32"_a = false,
+      "stream"_a = nb::none(),
+      nb::sig("def topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, " SHADOW ", " TF32
+              ", " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
   m.def("encoder_shadow", &mlxsae::encoder_shadow, "w_enc"_a, nb::kw_only(), "stream"_a = nb::none(),
         nb::sig("def encoder_shadow(w_enc: " ARRAY ", *, " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
   m.def(
       "topk_encode_masked",
       [shadow_of](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc,
-                  const mx::array& mask, int k, int k_aux, const Pair& shadow, mx::StreamOrDevice stream) {
-        return mlxsae::topk_encode_masked(x, w_enc, b_enc, mask, k, k_aux, shadow_of(shadow), stream);
+                  const mx::array& mask, int k, int k_aux, const Pair& shadow, bool tf32, mx::StreamOrDevice stream) {
+        return mlxsae::topk_encode_masked(x, w_enc, b_enc, mask, k, k_aux, shadow_of(shadow), tf32, stream);
       },
       "x"_a, "w_enc"_a, "b_enc"_a.none(), "mask"_a, nb::kw_only(), "k"_a, "k_aux"_a, "shadow"_a = nb::none(),
-      "stream"_a = nb::none(),
+      "tf32"_a = false, "stream"_a = nb::none(),
       nb::sig("def topk_encode_masked(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, mask: " ARRAY
-              ", *, k: int, k_aux: int, " SHADOW ", " STREAM ") -> list[" ARRAY "]"));
+              ", *, k: int, k_aux: int, " SHADOW ", " TF32 ", " STREAM ") -> list[" ARRAY "]"));
   m.def(
       "batch_topk_encode",
       [shadow_of](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
-                  const std::optional<mx::array>& hint, const Pair& shadow, mx::StreamOrDevice stream) {
-        auto [code, threshold] = mlxsae::batch_topk_encode(x, w_enc, b_enc, k, hint, shadow_of(shadow), stream);
+                  const std::optional<mx::array>& hint, const Pair& shadow, bool tf32, mx::StreamOrDevice stream) {
+        auto [code, threshold] = mlxsae::batch_topk_encode(x, w_enc, b_enc, k, hint, shadow_of(shadow), tf32, stream);
         return std::vector<mx::array>{code.values, code.indices, code.offsets, threshold};
       },
       "x"_a, "w_enc"_a, "b_enc"_a.none(), nb::kw_only(), "k"_a, "hint"_a = nb::none(), "shadow"_a = nb::none(),
-      "stream"_a = nb::none(),
+      "tf32"_a = false, "stream"_a = nb::none(),
       nb::sig("def batch_topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, hint: " ARRAY
-              " | None = None, " SHADOW ", " STREAM ") -> list[" ARRAY "]"));
+              " | None = None, " SHADOW ", " TF32 ", " STREAM ") -> list[" ARRAY "]"));
   m.def(
       "threshold_encode",
       [](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, const mx::array& threshold,
@@ -119,6 +121,8 @@ NB_MODULE(_ext, m) {
               "normalize_decoder: bool, b_dec_to_input: bool, clip_norm: float, " SHADOW ", " STREAM ") -> list[" ARRAY
               "]"));
 
+  m.def("products_are_tf32", &mlxsae::products_are_tf32, "device"_a,
+        nb::sig("def products_are_tf32(device: mlx.core.Device) -> bool"));
   m.def("gpu_plan", &mlxsae::gpu_plan, "op"_a, "sizes"_a, nb::kw_only(), "gpu"_a = "",
         nb::sig("def gpu_plan(op: str, sizes: dict[str, int | float | str], *, gpu: str = '') -> str"));
   m.def("gpu_plan_of", &mlxsae::gpu_plan_of, "result"_a, nb::kw_only(), "gpu"_a = "",

@@ -118,6 +118,28 @@ def adam(w, m, v, g, *, lr, step, betas=(0.9, 0.999), eps=1e-8):
     return w - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
 
 
+def scattered(x):
+    """Wellons' lowbias32, on uint32."""
+    x = np.asarray(x, np.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> np.uint32(shift))).astype(np.uint64) * factor & 0xFFFFFFFF).astype(np.uint32)
+    return x ^ (x >> np.uint32(16))
+
+
+def stochastic_bfloat16(moment, *, step, matrix, second):
+    """The bits of a matrix's moment in bfloat16. matrix: 0 encoder, 1 decoder; second: of the two moments.
+
+    With f the place of the float32 number between its neighbours in bfloat16, it goes away from 0 where a 16-bit random
+    number r in [0, 1) has f + r >= 1.
+    """
+    rows, columns = (np.arange(n, dtype=np.uint32) for n in moment.shape)
+    noise = scattered(scattered(scattered(2 * step + matrix) ^ rows)[:, None] + columns)
+    r = (noise >> np.uint32(16) if second else noise & np.uint32(0xFFFF)) / 2**16
+    bits = np.ascontiguousarray(moment, np.float32).view(np.uint32)
+    toward, f = bits >> np.uint32(16), (bits & np.uint32(0xFFFF)) / 2**16
+    return np.where(np.isnan(moment), 0x7FC0, toward + (f + r >= 1)).astype(np.uint16)
+
+
 def feature_update(x, terms, params, m, v, *, lr, step, project, normalize, b_dec_to_input, clip_norm):
     """One training step with dense gradients. terms: (residual, values, indices, scale); params: dict of arrays."""
     w_enc, w_dec = params["w_enc"], params["w_dec"]

@@ -182,7 +182,8 @@ BAD = {
     "k of zero": ({"k": 0}, 2, "at least 1"),
     "k over d_sae": ({"k": 513}, 1, "k must be in (0, d_sae]"),
     "unknown rule": ({"rule": "magic"}, 2, "must be one of batchtopk"),
-    "precision not there": ({"precision": "bfloat16"}, 2, "must be float32 or certified"),
+    "unknown precision": ({"precision": "fp8"}, 2, "must be one of float32, certified, tf32, bfloat16"),
+    "unknown moments": ({"moments": "fp8"}, 2, "invalid choice: 'fp8'"),
     "resume with options": ({"resume": "somewhere"}, 2, "--resume takes its options from the run"),
     "unknown preset": ({"aux": "mine"}, 2, "invalid choice: 'mine'"),
     "unknown optimizer": ({"optimizer": "magic"}, 2, "must be one of adadelta"),
@@ -389,8 +390,10 @@ def test_bench_step(capsys) -> None:
     assert {"versions", "device", "engine"} <= facts.keys()
     assert main(["bench", "step", *size, "--aux"]) == 0
     assert "median" in capsys.readouterr().out
-    assert main(["bench", "step", *size, "--precision", "bfloat16"]) == 2
-    assert "must be float32" in capsys.readouterr().err
+    assert main(["bench", "step", *size, "--precision", "bfloat16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["precision"] == "bfloat16"
+    assert main(["bench", "step", *size, "--precision", "fp8"]) == 2
+    assert "must be one of float32" in capsys.readouterr().err
     assert main(["bench", "step", "--d-sae", "8", "--k", "9", "--n", "4", "--d-in", "4"]) == 1
     assert "k must be in (0, d_sae]" in capsys.readouterr().err
     assert main(["bench"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -210,10 +211,13 @@ def test_a_loss_that_is_not_finite_changes_nothing():
         assert np.isnan(norm.item())
 
 
-def test_buffers_are_reused_and_a_second_reference_is_safe():
+@pytest.mark.parametrize("moments", [mx.float32, mx.bfloat16])
+def test_buffers_are_reused_and_a_second_reference_is_safe(moments):
     n, d, d_sae = 4, 64, 20000
     rng = np.random.default_rng(0)
     x, terms, params, m, v = mlx_args(*problem(rng, n, d, d, d_sae, 2, 1))
+    if moments == mx.bfloat16:
+        m, v = in_bfloat16(m), in_bfloat16(v)
     mx.eval(x, terms, params, m, v)
     one = params.w_enc.nbytes
 
@@ -235,6 +239,99 @@ def test_buffers_are_reused_and_a_second_reference_is_safe():
     mx.eval(state)
     np.testing.assert_array_equal(np.array(kept), old)
     assert mx.abs(state[0].w_enc - kept).max().item() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------ moments in bfloat16
+
+
+def in_bfloat16(p: Params) -> Params:
+    return p._replace(w_enc=p.w_enc.astype(mx.bfloat16), w_dec=p.w_dec.astype(mx.bfloat16))
+
+
+def in_float32(p: Params) -> Params:
+    return Params(*(a.astype(mx.float32) for a in p))
+
+
+@pytest.mark.parametrize("shape", [(33, 31, 48, 70, 5), (64, 100, 100, 31, 31)])
+def test_moments_in_bfloat16_are_those_of_float32_stochastically_rounded(shape):
+    """With the oracle's noise, in bits; the definition in plain ops rounds by the same noise."""
+    x, terms, params, m, v = mlx_args(*problem(np.random.default_rng(0), *shape, 2))
+    m, v = in_bfloat16(m), in_bfloat16(v)
+    options = dict(loss=mx.array(1.0), lr=1e-2, step=70_000, clip_norm=0.5)
+    wide = ops.feature_update(x, terms, params, in_float32(m), in_float32(v), **options)
+    with ops.plain():
+        defined = ops.feature_update(x, terms, params, m, v, **options)
+    got = ops.feature_update(x, terms, params, m, v, **options)
+    for a, b in zip(got.params, wide.params, strict=True):
+        np.testing.assert_array_equal(np.array(a), np.array(b))
+    for second, (mine, exact, plain) in enumerate(zip(got[1:3], wide[1:3], defined[1:3], strict=True)):
+        for i, name in enumerate(NAMES):
+            a, b, c = (getattr(p, name) for p in (mine, exact, plain))
+            if i % 2:
+                assert a.dtype == mx.float32
+                np.testing.assert_array_equal(np.array(a), np.array(b))
+                continue
+            want = oracle.stochastic_bfloat16(np.array(b), step=70_000, matrix=i // 2, second=bool(second))
+            np.testing.assert_array_equal(np.array(a.view(mx.uint16)), want)
+            # The definition adds in another order: here and there a number lies on the other side of its noise.
+            assert mx.mean(a == c).item() > 0.99
+
+
+def test_small_changes_add_up_in_bfloat16():
+    """No gradient for 400 steps: v falls by a thousandth a step, m by a hundredth. To the nearest, v would stay."""
+    shape = (64, 200)
+    ones = Params(mx.ones(shape), mx.ones(shape[0]), mx.ones(shape), mx.ones(shape[1]))
+    terms = [
+        Term(
+            mx.zeros((1, shape[1])),
+            SparseCode(mx.zeros((1, 1)), mx.zeros((1, 1), mx.uint32)),
+            mx.array(1.0),
+        )
+    ]
+    m = v = in_bfloat16(ones)
+    params = ones
+    for step in range(1, 401):
+        params, m, v, *_ = ops.feature_update(
+            mx.zeros((1, shape[1])),
+            terms,
+            params,
+            m,
+            v,
+            loss=mx.array(1.0),
+            lr=0.0,
+            step=step,
+            betas=(0.99, 0.999),
+        )
+        mx.eval(params, m, v)
+    for moment, beta in ((m, 0.99), (v, 0.999)):
+        for a in (moment.w_enc, moment.w_dec):
+            a = np.array(a.astype(mx.float32), np.float64)
+            # Each step adds noise of at most half the distance of neighbours, 2^-8 or 2^-9 of the number.
+            error = 2.0**-8 / np.sqrt(2 * (1 - beta)) / np.sqrt(a.size)
+            assert abs(a.mean() / beta**400 - 1) < 5 * error
+            assert a.std() / a.mean() < 0.1
+    assert mx.array(0.999).astype(mx.bfloat16).item() == 1  # to the nearest: what is avoided
+
+
+def test_bfloat16_keeps_nan_infinity_and_what_it_can_hold():
+    shape = (2, 8)
+    given = mx.broadcast_to(mx.array([0.0, -0.0, np.inf, np.nan, 1.5, -2.0, 3e38, 1e-40]), shape)
+    zeros = Params(mx.zeros(shape), mx.zeros(2), mx.zeros(shape), mx.zeros(8))
+    m = in_bfloat16(zeros._replace(w_enc=given, w_dec=given))
+    kept = [np.array(a.view(mx.uint16)) for a in (m.w_enc, m.w_dec)]
+    code = SparseCode(mx.zeros((1, 1)), mx.zeros((1, 1), mx.uint32))
+    for context in (ops.plain, contextlib.nullcontext):
+        with context():
+            out = ops.feature_update(
+                mx.zeros((1, 8)), [Term(mx.zeros((1, 8)), code, mx.array(1.0))], zeros, m, m,
+                loss=mx.array(1.0), lr=0.0, step=1, betas=(1.0, 1.0), normalize_decoder=False,
+            )  # fmt: skip
+            for moment in out[1:3]:
+                for a, want in zip((moment.w_enc, moment.w_dec), kept, strict=True):
+                    a = np.array(a.view(mx.uint16))
+                    finite = [0, 1, 2, 4, 5, 6]
+                    np.testing.assert_array_equal(a[:, finite], want[:, finite])
+                    assert (a[:, 3] & 0x7FFF > 0x7F80).all()  # NaN
 
 
 PROGRAM = """
@@ -278,11 +375,16 @@ def test_same_bits_in_every_run_and_with_every_number_of_threads():
         (dict(x=mx.zeros((8, 5))), "must fit x"),
         (dict(x=mx.zeros((8, 6), dtype=mx.float16)), "must be float32"),
         (dict(m=Params(*(mx.zeros(3),) * 4)), "moments must have the shapes"),
+        (dict(m=lambda p: p._replace(w_enc=p.w_enc.astype(mx.float16))), "must be float32 or bfloat16"),
+        (dict(m=lambda p: p._replace(w_dec=p.w_dec.astype(mx.bfloat16))), "moments of both matrices must be"),
+        (dict(v=lambda p: in_bfloat16(p)), "moments of both matrices must be"),
+        (dict(v=lambda p: p._replace(b_enc=p.b_enc.astype(mx.bfloat16))), "moments of biases must be"),
     ],
 )
 def test_malformed(change, message):
     x, terms, params, m, v = mlx_args(*problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1))
-    args = dict(x=x, terms=terms, params=params, m=m, v=v, step=1) | change
+    args = dict(x=x, terms=terms, params=params, m=m, v=v, step=1)
+    args |= {name: new(args[name]) if callable(new) else new for name, new in change.items()}
     with pytest.raises(ValueError) as e:
         ops.feature_update(
             args["x"],

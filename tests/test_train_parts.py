@@ -259,14 +259,10 @@ def edited(path: str, value: object = ...) -> dict:
         (edited("train.batch_size", 0), r"batch_size must be positive but got 0"),
         (edited("train.engine", "gpu"), r"engine must be one of"),
         (
-            edited("train.precision", "bfloat16"),
-            r"precision must be float32 or certified \(training on inexact bfloat16 products is not there yet\) "
-            r"but got 'bfloat16'",
+            edited("train.precision", "fp8"),
+            r"precision must be one of \['float32', 'certified', 'tf32', 'bfloat16'\] but got 'fp8'",
         ),
-        (
-            edited("train.precision", "tf32"),
-            r"precision must be one of \['float32', 'certified'\] but got 'tf32'",
-        ),
+        (edited("train.optimizer.moments", "float16"), r"moments must be one of \['float32', 'bfloat16'\]"),
         (edited("architecture", "moe"), r"architecture must be one of"),
         (edited("dtype", "float8"), r"dtype must be one of"),
     ],

@@ -1,53 +1,46 @@
-"""Steps in MLX: ours in each precision, plain MLX ops, and the floors that MLX's own product and copy give."""
+"""In MLX: ours in each precision, plain MLX ops, and the floors that MLX's own product and copy give."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from benchmarks.shapes import Shape, Weights
-from benchmarks.steps import OurStep, PlainStep
-from mlxsae import SparseCode, ops
+from benchmarks.steps import PlainStep, TrainerStep
+from mlxsae import ops
 
 
-class Ours(OurStep):
-    """``precision`` names how the encoder multiplies; parameters, moments and the update are float32 in each.
+class Ours:
+    """The step of ``mlxsae.fit`` (``precision``: :class:`mlxsae.train.TrainConfig`), and its encode with selection alone."""
 
-    float32: MLX's float32 product, which is TF32 on NVIDIA, screens; results are those of float32. certified: a bfloat16 product
-    screens, the same results. bfloat16: selection and values are those of the bfloat16 product (fast, not exact).
-    """
+    def __init__(self, shape: Shape, start: Weights, precision: str, moments: str = "float32"):
+        self._trainer = TrainerStep(shape, start, precision=precision, moments=moments)
+        self._precision, self._k = precision, shape.k
 
-    def __init__(self, shape: Shape, start: Weights, precision: str):
-        super().__init__(shape, start)
-        self.precision = precision
-        self.shadow = None if precision == "float32" else ops.encoder_shadow(self.params.w_enc)
-        mx.eval(self.shadow or [])
+    def step(self, x: mx.array) -> float:
+        return self._trainer.step(x)
 
-    def _encode(self, x: mx.array, auxk: bool) -> tuple[mx.array, tuple[SparseCode, ...]]:
-        centred = x - self.params.b_dec
-        if self.shadow is not None and self.precision == "bfloat16":
-            code = ops.topk_encode(
-                centred.astype(mx.bfloat16), self.shadow.w16, self.params.b_enc, k=self.shape.k
-            )
-            return centred, (SparseCode(code.values.astype(mx.float32), code.indices),)
-        code = ops.topk_encode(
-            centred, self.params.w_enc, self.params.b_enc, k=self.shape.k, shadow=self.shadow
-        )
-        return centred, (code,)
-
-    def encode_only(self, x: mx.array) -> None:
-        self.encode(x)
+    def encode(self, x: mx.array) -> None:
+        """After a step, which has made the shadow."""
+        arrays = self._trainer.arrays
+        w, b = (arrays["params"]["encoder"][name] for name in ("weight", "bias"))
+        shadow = arrays.get("shadow")
+        if self._precision == "bfloat16" and shadow is not None:
+            mx.eval(ops.topk_encode(x.astype(mx.bfloat16), shadow.w16, b, k=self._k))
+        else:
+            mx.eval(ops.topk_encode(x, w, b, k=self._k, shadow=shadow, tf32=self._precision == "tf32"))
 
 
-class Products:
-    """The encode product alone, in bfloat16 and float32, and a copy of 2 GiB."""
+class Floors:
+    """The encode product alone, in bfloat16 and in MLX's float32, and a copy of ``copied`` bytes: read and written once."""
 
-    def __init__(self, shape: Shape, start: Weights):
+    def __init__(self, shape: Shape, start: Weights, copied: int):
         self._w = mx.array(start.w_enc)
         self._w16 = self._w.astype(mx.bfloat16)
-        self._copied = mx.zeros((1 << 29,), mx.float32)
+        self._copied = mx.zeros((copied // 4,), mx.float32)
         mx.eval(self._w, self._w16, self._copied)
 
     def bfloat16(self, x: mx.array) -> None:
@@ -56,23 +49,20 @@ class Products:
     def float32(self, x: mx.array) -> None:
         mx.eval(mx.matmul(x, self._w.T))
 
-    def copy_of_2_gib(self, x: mx.array) -> None:
-        mx.eval(self._copied + 1)  # read once, written once
+    def copy(self, x: mx.array) -> None:
+        mx.eval(self._copied + 1)
 
 
-def make(name: str, shape: Shape, start: Weights) -> dict[str, Any]:
+def make(name: str, shape: Shape, start: Weights, copied: int) -> dict[str, Callable[[mx.array], Any]]:
     """What can be timed of a contestant: name -> function of a batch."""
     if name == "floors":
-        floors = Products(shape, start)
-        return {
-            "bfloat16 product": floors.bfloat16,
-            "float32 product": floors.float32,
-            "copy of 2 GiB": floors.copy_of_2_gib,
-        }
-    if name == "mlx-dense":
-        return {"step": PlainStep(shape, start, "dense").step}
-    ours = Ours(shape, start, name.removeprefix("ours-"))
-    return {"step": ours.step, "encode": ours.encode_only}
+        floors = Floors(shape, start, copied)
+        return {"bfloat16 product": floors.bfloat16, "float32 product": floors.float32, "copy": floors.copy}
+    if name.startswith("mlx-"):
+        return {"step": PlainStep(shape, start, name.removeprefix("mlx-")).step}
+    precision, _, low = name.removeprefix("ours-").partition("-moments-")
+    ours = Ours(shape, start, precision, low or "float32")
+    return {"step": ours.step, "encode": ours.encode}
 
 
 def batch(x: np.ndarray) -> mx.array:
@@ -83,6 +73,10 @@ def batch(x: np.ndarray) -> mx.array:
 
 def synchronize() -> None:
     mx.synchronize()
+
+
+def reset_peak_memory() -> None:
+    mx.reset_peak_memory()
 
 
 def peak_memory() -> int:

@@ -1,6 +1,7 @@
 """Steps in PyTorch on CUDA: a dense step in bfloat16 with fused Adam, sparsify's, and one over OpenAI's Triton kernels.
 
-All compute the same: TopK, mean squared error, projection, Adam, unit decoder rows, tokens since fired.
+All compute the same, TopK, mean squared error (sparsify: over the variance), projection, Adam, unit decoder rows, tokens
+since fired. Where there is no GPU all but OpenAI's run on the CPU, to be tried out.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import torch.nn.functional as F
 from benchmarks.shapes import Shape, Weights
 from benchmarks.steps import BETAS, EPS, LR
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Dense:
     """Everything dense but the selection: products in bfloat16 by autocast, float32 parameters, one fused Adam."""
 
     def __init__(self, shape: Shape, start: Weights):
         self.shape = shape
-        self.params = [torch.nn.Parameter(torch.from_numpy(a).cuda()) for a in start]
+        self.params = [torch.nn.Parameter(torch.from_numpy(a).to(DEVICE)) for a in start]
         self.adam = torch.optim.Adam(self.params, lr=LR, betas=BETAS, eps=EPS, fused=True)
-        self.tokens_since_fired = torch.zeros(shape.d_sae, dtype=torch.int32, device="cuda")
+        self.tokens_since_fired = torch.zeros(shape.d_sae, dtype=torch.int32, device=DEVICE)
         self.forward: Callable[..., Any] = self._forward
         self.after: Callable[..., Any] = self._after
 
@@ -37,7 +40,7 @@ class Dense:
         return F.linear(x - b_dec, w_enc, b_enc)
 
     def _forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             values, indices = torch.topk(self._pre_activations(x), self.shape.k, sorted=False)
             x_hat = self._decode(torch.relu(values), indices)
         return (x_hat.float() + self.params[3] - x).square().sum(-1).mean(), indices
@@ -117,22 +120,25 @@ class Sparsify:
     """sparsify's coder with its fused encoder and Triton decoder, in bfloat16 by autocast as its trainer runs it."""
 
     def __init__(self, shape: Shape, start: Weights):
+        from sparsify import utils
         from sparsify.config import SparseCoderConfig
         from sparsify.sparse_coder import SparseCoder
 
         self.sae = sae = SparseCoder(
-            shape.d_in, SparseCoderConfig(num_latents=shape.d_sae, k=shape.k), device="cuda"
+            shape.d_in, SparseCoderConfig(num_latents=shape.d_sae, k=shape.k), device=DEVICE
         )
+        if DEVICE == "cuda" and utils.decoder_impl.__name__ != "triton_decode":
+            raise RuntimeError("[benchmarks.gpu] sparsify must decode by Triton but finds none.")
         with torch.no_grad():
             for p, a in zip((sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec), start, strict=True):
                 p.copy_(torch.from_numpy(a))
         self.adam = torch.optim.Adam(sae.parameters(), lr=LR, betas=BETAS, eps=EPS, fused=True)
-        self.tokens_since_fired = torch.zeros(shape.d_sae, dtype=torch.long, device="cuda")
+        self.tokens_since_fired = torch.zeros(shape.d_sae, dtype=torch.long, device=DEVICE)
 
     def step(self, x: torch.Tensor) -> float:
         sae = self.sae
         sae.set_decoder_norm_to_unit_norm()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             out = sae(x)
         out.fvu.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
@@ -145,7 +151,7 @@ class Sparsify:
         return out.fvu.item()
 
 
-def make(name: str, shape: Shape, start: Weights) -> dict[str, Any]:
+def make(name: str, shape: Shape, start: Weights, copied: int) -> dict[str, Callable[[torch.Tensor], Any]]:
     """What can be timed of a contestant: name -> function of a batch."""
     made = {
         "torch-dense": lambda: Dense(shape, start),
@@ -157,16 +163,22 @@ def make(name: str, shape: Shape, start: Weights) -> dict[str, Any]:
 
 
 def batch(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(x).cuda()
+    return torch.from_numpy(x).to(DEVICE)
 
 
 def synchronize() -> None:
-    torch.cuda.synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peak_memory() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> int:
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
 
 
 def device() -> dict[str, Any]:
-    return {"device_name": torch.cuda.get_device_name()}
+    return {"device_name": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"}

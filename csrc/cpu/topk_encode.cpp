@@ -186,7 +186,7 @@ void TopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   }
   const uint16_t* w16 = nullptr;
   const float* columns = nullptr;
-  if (certified_) {
+  if (product_.certified) {
     w16 = inputs[inputs.size() - 2].data<uint16_t>();
     columns = inputs[inputs.size() - 1].data<float>();
   }

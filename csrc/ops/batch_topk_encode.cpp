@@ -52,13 +52,14 @@ Arrays graph(const Arrays& in, int k, mx::Stream s) {
 }
 
 Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
-              const std::optional<mx::array>& hint, const std::optional<Shadow>& shadow, mx::Stream s) {
+              const std::optional<mx::array>& hint, const std::optional<Shadow>& shadow, bool tf32, mx::Stream s) {
   const char* op = "batch_topk_encode";
   int d_sae = check_encoder(op, x, w_enc, b_enc);
   if (k <= 0 || k > d_sae) fail(op, "k must be in (0, d_sae] but got k=", k, " with d_sae=", d_sae, ".");
   if (static_cast<int64_t>(k) * x.shape(0) > INT32_MAX)
     fail(op, "k * n must be below 2^31 but got k=", k, " and n=", x.shape(0), ".");
   if (hint && hint->size() != 1) fail(op, "hint must be one number but got shape ", hint->shape(), ".");
+  auto product = check_product(op, shadow, tf32);
   if (shadow) check_shadow(op, *shadow, w_enc);
   auto define = [k, s](const Arrays& in) { return graph(in, k, s); };
   auto guess = hint ? mx::reshape(mx::astype(mx::stop_gradient(*hint, s), mx::float32, s), {}, s) : mx::array(0.0f);
@@ -70,7 +71,7 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
     inputs.insert(inputs.end(), {mx::stop_gradient(shadow->w16, s), mx::stop_gradient(shadow->columns, s)});
   }
   for (auto& a : inputs) a = normal(a, s);
-  auto primitive = std::make_shared<BatchTopKEncode>(s, define, k, shadow.has_value());
+  auto primitive = std::make_shared<BatchTopKEncode>(s, define, k, product);
   auto type = mx::promote_types(x.dtype(), w_enc.dtype());
   return only_values(mx::array::make_arrays(primitive->output_shapes(inputs),
                                             {type, mx::uint32, mx::int64, mx::float32}, primitive, inputs),
@@ -82,19 +83,19 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
 std::pair<CsrCode, mx::array> batch_topk_encode(const mx::array& x, const mx::array& w_enc,
                                                 const std::optional<mx::array>& b_enc, int k,
                                                 const std::optional<mx::array>& hint,
-                                                const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
-  auto out = encode(x, w_enc, b_enc, k, hint, shadow, mx::to_stream(s));
+                                                const std::optional<Shadow>& shadow, bool tf32, mx::StreamOrDevice s) {
+  auto out = encode(x, w_enc, b_enc, k, hint, shadow, tf32, mx::to_stream(s));
   return {{out[0], out[1], out[2]}, out[3]};
 }
 
 gpu::Plan BatchTopKEncode::plan(const Arrays& in, const gpu::Device& device) {
-  return gpu::batch_topk_encode({encode_sizes(in, certified_), k_}, device);
+  return gpu::batch_topk_encode({encode_sizes(in, product_), k_}, device);
 }
 
 Arrays BatchTopKEncode::again(const Arrays& in) {
   std::optional<Shadow> shadow;
-  if (certified_) shadow = Shadow{in[4], in[5]};
-  return encode(in[0], in[1], in[2], k_, in[3], shadow, stream());
+  if (product_.certified) shadow = Shadow{in[4], in[5]};
+  return encode(in[0], in[1], in[2], k_, in[3], shadow, product_.tf32, stream());
 }
 
 }  // namespace mlxsae

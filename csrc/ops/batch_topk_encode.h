@@ -1,6 +1,7 @@
 #pragma once
 
 #include "ops/csr_encode.h"
+#include "ops/selection.h"
 
 namespace mlxsae {
 
@@ -8,15 +9,15 @@ namespace mlxsae {
  * threshold. */
 class BatchTopKEncode : public CsrEncode {
  public:
-  BatchTopKEncode(mx::Stream s, Graph graph, int k, bool certified)
-      : CsrEncode(s, std::move(graph)), k_(k), certified_(certified) {}
+  BatchTopKEncode(mx::Stream s, Graph graph, int k, Product product)
+      : CsrEncode(s, std::move(graph)), k_(k), product_(product) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   const char* name() const override { return "BatchTopKEncode"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     auto& o = static_cast<const BatchTopKEncode&>(other);
-    return o.k_ == k_ && o.certified_ == certified_;
+    return o.k_ == k_ && o.product_ == product_;
   }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override {
     int n = in[0].shape(0);
@@ -28,7 +29,7 @@ class BatchTopKEncode : public CsrEncode {
 
  private:
   int k_;
-  bool certified_;
+  Product product_;
 };
 
 }  // namespace mlxsae

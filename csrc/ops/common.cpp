@@ -1,6 +1,7 @@
 #include "ops/common.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <mutex>
 #include <unordered_set>
 
@@ -197,6 +198,11 @@ std::string kernel_for(const std::string& op, mx::Device device) {
   if (enabled && gpu.kernel && !why) return "kernel (" + gpu.text + ")";
   if (!why && !gpu.kernel) why = gpu.text;
   return why && !why->empty() ? "fallback (" + *why + ")" : "fallback";
+}
+
+bool products_are_tf32(mx::Device device) {
+  const char* given = std::getenv("MLX_ENABLE_TF32");  // as MLX reads it
+  return device == mx::Device::gpu && mx::is_available(device) && gpu::device().tf32 && (!given || std::atoi(given));
 }
 
 std::string gpu_plan(const std::string& op, const std::map<std::string, gpu::Named::Item>& sizes,

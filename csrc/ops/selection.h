@@ -40,14 +40,27 @@ inline int rows_at_once(const Arrays& inputs, mx::Stream s) {
   return static_cast<int>(std::clamp<int64_t>(bytes / row / 256 * 256, 256, INT32_MAX));
 }
 
-/** The sizes of an encoder's plan. float32 operands give the float32 result; others that of the product in their type.
- */
-inline gpu::EncodeSizes encode_sizes(const Arrays& in, bool shadow) {
+/** How an encoder multiplies. */
+struct Product {
+  bool certified = false, tf32 = false;
+  bool operator==(const Product&) const = default;
+};
+
+/** The choice that an op was given. */
+inline Product check_product(const char* op, const std::optional<Shadow>& shadow, bool tf32) {
+  if (shadow && tf32) fail(op, "shadow and tf32 must not both be given but are.");
+  return {shadow.has_value(), tf32};
+}
+
+/** The sizes of an encoder's plan. float32 operands give the float32 result, but for tf32; others that of the product
+ * in their type. */
+inline gpu::EncodeSizes encode_sizes(const Arrays& in, Product product) {
+  bool shadow = product.certified;
   return {in[0].shape(0),
           in[0].shape(1),
           in[1].shape(0),
           gpu_type(in[1]),
-          in[1].dtype() == mx::float32,
+          in[1].dtype() == mx::float32 && !product.tf32,
           shadow,
           aligned_rows(in[0]) && aligned_rows(in[1]),
           in[2].offset() % gpu::kVectorBytes == 0 && (!shadow || in.back().offset() % gpu::kVectorBytes == 0)};

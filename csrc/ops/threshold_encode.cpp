@@ -68,7 +68,7 @@ std::pair<CsrCode, mx::array> threshold_encode(const mx::array& x, const mx::arr
 }
 
 gpu::Plan ThresholdEncode::plan(const Arrays& in, const gpu::Device& device) {
-  return gpu::threshold_encode({encode_sizes(in, false), capacity_}, device);
+  return gpu::threshold_encode({encode_sizes(in, {}), capacity_}, device);
 }
 
 Arrays ThresholdEncode::again(const Arrays& in) { return encode(in[0], in[1], in[2], in[3], capacity_, stream()); }

@@ -42,7 +42,8 @@ Arrays graph(const Arrays& in, int k, int k_aux, mx::Stream s) {
 }
 
 Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc, int k,
-              const std::optional<mx::array>& mask, int k_aux, const std::optional<Shadow>& shadow, mx::Stream s) {
+              const std::optional<mx::array>& mask, int k_aux, const std::optional<Shadow>& shadow, bool tf32,
+              mx::Stream s) {
   int d_sae = check_encoder(op, x, w_enc, b_enc);
   if (k <= 0 || k > d_sae) fail(op, "k must be in (0, d_sae] but got k=", k, " with d_sae=", d_sae, ".");
   if (mask) {
@@ -51,6 +52,7 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
     if (k_aux <= 0 || k_aux > d_sae)
       fail(op, "k_aux must be in (0, d_sae] but got k_aux=", k_aux, " with d_sae=", d_sae, ".");
   }
+  auto product = check_product(op, shadow, tf32);
   if (shadow) check_shadow(op, *shadow, w_enc);
   auto define = [k, k_aux, s](const Arrays& in) { return graph(in, k, k_aux, s); };
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s)};
@@ -62,7 +64,7 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
       std::vector<Arrays> blocks;  // by output
       for (int t = 0; t < x.shape(0); t += rows) {
         auto block = mx::slice(inputs[0], {t, 0}, {std::min(x.shape(0), t + rows), x.shape(1)}, s);
-        auto part = encode(op, block, inputs[1], inputs[2], k, mask, k_aux, shadow, s);
+        auto part = encode(op, block, inputs[1], inputs[2], k, mask, k_aux, shadow, tf32, s);
         blocks.resize(part.size());
         for (size_t q = 0; q < part.size(); ++q) blocks[q].push_back(part[q]);
       }
@@ -74,7 +76,7 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
       inputs.insert(inputs.end(), {mx::stop_gradient(shadow->w16, s), mx::stop_gradient(shadow->columns, s)});
     }
     for (auto& a : inputs) a = normal(a, s);
-    auto primitive = std::make_shared<TopKEncode>(s, define, k, k_aux, shadow.has_value());
+    auto primitive = std::make_shared<TopKEncode>(s, define, k, k_aux, product);
     auto type = mx::promote_types(x.dtype(), w_enc.dtype());
     std::vector<mx::Dtype> types{type, mx::uint32};
     if (mask) types.insert(types.end(), {type, mx::uint32});
@@ -91,27 +93,28 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
 
 std::pair<mx::array, mx::array> topk_encode(const mx::array& x, const mx::array& w_enc,
                                             const std::optional<mx::array>& b_enc, int k,
-                                            const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
-  auto out = encode("topk_encode", x, w_enc, b_enc, k, std::nullopt, 0, shadow, mx::to_stream(s));
+                                            const std::optional<Shadow>& shadow, bool tf32, mx::StreamOrDevice s) {
+  auto out = encode("topk_encode", x, w_enc, b_enc, k, std::nullopt, 0, shadow, tf32, mx::to_stream(s));
   return {out[0], out[1]};
 }
 
 std::vector<mx::array> topk_encode_masked(const mx::array& x, const mx::array& w_enc,
                                           const std::optional<mx::array>& b_enc, const mx::array& mask, int k,
-                                          int k_aux, const std::optional<Shadow>& shadow, mx::StreamOrDevice s) {
-  return encode("topk_encode_masked", x, w_enc, b_enc, k, mask, k_aux, shadow, mx::to_stream(s));
+                                          int k_aux, const std::optional<Shadow>& shadow, bool tf32,
+                                          mx::StreamOrDevice s) {
+  return encode("topk_encode_masked", x, w_enc, b_enc, k, mask, k_aux, shadow, tf32, mx::to_stream(s));
 }
 
 gpu::Plan TopKEncode::plan(const Arrays& in, const gpu::Device& device) {
-  return gpu::topk_encode({encode_sizes(in, certified_), k_, k_aux_}, device);
+  return gpu::topk_encode({encode_sizes(in, product_), k_, k_aux_}, device);
 }
 
 Arrays TopKEncode::again(const mx::array& x, const Arrays& inputs) {
   std::optional<mx::array> mask;
   std::optional<Shadow> shadow;
   if (k_aux_) mask = inputs[3];
-  if (certified_) shadow = Shadow{inputs[inputs.size() - 2], inputs[inputs.size() - 1]};
-  return encode("topk_encode", x, inputs[1], inputs[2], k_, mask, k_aux_, shadow, stream());
+  if (product_.certified) shadow = Shadow{inputs[inputs.size() - 2], inputs[inputs.size() - 1]};
+  return encode("topk_encode", x, inputs[1], inputs[2], k_, mask, k_aux_, shadow, product_.tf32, stream());
 }
 
 Arrays TopKEncode::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "ops/common.h"
+#include "ops/selection.h"
 
 namespace mlxsae {
 
@@ -8,8 +8,8 @@ namespace mlxsae {
  * masked]. */
 class TopKEncode : public FusedPrimitive {
  public:
-  TopKEncode(mx::Stream s, Graph graph, int k, int k_aux, bool certified)
-      : FusedPrimitive(s, std::move(graph)), k_(k), k_aux_(k_aux), certified_(certified) {}
+  TopKEncode(mx::Stream s, Graph graph, int k, int k_aux, Product product)
+      : FusedPrimitive(s, std::move(graph)), k_(k), k_aux_(k_aux), product_(product) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
@@ -19,7 +19,7 @@ class TopKEncode : public FusedPrimitive {
   const char* name() const override { return "TopKEncode"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const TopKEncode&>(other);
-    return o.k_ == k_ && o.k_aux_ == k_aux_ && o.certified_ == certified_;
+    return o.k_ == k_ && o.k_aux_ == k_aux_ && o.product_ == product_;
   }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override {
     mx::Shape shape{in[0].shape(0), k_}, aux{in[0].shape(0), k_aux_};
@@ -31,7 +31,7 @@ class TopKEncode : public FusedPrimitive {
   Arrays again(const mx::array& x, const Arrays& inputs);
 
   int k_, k_aux_;  // k_aux_ is 0 without a mask
-  bool certified_;
+  Product product_;
 };
 
 }  // namespace mlxsae

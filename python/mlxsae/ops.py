@@ -33,6 +33,7 @@ __all__ = [
     "gather_dot",
     "num_threads",
     "plain",
+    "products_are_tf32",
     "set_num_threads",
     "sparse_decode",
     "sparse_outer",
@@ -64,6 +65,7 @@ def topk_encode(
     *,
     k: int,
     shadow: Shadow | None = None,
+    tf32: bool = False,
     stream: Stream = None,
 ) -> SparseCode:
     r"""The ``k`` largest pre-activations of each row, then relu.
@@ -83,6 +85,9 @@ def topk_encode(
         shadow: ``encoder_shadow(w_enc)`` for certified low precision: the product runs in bfloat16, a proven error bound
             decides which features are computed again in float32, and the result has the same bits as without. Where the
             processor multiplies no bfloat16 the float32 kernel runs.
+        tf32: on a GPU, and for float32 operands, let MLX's product decide as it is: that of TF32 where MLX multiplies so
+            (:func:`products_are_tf32`). Fast, not exact. Changes nothing on the CPU, for eight rows or fewer, or for
+            operands of 16 bits, which a GPU never screens: theirs is the result of the product in their type.
 
     Returns:
         ``SparseCode(values [n, k], indices [n, k])``, values in the promoted type of ``x`` and ``w_enc``, indices
@@ -98,7 +103,7 @@ def topk_encode(
 
     Source: Gao et al., *Scaling and evaluating sparse autoencoders*, 2024, section 2.3.
     """
-    return SparseCode(*_ext.topk_encode(x, w_enc, b_enc, k=k, shadow=shadow, stream=stream))
+    return SparseCode(*_ext.topk_encode(x, w_enc, b_enc, k=k, shadow=shadow, tf32=tf32, stream=stream))
 
 
 def topk_encode_masked(
@@ -110,12 +115,13 @@ def topk_encode_masked(
     k: int,
     k_aux: int,
     shadow: Shadow | None = None,
+    tf32: bool = False,
     stream: Stream = None,
 ) -> tuple[SparseCode, SparseCode]:
     """:func:`topk_encode`, and from the same product the ``k_aux`` largest among masked features, then relu.
 
     Args:
-        x, w_enc, b_enc, k, shadow: as in :func:`topk_encode`.
+        x, w_enc, b_enc, k, shadow, tf32: as in :func:`topk_encode`.
         mask: ``[d_sae]`` bool; AuxK's dead features.
         k_aux: slots of the second selection, in ``(0, d_sae]``. Where fewer features are masked the others are unused.
 
@@ -123,7 +129,7 @@ def topk_encode_masked(
         The code and the masked code.
     """
     values, indices, aux_values, aux_indices = _ext.topk_encode_masked(
-        x, w_enc, b_enc, mask, k=k, k_aux=k_aux, shadow=shadow, stream=stream
+        x, w_enc, b_enc, mask, k=k, k_aux=k_aux, shadow=shadow, tf32=tf32, stream=stream
     )
     return SparseCode(values, indices), SparseCode(aux_values, aux_indices)
 
@@ -136,6 +142,7 @@ def batch_topk_encode(
     k: int,
     hint: mx.array | None = None,
     shadow: Shadow | None = None,
+    tf32: bool = False,
     stream: Stream = None,
 ) -> tuple[SparseCodeCSR, mx.array]:
     r"""The ``k * n`` largest pre-activations of the whole batch, after relu (BatchTopK).
@@ -154,6 +161,7 @@ def batch_topk_encode(
             product; no result depends on it.
         shadow: ``encoder_shadow(w_enc)``: with a good hint the product is screened in bfloat16 where the processor has
             one; the result has the same bits.
+        tf32: as in :func:`topk_encode`.
 
     Returns:
         ``(code, threshold)``: ``nnz = k * n``, values in the promoted type of ``x`` and ``w_enc``. Where fewer
@@ -166,7 +174,9 @@ def batch_topk_encode(
 
     Source: Bussmann et al., *BatchTopK sparse autoencoders*, 2024, section 3.
     """
-    *code, threshold = _ext.batch_topk_encode(x, w_enc, b_enc, k=k, hint=hint, shadow=shadow, stream=stream)
+    *code, threshold = _ext.batch_topk_encode(
+        x, w_enc, b_enc, k=k, hint=hint, shadow=shadow, tf32=tf32, stream=stream
+    )
     return SparseCodeCSR(*code), threshold
 
 
@@ -408,15 +418,22 @@ def feature_update(
     Args:
         x: ``[n, d_in]``, what the encoder saw.
         terms: the main reconstruction, then auxiliary ones (which have no bias), such as AuxK's.
-        params, m, v: float32. Their buffers are reused where nobody else holds them: keep no second reference.
+        params, m, v: float32. Their buffers are reused where nobody else holds them: keep no second reference. The
+            moments of ``w_enc`` and ``w_dec`` may be bfloat16 (all four of them): a third less memory for parameters and
+            moments. Arithmetic is in float32 all the same, and what is stored is rounded *stochastically*, up or down
+            with the probability that makes its mean exact: to the nearest, a second moment would lose every change below
+            a 256th of itself, and with ``betas[1] = 0.999`` never fall again. The noise is a hash of step, matrix, row
+            and column, so results are repeatable, and where gradients have the same bits so have the moments, on every
+            device.
         loss: where it is not finite, nothing changes.
-        step: ``t >= 1`` of Adam's bias correction.
+        step: ``t >= 1`` of Adam's bias correction; seed of the rounding.
         clip_norm: largest global norm of all gradients after the projection; 0 for no clipping. Clipping is exact, by a
             first pass that computes the norm.
         shadow: the encoder's, to be renewed in the same pass.
 
     Deterministic, and independent of the number of threads.
-    Source: Kingma and Ba, *Adam*, 2015, Algorithm 1; Bricken et al., *Towards monosemanticity*, 2023 (projection).
+    Source: Kingma and Ba, *Adam*, 2015, Algorithm 1; Bricken et al., *Towards monosemanticity*, 2023 (projection);
+    Gupta et al., *Deep learning with limited numerical precision*, 2015 (stochastic rounding).
     """
     out = _ext.feature_update(
         x,
@@ -454,6 +471,12 @@ def backends() -> dict[str, dict[str, str]]:
     if mx.is_available(mx.gpu):
         devices["gpu"] = mx.Device(mx.gpu)
     return {op: {name: _ext.kernel_for(op, d) for name, d in devices.items()} for op in _ext.op_names()}
+
+
+def products_are_tf32() -> bool:
+    """Whether MLX's own float32 products are TF32 on the default device: on NVIDIA GPUs and M5, unless
+    ``MLX_ENABLE_TF32=0``, which MLX reads when it first multiplies."""
+    return _ext.products_are_tf32(mx.default_device())
 
 
 @contextmanager

@@ -6,6 +6,9 @@ import ctypes
 import functools
 import importlib.util
 import re
+import shutil
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,14 +91,29 @@ class Resources:
     shared: int
 
 
+def from_packages(pattern: str) -> list[Path]:
+    """Files of the Python packages nvidia-*, where some are installed."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return [path for folder in folders for path in sorted(Path(folder).glob(pattern))]
+
+
 @functools.cache
 def nvrtc() -> ctypes.CDLL | None:
-    """NVRTC from the Python package nvidia-cuda-nvrtc, where it is installed."""
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations if spec and spec.submodule_search_locations else []:
-        for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.1[3-9]")):
-            return ctypes.CDLL(str(path))
-    return None
+    """NVRTC of the package nvidia-cuda-nvrtc."""
+    return next((ctypes.CDLL(str(path)) for path in from_packages("*/lib/libnvrtc.so.1[3-9]")), None)
+
+
+@functools.cache
+def nvcc() -> Path | None:
+    """nvcc of the package nvidia-cuda-nvcc, with the packages that it needs, or of a toolkit on the path."""
+    for path in from_packages("*/bin/nvcc"):
+        if (path.parents[1] / "include" / "crt").exists() and (
+            path.parents[1] / "nvvm" / "bin" / "cicc"
+        ).exists():
+            return path
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
 
 
 def compile_for_gpu(text: str, architecture: str, kernels: list[str]) -> dict[str, Resources]:
@@ -117,6 +135,24 @@ def compile_for_gpu(text: str, architecture: str, kernels: list[str]) -> dict[st
     if status:
         raise RuntimeError(log.value.decode())
     return resources(log.value.decode())
+
+
+def compile_by_nvcc(text: str, architecture: str, kernels: list[str]) -> dict[str, Resources]:
+    """The same by nvcc."""
+    command = [str(nvcc()), "-x", "cu", "-std=c++17", "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+    command += [f"-DMSL_KERNEL_{k}" for k in kernels]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernels.cu")
+        source.write_text(text)
+        done = subprocess.run(
+            [*command, "-o", Path(folder, "kernels.cubin"), source],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return resources(done.stderr)
 
 
 def resources(log: str) -> dict[str, Resources]:

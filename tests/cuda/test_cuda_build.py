@@ -1,12 +1,11 @@
 """What can be verified of the CUDA room without a GPU: it compiles for real ones, and libmlxsae needs nothing of CUDA.
 
-NVRTC comes from the package nvidia-cuda-nvrtc; MLX's CUDA headers and library from an unpacked mlx-cuda-13 wheel in the folder that
+NVRTC comes from the package nvidia-cuda-nvrtc, nvcc from nvidia-cuda-nvcc; MLX's CUDA headers and library from an unpacked mlx-cuda-13 wheel in the folder that
 MLX_CUDA_WHEEL names, CUDA's own headers from nvidia-cuda-runtime. `.ci/run` gets all three.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -39,8 +38,12 @@ def representatives(library: str) -> list[str]:
 def compile_and_check(library: str, architecture: str, names: list[str]) -> None:
     if cuda_text.nvrtc() is None:
         pytest.skip("nvidia-cuda-nvrtc is not installed")
-    text, kernels = cuda_text.translated(library)
-    compiled = cuda_text.compile_for_gpu(cuda_text.HEADER + text, architecture, names)
+    text = cuda_text.HEADER + cuda_text.translated(library)[0]
+    check(library, names, cuda_text.compile_for_gpu(text, architecture, names))
+
+
+def check(library: str, names: list[str], compiled: dict[str, cuda_text.Resources]) -> None:
+    kernels = cuda_text.translated(library)[1]
     assert set(names) <= set(compiled)
     for name in names:
         used, bound = compiled[name], kernels[name][1].bound
@@ -54,6 +57,17 @@ def compile_and_check(library: str, architecture: str, names: list[str]) -> None
 @pytest.mark.parametrize("library", cuda_text.LIBRARIES)
 def test_one_kernel_of_each_template_compiles(library: str, architecture: str) -> None:
     compile_and_check(library, architecture, representatives(library))
+
+
+@pytest.mark.parametrize("library", cuda_text.LIBRARIES)
+def test_nvcc_compiles_them_too(library: str) -> None:
+    """The compiler of toolkits, with its own front end and CUDA's headers around the text. What follows them is NVRTC's: one
+    architecture says it."""
+    if cuda_text.nvcc() is None:
+        pytest.skip("nvidia-cuda-nvcc, with nvidia-nvvm and nvidia-cuda-crt, is not installed")
+    names = representatives(library)
+    text = cuda_text.HEADER + cuda_text.translated(library)[0]
+    check(library, names, cuda_text.compile_by_nvcc(text, ARCHITECTURES[-1], names))
 
 
 @pytest.mark.slow
@@ -133,10 +147,7 @@ def cuda_wheel() -> Path:
 
 def test_declarations_are_those_of_mlx() -> None:
     wheel = cuda_wheel()
-    spec = importlib.util.find_spec("nvidia")
-    includes = [
-        p for f in (spec.submodule_search_locations or [] if spec else []) for p in Path(f).glob("*/include")
-    ]
+    includes = cuda_text.from_packages("*/include")
     for header, package in (
         ("cuda_runtime.h", "runtime"),
         ("crt/host_config.h", "crt"),

@@ -183,6 +183,8 @@ def _updated(s: Shape) -> dict[str, Any]:
         "step_size": 1e-3,
         "inv_sqrt_bias": 1.0,
         "clip_norm": 0.0,
+        "step": 1,
+        "moments": "float",
     }
     flags = {
         "terms": 1,

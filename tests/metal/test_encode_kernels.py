@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import mlx.core as mx
@@ -132,6 +133,36 @@ def rule_for(op: str, case: Case) -> np.ndarray:
 
 
 CSR = ("batch_topk_encode", "threshold_encode")
+
+
+def test_a_named_tf32_product_decides_as_it_is() -> None:
+    """tf32: the plan screens nothing, and the code is that of the product whose operands are cut, not the float32 one."""
+    case = Case.random(20, 64, 3000)
+    x, w, b = map(mx.array, (case.x, case.w, case.b))
+    made = [
+        _ext.topk_encode(x, w, b, k=8, tf32=True)[0],
+        _ext.topk_encode_masked(x, w, b, mx.ones(3000, mx.bool_), k=8, k_aux=4, tf32=True)[0],
+        _ext.batch_topk_encode(x, w, b, k=8, tf32=True)[0],
+    ]
+    for op, array in zip(("topk_encode", "topk_encode", "batch_topk_encode"), made, strict=True):
+        k_aux = {"k_aux": 4 if array is made[1] else 0} if op == "topk_encode" else {}
+        want = case.plan(op, exact=False, k=8, gpu="sm_90", **k_aux)
+        assert json.loads(_ext.gpu_plan_of(array, gpu="sm_90")) == want
+        assert want != case.plan(op, exact=True, k=8, gpu="sm_90", **k_aux)
+    cut = [(a.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for a in (case.x, case.w)]
+    values, indices, _ = oracle.topk_encode(*cut, case.b, 8)
+    ((got, places),) = case.topk(8, exact=False, gpu="sm_90", chunk_bytes=SMALL_CHUNKS, matmul=truncated)
+    assert (places == indices).mean() > 0.99  # but for ties within the rounding of float32
+    np.testing.assert_allclose(np.sort(got), np.sort(values), rtol=1e-5)
+    ((exact, _),) = case.topk_on_cpu(8)
+    assert not np.allclose(np.sort(got), np.sort(exact), rtol=1e-5)
+    # On the CPU the name changes nothing.
+    same(
+        [np.array(a) for a in _ext.topk_encode(x, w, b, k=8, tf32=True, stream=mx.cpu)],
+        [np.array(a) for a in _ext.topk_encode(x, w, b, k=8, stream=mx.cpu)],
+    )
+    with pytest.raises(ValueError, match=r"\[topk_encode\] shadow and tf32 must not both be given"):
+        _ext.topk_encode(x, w, b, k=8, shadow=_ext.encoder_shadow(w), tf32=True)
 
 
 # ---------------------------------------------------------------------------------------------- the float32 result

@@ -55,14 +55,16 @@ MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(const ml
  *
  * With a shadow the product runs in bfloat16 where the processor has one; a proven bound decides which features are
  * computed again in float32, so that the result has the same bits ("certified"). On a GPU float32 operands are always
- * treated so, with MLX's own product; 16-bit operands, of more than eight rows, are not: there selection is on MLX's
- * product, which has their type (fast, not exact).
+ * treated so, with MLX's own product, unless `tf32` lets that product decide as it is: on GPUs where MLX multiplies
+ * float32 in TF32 (products_are_tf32) the result is TF32's, on others that of another order of additions. Operands of
+ * 16 bits, of more than eight rows, are never screened on a GPU: selection is on MLX's product, which has their type.
+ * Both are fast and not exact. On the CPU `tf32` changes nothing.
  *
  * Throws std::invalid_argument for other ranks, sizes, types or k.
  */
 MLXSAE_API std::pair<mlx::core::array, mlx::core::array> topk_encode(
     const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc, int k,
-    const std::optional<Shadow>& shadow = std::nullopt, mlx::core::StreamOrDevice s = {});
+    const std::optional<Shadow>& shadow = std::nullopt, bool tf32 = false, mlx::core::StreamOrDevice s = {});
 
 /**
  * topk_encode, and from the same product a second selection: the k_aux largest among the features where mask [d_sae]
@@ -73,7 +75,7 @@ MLXSAE_API std::vector<mlx::core::array> topk_encode_masked(const mlx::core::arr
                                                             const std::optional<mlx::core::array>& b_enc,
                                                             const mlx::core::array& mask, int k, int k_aux,
                                                             const std::optional<Shadow>& shadow = std::nullopt,
-                                                            mlx::core::StreamOrDevice s = {});
+                                                            bool tf32 = false, mlx::core::StreamOrDevice s = {});
 
 /** A sparse code in compressed rows (see above). */
 struct CsrCode {
@@ -95,7 +97,7 @@ struct CsrCode {
 MLXSAE_API std::pair<CsrCode, mlx::core::array> batch_topk_encode(
     const mlx::core::array& x, const mlx::core::array& w_enc, const std::optional<mlx::core::array>& b_enc, int k,
     const std::optional<mlx::core::array>& hint = std::nullopt, const std::optional<Shadow>& shadow = std::nullopt,
-    mlx::core::StreamOrDevice s = {});
+    bool tf32 = false, mlx::core::StreamOrDevice s = {});
 
 /**
  * All pre-activations above a threshold, after relu (JumpReLU): z where z > max(threshold[j], 0). threshold is [d_sae]
@@ -209,6 +211,9 @@ MLXSAE_API const std::vector<std::string>& op_names();
  * from then on, that first result included, the op is its fallback.
  */
 MLXSAE_API std::string kernel_for(const std::string& op, mlx::core::Device device);
+
+/** Whether MLX's own float32 products are TF32 on this device: on NVIDIA's and M5, unless MLX_ENABLE_TF32=0. */
+MLXSAE_API bool products_are_tf32(mlx::core::Device device);
 
 /**
  * What a GPU does for `op`, as JSON: buffers, kernel launches, matrix products (csrc/gpu/plan.h). `sizes` are those

@@ -9,10 +9,8 @@ from typing import Any
 
 from mlxsae.lm.hook_point import HookPoint
 from mlxsae.sae import RULES
+from mlxsae.train.config import PRECISIONS
 from mlxsae.train.optimizers import OPTIMIZERS
-
-PRECISIONS = ("float32", "certified")
-_PLANNED = ("bfloat16",)
 
 
 def whole(least: int = 1) -> Callable[[str], int]:
@@ -85,7 +83,6 @@ def optimizer(text: str) -> str:
 
 
 def precision(text: str) -> str:
-    if text in PRECISIONS:
-        return text
-    ahead = "which the trainer does not offer yet" if text in _PLANNED else "which is unknown"
-    raise argparse.ArgumentTypeError(f"must be {' or '.join(PRECISIONS)} but got {text!r}, {ahead}.")
+    if text not in PRECISIONS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(PRECISIONS)} but got {text!r}.")
+    return text

@@ -40,7 +40,7 @@ from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
 from mlxsae.train import OPTIMIZERS, Job, LossConfig, SAEConfig, TrainConfig, fit_many
 from mlxsae.train.checkpoint import checkpoints
-from mlxsae.train.config import default_learning_rate
+from mlxsae.train.config import MOMENTS, PRECISIONS, default_learning_rate
 from mlxsae.train.doors import tracking_callbacks
 
 _BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
@@ -114,7 +114,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"revive dead latents by AuxK: {', '.join(sorted(AUXK_PRESETS))} ({LossConfig.auxk})",
     )
     how.add_argument("--no-aux", dest="aux", action="store_const", const="none", help="leave the dead dead")
-    how.add_argument("--precision", type=kinds.precision, help="of the encoder's product (float32)")
+    how.add_argument(
+        "--precision",
+        type=kinds.precision,
+        help=f"of the encoder's product: {', '.join(PRECISIONS)} (float32)",
+    )
+    how.add_argument("--moments", choices=MOMENTS, help="type in which Adam's moments are kept (float32)")
     how.add_argument("--seed", type=kinds.whole(0), help="(0)")
     how.add_argument("--lm-batch-size", type=kinds.whole(), help="rows per model pass (16)")
     how.add_argument(
@@ -165,6 +170,7 @@ _CONFIGURED = {
     "checkpoint_every": "train.checkpoint_every",
     "learning_rate": "train.optimizer.learning_rate",
     "optimizer": "train.optimizer.name",
+    "moments": "train.optimizer.moments",
     "aux": "train.loss.auxk",
     "context_size": "data.context_size",
     "lm_batch_size": "data.lm_batch_size",

@@ -41,7 +41,9 @@ class Rule(nn.Module):
     """True where the code of :meth:`learn` is sparse, its values are the relu'd pre-activations at its places, and nothing
     else in the rule depends on a parameter: all that the one-pass update needs to know."""
     certified: ClassVar[bool] = False
-    """True where the fused op takes the encoder's shadow."""
+    """True where the fused op takes the encoder's shadow, operands of 16 bits, and ``tf32``."""
+    tf32 = False
+    """Whether the GPU's float32 product decides as it is (:meth:`with_tf32`)."""
     PARAMETERS: ClassVar[tuple[str, ...]] = ()
     """The constructor's arguments, each also an attribute that JSON can hold."""
     UNITS: ClassVar[dict[str, int]] = {}
@@ -104,6 +106,12 @@ class Rule(nn.Module):
         other.k = k
         return other
 
+    def with_tf32(self) -> Rule:
+        """The rule on whatever the GPU's float32 product gives (``precision="tf32"``)."""
+        other = copy.copy(self)
+        other.tf32 = True
+        return other
+
     def prepare(self, d_in: int, d_sae: int) -> None:
         """Make the parameters for ``d_sae`` latents of ``d_in`` inputs; raise ``ValueError`` where the rule does not fit them."""
 
@@ -139,7 +147,7 @@ class TopK(Rule):
     def encode(
         self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
     ) -> SparseCode:
-        return ops.topk_encode(x, weight, bias, k=self.k, shadow=shadow)
+        return ops.topk_encode(x, weight, bias, k=self.k, shadow=shadow, tf32=self.tf32)
 
     def learn_masked(
         self,
@@ -151,7 +159,9 @@ class TopK(Rule):
         k_aux: int,
         shadow: ops.Shadow | None = None,
     ) -> tuple[Encoded, Sparse]:
-        code, aux = ops.topk_encode_masked(x, weight, bias, mask=mask, k=self.k, k_aux=k_aux, shadow=shadow)
+        code, aux = ops.topk_encode_masked(
+            x, weight, bias, mask=mask, k=self.k, k_aux=k_aux, shadow=shadow, tf32=self.tf32
+        )
         return Encoded(code, state), aux
 
     def prepare(self, d_in: int, d_sae: int) -> None:
@@ -202,7 +212,9 @@ class BatchTopK(Rule):
     def learn(
         self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
     ) -> Encoded:
-        code, threshold = ops.batch_topk_encode(x, weight, bias, k=self.k, hint=state["last"], shadow=shadow)
+        code, threshold = ops.batch_topk_encode(
+            x, weight, bias, k=self.k, hint=state["last"], shadow=shadow, tf32=self.tf32
+        )
         threshold = mx.stop_gradient(threshold)
         return Encoded(
             code,

@@ -33,6 +33,11 @@ from mlxsae.train.flat_names import nested
 from mlxsae.train.optimizers import OPTIMIZERS, WITH_WEIGHT_DECAY
 from mlxsae.train.schedules import in_steps
 
+PRECISIONS = ("float32", "certified", "tf32", "bfloat16")
+"""How the encoder multiplies in training (:class:`TrainConfig`)."""
+MOMENTS = ("float32", "bfloat16")
+"""Types in which Adam's moments are kept (:class:`OptimizerConfig`)."""
+
 
 class _Config:
     """JSON round trip for frozen dataclasses."""
@@ -66,6 +71,10 @@ class OptimizerConfig(_Config):
     :func:`default_learning_rate` (for Adam). ``max_grad_norm`` clips the global gradient norm. Only ``adam`` has the
     fused step; ``weight_decay`` is decoupled, for optimisers that have it.
 
+    ``moments`` is the type in which Adam's moments of both matrices are kept: ``float32``, or ``bfloat16`` with stochastic
+    rounding (:func:`mlxsae.ops.feature_update`), which takes a third off the memory of parameters and moments. It wants
+    the fused engine.
+
     beta_2 is 0.99: the gradient shrinks by orders of magnitude within the first hundred steps, and a longer
     memory of the large early ones throttles the steps for a thousand more.
     """
@@ -79,9 +88,13 @@ class OptimizerConfig(_Config):
     max_grad_norm: float | None = None
     name: str = "adam"
     weight_decay: float = 0.0
+    moments: str = "float32"
 
     def __post_init__(self) -> None:
         _require("name", self.name, self.name in OPTIMIZERS, f"be one of {sorted(OPTIMIZERS)}")
+        _require("moments", self.moments, self.moments in MOMENTS, f"be one of {list(MOMENTS)}")
+        fits = self.moments == "float32" or self.name == "adam"
+        _require("moments", self.moments, fits, f"be float32 for {self.name}")
         if self.learning_rate is not None:
             _require("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive")
         _require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "lie in [0, 1)")
@@ -207,9 +220,19 @@ class TrainConfig(_Config):
     ``random`` (:func:`~mlxsae.train.initialize`) and not ``keep``. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
     ``engine`` is ``auto``, ``autodiff`` or ``fused``.
 
-    ``precision`` is that of the encoder's product: ``float32``, or ``certified``, which multiplies in bfloat16,
-    computes again in float32 whatever a proven error bound cannot decide, and so gives the same bits; it keeps
-    a bfloat16 copy of the encoder and wants the fused engine.
+    ``precision`` is that of the encoder's product; parameters and the update are float32 in each.
+
+    - ``float32``: the float32 result. On a GPU too: where its product is less exact (TF32 on NVIDIA and M5), that only
+      screens.
+    - ``certified``: the same bits. Multiplies in bfloat16 and computes again in float32 whatever a proven error bound
+      cannot decide.
+    - ``tf32``: what the GPU's float32 product gives, TF32 included: latents and values are not exact. The float32 result
+      on the CPU, which has no such product.
+    - ``bfloat16``: operands rounded to bfloat16. On a GPU selection and values are those of its bfloat16 product: fast,
+      not exact, full of ties. On the CPU selection is exact on the rounded operands.
+
+    ``certified`` and ``bfloat16`` keep a bfloat16 copy of the encoder and want the fused engine. The autodiff engine's
+    other products are MLX's, which on NVIDIA are TF32 unless ``MLX_ENABLE_TF32=0``: under ``float32`` it warns.
 
     ``gradient_accumulation_steps``, ``mixed_precision`` (bfloat16 over float32 masters) and
     ``gradient_checkpointing`` are for the autodiff engine, see :mod:`mlxsae.train.gradients`; a step then takes
@@ -265,22 +288,14 @@ class TrainConfig(_Config):
             ("b_dec_init", ("geometric_median", "mean", "keep")),
             ("decoder_init", ("keep", "data", "pca", "random")),
             ("engine", ("auto", "autodiff", "fused")),
+            ("precision", PRECISIONS),
         ):
             _require(name, getattr(self, name), getattr(self, name) in values, f"be one of {list(values)}")
-
-        _require(
-            "precision",
-            self.precision,
-            self.precision != "bfloat16",
-            "be float32 or certified (training on inexact bfloat16 products is not there yet)",
-        )
         if self.k_start is not None:
             _require("k_start", self.k_start, self.k_start > 0, "be positive")
         _require("k_warmup", self.k_warmup, self.k_warmup >= 0, "not be negative")
         if self.resample_every is not None:
             _require("resample_every", self.resample_every, self.resample_every > 0, "be positive")
-        known = ("float32", "certified")
-        _require("precision", self.precision, self.precision in known, f"be one of {list(known)}")
 
     @property
     def rows_per_step(self) -> int:

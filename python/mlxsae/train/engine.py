@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -12,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae import ops
-from mlxsae.code import DenseCode, detached
+from mlxsae.code import DenseCode, SparseCode, SparseCodeCSR, detached
 from mlxsae.loss import Context, Forward, Loss
 from mlxsae.loss.matryoshka import bands
 from mlxsae.metrics import l0
@@ -26,6 +27,7 @@ from mlxsae.train.state import ACTIVATIONS, LOSS
 
 Arrays = dict[str, Any]
 """``TrainState.arrays``."""
+C = TypeVar("C", SparseCode, SparseCodeCSR, DenseCode)
 
 
 class Engine(Protocol):
@@ -59,12 +61,22 @@ class AutodiffEngine:
     name = "autodiff"
 
     def __init__(self, sae: SAE, loss: Loss, config: TrainConfig, optimizer: optim.Optimizer | None = None):
-        if config.precision != "float32":
-            reason = FusedEngine.refusal(sae, loss, config) or "autodiff was asked for"
-            raise ValueError(
-                f"[fit] precision must be float32 for the autodiff engine but got {config.precision}: {reason}."
-            )
         o = config.optimizer
+        reason = FusedEngine.refusal(sae, loss, config) or "autodiff was asked for"
+        if config.precision not in ("float32", "tf32"):
+            raise ValueError(
+                f"[fit] precision must be float32 or tf32 for the autodiff engine but got {config.precision}: {reason}."
+            )
+        if o.moments != "float32":
+            raise ValueError(
+                f"[fit] moments must be float32 for the autodiff engine but got {o.moments}: {reason}."
+            )
+        if config.precision == "float32" and not sae.rule.fused and ops.products_are_tf32():
+            warnings.warn(
+                "[fit] precision is float32 but MLX multiplies float32 in TF32 on this GPU: set MLX_ENABLE_TF32=0, or "
+                "say precision='tf32'.",
+                stacklevel=2,
+            )
         self._sae = sae
         self._loss = loss
         self._config = config
@@ -109,7 +121,7 @@ class AutodiffEngine:
                 substituted(self._sae, frozen, params) as sae,
                 recomputed(sae, config.gradient_checkpointing),
             ):
-                rule = sae.rule if k is None else sae.rule.with_k(k)
+                rule = _rule_of_step(sae.rule, k, config)
                 code, state, pre_acts = sae.learn(x, carried["rule"], rule=rule)
                 dead = silent >= config.dead_after if auxk else None
                 forward = Forward(sae, x, y, code, sae.decode(code, x), dead, pre_acts, scheduled)
@@ -200,18 +212,21 @@ class FusedEngine:
         # The tree of mlx.optimizers.Adam: a run may change engines at a checkpoint.
         adam = optim.Adam(1.0, bias_correction=True)
         adam.init(params)
-        return _copied(adam.state)
+        state = _copied(adam.state)
+        kept = getattr(mx, self._config.optimizer.moments)
+        for part in ("encoder", "decoder"):
+            state[part]["weight"] = tree_map(lambda a: a.astype(kept), state[part]["weight"])
+        return state
 
     def step(
         self, arrays: Arrays, x: mx.array, y: mx.array, *, lr: float, step: int, auxk: bool
     ) -> tuple[Arrays, dict[str, mx.array]]:
         config, params = self._config, _rows(arrays["params"])
         shadow = arrays.get("shadow")
-        if shadow is None and config.precision == "certified":
+        if shadow is None and config.precision in ("certified", "bfloat16"):
             shadow = ops.encoder_shadow(params.w_enc)
-        rule, scheduled = self._rule, self._loss.scheduled(step, self._d_sae, config.seed)
-        if (k := config.k_at(step, rule)) is not None:
-            rule = rule.with_k(k)
+        rule = _rule_of_step(self._rule, config.k_at(step, self._rule), config)
+        scheduled = self._loss.scheduled(step, self._d_sae, config.seed)
         carried = arrays["tokens_since_fired"], arrays.get("rule", {})
         f = self._forward(params, shadow, rule, *carried, x, y, auxk, scheduled.get("prefixes"))
         # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
@@ -275,6 +290,8 @@ class FusedEngine:
         """
         inner = x - params.b_dec if self._b_dec_to_input else x
         encoder = inner, params.w_enc, params.b_enc
+        if self._config.precision == "bfloat16" and shadow is not None:
+            encoder, shadow = (inner.astype(mx.bfloat16), shadow.w16, params.b_enc), None
         dead = tokens_since_fired >= self._config.dead_after
         auxiliary = self._loss.auxk if auxk else None
         if auxiliary is None:
@@ -282,7 +299,8 @@ class FusedEngine:
         else:
             k_aux = min(auxiliary[1].k_aux, self._d_sae)
             encoded, aux_code = rule.learn_masked(*encoder, state, dead, k_aux, shadow)
-        code = encoded.code
+        code = _in_float32(encoded.code)
+        aux_code = None if aux_code is None else _in_float32(aux_code)
         assert not isinstance(code, DenseCode)
         nested = [code] if prefixes is None else bands(code, prefixes)
         residuals, squares = [], []
@@ -348,6 +366,15 @@ def make_engine(
     if name == "auto":
         name = "autodiff" if FusedEngine.refusal(sae, loss, config) else "fused"
     return (FusedEngine if name == "fused" else AutodiffEngine)(sae, loss, config)
+
+
+def _rule_of_step(rule: Rule, k: int | None, config: TrainConfig) -> Rule:
+    rule = rule if k is None else rule.with_k(k)
+    return rule.with_tf32() if config.precision == "tf32" else rule
+
+
+def _in_float32(code: C) -> C:
+    return code if code.values.dtype == mx.float32 else code._replace(values=code.values.astype(mx.float32))
 
 
 def _rows(tree: Arrays) -> ops.Params:

@@ -40,6 +40,7 @@ _PATHS: dict[str, str] = {
     "warmup_steps": "train.optimizer.warmup",
     "lr_decay_steps": "train.optimizer.decay",
     "gradient_clip": "train.optimizer.max_grad_norm",
+    "moments": "train.optimizer.moments",
     # loss
     "dead_feature_window": "train.loss.dead_after",
     "feature_sampling_window": "train.loss.dead_after",

@@ -64,6 +64,11 @@ class ModuleEngine:
             raise ValueError(
                 f"[fit] precision must be float32 for a module or loss of your own but got {config.precision}."
             )
+        if config.optimizer.moments != "float32":
+            raise ValueError(
+                "[fit] moments must be float32 for a module or loss of your own but got "
+                f"{config.optimizer.moments}."
+            )
         self._module = module
         self._loss_fn = loss_fn or own_loss
         names = inspect.signature(self._loss_fn).parameters.values()

@@ -33,7 +33,7 @@ class TrainState:
         that a resumed run decides as the uninterrupted one.
     norm : ``mean_in``, ``std_in`` and for a target of its own ``mean_out``, ``std_out`` of a run with
         ``normalize="mean_std"``; otherwise empty.
-    shadow : the encoder's, in a certified run, once a step has made it. It follows from the parameters, so no
+    shadow : the encoder's, in a certified or bfloat16 run, once a step has made it. It follows from the parameters, so no
         file holds it.
     """
 

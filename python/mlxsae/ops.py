@@ -423,8 +423,7 @@ def feature_update(
             moments. Arithmetic is in float32 all the same, and what is stored is rounded *stochastically*, up or down
             with the probability that makes its mean exact: to the nearest, a second moment would lose every change below
             a 256th of itself, and with ``betas[1] = 0.999`` never fall again. The noise is a hash of step, matrix, row
-            and column, so results are repeatable, and where gradients have the same bits so have the moments, on every
-            device.
+            and column, the same on every device: results are repeatable.
         loss: where it is not finite, nothing changes.
         step: ``t >= 1`` of Adam's bias correction; seed of the rounding.
         clip_norm: largest global norm of all gradients after the projection; 0 for no clipping. Clipping is exact, by a

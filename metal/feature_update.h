@@ -123,18 +123,16 @@ template <int V, bool kGroup, typename M>
     const device float* residual_aux [[buffer(2)]], const device uint* starts [[buffer(3)]],
     const device uint* rows [[buffer(4)]], const device float* values [[buffer(5)]],
     const device float* control [[buffer(6)]], const device float* w_enc [[buffer(7)]],
-    const device M* m_enc [[buffer(8)]], const device M* v_enc [[buffer(9)]],
-    const device float* w_dec [[buffer(10)]], const device M* m_dec [[buffer(11)]],
-    const device M* v_dec [[buffer(12)]], device float* w_enc_out [[buffer(13)]],
-    device M* m_enc_out [[buffer(14)]], device M* v_enc_out [[buffer(15)]],
-    device float* w_dec_out [[buffer(16)]], device M* m_dec_out [[buffer(17)]],
-    device M* v_dec_out [[buffer(18)]], device bfloat* w16 [[buffer(19)]], device float* columns [[buffer(20)]],
-    device float* db_enc [[buffer(21)]], device float* through [[buffer(22)]], device float* squares [[buffer(23)]],
-    constant uint& n [[buffer(24)]], constant uint& d_in [[buffer(25)]], constant uint& d_out [[buffer(26)]],
-    constant uint& d_sae [[buffer(27)]], constant uint& parts [[buffer(28)]], constant uint& flags [[buffer(29)]],
-    uint group [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint simdgroups [[simdgroups_per_threadgroup]]) {
+    const device M* m_enc [[buffer(8)]], const device M* v_enc [[buffer(9)]], const device float* w_dec [[buffer(10)]],
+    const device M* m_dec [[buffer(11)]], const device M* v_dec [[buffer(12)]], device float* w_enc_out [[buffer(13)]],
+    device M* m_enc_out [[buffer(14)]], device M* v_enc_out [[buffer(15)]], device float* w_dec_out [[buffer(16)]],
+    device M* m_dec_out [[buffer(17)]], device M* v_dec_out [[buffer(18)]], device bfloat* w16 [[buffer(19)]],
+    device float* columns [[buffer(20)]], device float* db_enc [[buffer(21)]], device float* through [[buffer(22)]],
+    device float* squares [[buffer(23)]], constant uint& n [[buffer(24)]], constant uint& d_in [[buffer(25)]],
+    constant uint& d_out [[buffer(26)]], constant uint& d_sae [[buffer(27)]], constant uint& parts [[buffer(28)]],
+    constant uint& flags [[buffer(29)]], uint group [[threadgroup_position_in_grid]],
+    uint tid [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup float pad[kPad];
   uint turn = 0;
   const uint part = kGroup ? group : group * simdgroups + simdgroup;
@@ -267,18 +265,17 @@ template <int V, typename M>
     const device float* residual_aux [[buffer(2)]], const device uint* starts [[buffer(3)]],
     const device uint* rows [[buffer(4)]], const device float* values [[buffer(5)]],
     const device float* control [[buffer(6)]], const device float* w_enc [[buffer(7)]],
-    const device M* m_enc [[buffer(8)]], const device M* v_enc [[buffer(9)]],
-    const device float* w_dec [[buffer(10)]], const device M* m_dec [[buffer(11)]],
-    const device M* v_dec [[buffer(12)]], device float* w_enc_out [[buffer(13)]],
-    device M* m_enc_out [[buffer(14)]], device M* v_enc_out [[buffer(15)]],
-    device float* w_dec_out [[buffer(16)]], device M* m_dec_out [[buffer(17)]],
-    device M* v_dec_out [[buffer(18)]], device bfloat* w16 [[buffer(19)]], device float* columns [[buffer(20)]],
-    device float* db_enc [[buffer(21)]], device float* through [[buffer(22)]], device float* squares [[buffer(23)]],
-    constant uint& n [[buffer(24)]], constant uint& d_in [[buffer(25)]], constant uint& d_out [[buffer(26)]],
-    constant uint& d_sae [[buffer(27)]], constant uint& parts [[buffer(28)]], constant uint& flags [[buffer(29)]],
-    device float* products [[buffer(30)]], uint part [[threadgroup_position_in_grid]],
-    uint tid [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint simdgroups [[simdgroups_per_threadgroup]]) {
+    const device M* m_enc [[buffer(8)]], const device M* v_enc [[buffer(9)]], const device float* w_dec [[buffer(10)]],
+    const device M* m_dec [[buffer(11)]], const device M* v_dec [[buffer(12)]], device float* w_enc_out [[buffer(13)]],
+    device M* m_enc_out [[buffer(14)]], device M* v_enc_out [[buffer(15)]], device float* w_dec_out [[buffer(16)]],
+    device M* m_dec_out [[buffer(17)]], device M* v_dec_out [[buffer(18)]], device bfloat* w16 [[buffer(19)]],
+    device float* columns [[buffer(20)]], device float* db_enc [[buffer(21)]], device float* through [[buffer(22)]],
+    device float* squares [[buffer(23)]], constant uint& n [[buffer(24)]], constant uint& d_in [[buffer(25)]],
+    constant uint& d_out [[buffer(26)]], constant uint& d_sae [[buffer(27)]], constant uint& parts [[buffer(28)]],
+    constant uint& flags [[buffer(29)]], device float* products [[buffer(30)]],
+    uint part [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
   threadgroup float pad[kPad];
   uint turn = 0;
   Adam adam;
@@ -336,9 +333,8 @@ template <int V, typename M>
       part_square += g * g;
       if (dry) continue;
       const ulong place = dec + c;
-      const Lanes<V> stepped =
-          adam_piece<V, M>(adam, w, g, m_dec + place, v_dec + place, m_dec_out + place, v_dec_out + place,
-                           noise_dec(adam, j) + c);
+      const Lanes<V> stepped = adam_piece<V, M>(adam, w, g, m_dec + place, v_dec + place, m_dec_out + place,
+                                                v_dec_out + place, noise_dec(adam, j) + c);
       store<float, V>(w_dec_out + place, stepped);
       norm += stepped * stepped;
     }
@@ -353,9 +349,8 @@ template <int V, typename M>
       if (passes && begin < end) store<float, V>(passed + c, scaled(db, w, load<float, V>(passed + c)));
       if (dry) continue;
       const ulong place = enc + c;
-      const Lanes<V> stepped =
-          adam_piece<V, M>(adam, w, g, m_enc + place, v_enc + place, m_enc_out + place, v_enc_out + place,
-                           noise_enc(adam, j) + c);
+      const Lanes<V> stepped = adam_piece<V, M>(adam, w, g, m_enc + place, v_enc + place, m_enc_out + place,
+                                                v_enc_out + place, noise_enc(adam, j) + c);
       store<float, V>(w_enc_out + place, stepped);
       if (shadow) shadow_piece<V>(stepped, w16 + place, full, rest, low);
     }

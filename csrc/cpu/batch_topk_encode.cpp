@@ -152,10 +152,11 @@ cpu::SortedHits candidates(Above e, const cpu::Shadowed& by, int64_t total, floa
 
 void BatchTopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (auto& out : outputs) cpu::allocate(out);
+  bool certified = product_.certified;
   cpu::dispatch(stream(), inputs, outputs,
                 [e = cpu::above_of(inputs), out = cpu::csr_out(outputs), hint = inputs[3].data<float>(),
-                 w16 = product_.certified ? inputs[4].data<uint16_t>() : nullptr,
-                 columns = product_.certified ? inputs[5].data<float>() : nullptr, threshold = outputs[3].data<float>()] {
+                 w16 = certified ? inputs[4].data<uint16_t>() : nullptr,
+                 columns = certified ? inputs[5].data<float>() : nullptr, threshold = outputs[3].data<float>()] {
                   auto found = candidates(e, cpu::Shadowed::of(e.x, e.w, e.bias, w16, columns), out.room, *hint);
                   int64_t m = found.size();
                   // The key of the last one, and how many that are equal to it are kept.

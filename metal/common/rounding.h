@@ -1,8 +1,8 @@
 #pragma once
-// Stochastic rounding of float32 to bfloat16: up or down with the probability that makes the mean exact. Rounding to the
-// nearest would lose what a step adds to a long mean, wherever that is below half a bfloat16 step: a second moment with
-// beta2 = 0.999 would never fall again. The noise is a hash of its place (step, matrix, row, column), so it is the same
-// on every device and in every run (csrc/cpu/kernel_rounding.h, csrc/ops/feature_update.cpp).
+// Stochastic rounding of float32 to bfloat16: up or down with the probability that makes the mean exact. Rounding to
+// the nearest would lose what a step adds to a long mean, wherever that is below half a bfloat16 step: a second moment
+// with beta2 = 0.999 would never fall again. The noise is a hash of its place (step, matrix, row, column), so it is the
+// same on every device and in every run (csrc/cpu/kernel_rounding.h, csrc/ops/feature_update.cpp).
 
 #include "common/lanes.h"
 

@@ -53,6 +53,11 @@ def test_feature_update_of_rows_beyond_the_registers() -> None:
     sparse.test_feature_update_of_rows_beyond_the_registers(2102, 2102, 0.0)
 
 
+@pytest.mark.parametrize("shape", [(33, 31, 48, 70, 5), (6, 520, 1000, 40, 3)])
+def test_moments_in_bfloat16(shape: tuple) -> None:
+    sparse.test_moments_in_bfloat16_are_those_of_float32_stochastically_rounded(shape)
+
+
 def test_the_sort() -> None:
     sparse.test_entries_are_sorted_by_feature_and_row(2100, 300, False, 0)
     sparse.test_hot_and_empty_features()
@@ -65,14 +70,18 @@ def test_topk_has_the_bits_of_the_cpu(type: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 9])
-def test_chunks_parts_and_ties(n: int) -> None:
+def test_wide_rows_in_small_chunks(n: int) -> None:
     encode.test_wide_rows_in_small_chunks(n)
+
+
+def test_parts_and_ties() -> None:
     encode.test_rows_in_parts()
     encode.test_ties_go_to_the_lowest_row_then_feature_across_chunks()
 
 
 def test_screening() -> None:
     encode.test_the_shadow_screens_in_bfloat16()
+    encode.test_a_named_tf32_product_decides_as_it_is()
     encode.test_a_product_that_rounds_its_operands_gives_the_same_bits()
 
 

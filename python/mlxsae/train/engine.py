@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae import ops
-from mlxsae.code import DenseCode, SparseCode, SparseCodeCSR, detached
+from mlxsae.code import DenseCode, Sparse, detached
 from mlxsae.loss import Context, Forward, Loss
 from mlxsae.loss.matryoshka import bands
 from mlxsae.metrics import l0
@@ -27,7 +27,6 @@ from mlxsae.train.state import ACTIVATIONS, LOSS
 
 Arrays = dict[str, Any]
 """``TrainState.arrays``."""
-C = TypeVar("C", SparseCode, SparseCodeCSR, DenseCode)
 
 
 class Engine(Protocol):
@@ -299,9 +298,9 @@ class FusedEngine:
         else:
             k_aux = min(auxiliary[1].k_aux, self._d_sae)
             encoded, aux_code = rule.learn_masked(*encoder, state, dead, k_aux, shadow)
+        assert not isinstance(encoded.code, DenseCode)
         code = _in_float32(encoded.code)
         aux_code = None if aux_code is None else _in_float32(aux_code)
-        assert not isinstance(code, DenseCode)
         nested = [code] if prefixes is None else bands(code, prefixes)
         residuals, squares = [], []
         for (
@@ -373,7 +372,7 @@ def _rule_of_step(rule: Rule, k: int | None, config: TrainConfig) -> Rule:
     return rule.with_tf32() if config.precision == "tf32" else rule
 
 
-def _in_float32(code: C) -> C:
+def _in_float32(code: Sparse) -> Sparse:
     return code if code.values.dtype == mx.float32 else code._replace(values=code.values.astype(mx.float32))
 
 

@@ -41,6 +41,7 @@ from mlxsae.train import (
 )
 from mlxsae.train.checkpoint import checkpoints
 from mlxsae.train.engine import AutodiffEngine, make_engine
+from mlxsae.train.state import flat
 
 D, D_SAE, K = 16, 48, 4
 
@@ -447,6 +448,30 @@ def test_dead_is_what_was_silent_before_the_batch(name: str, preset: str) -> Non
     assert metrics["auxk"].item() == pytest.approx(expected.item(), rel=1e-5)
     np.testing.assert_array_equal(np.array(after["tokens_since_fired"]) == 0, fires)
     assert metrics["dead_fraction"].item() == pytest.approx((~fires).mean())  # after the batch
+
+
+@pytest.mark.parametrize("name", ["autodiff", "fused"])
+def test_waking_raises_the_biases_of_the_dead(name: str) -> None:
+    """Of those that were dead before the batch, also of one that fires in it, and of no other; nothing else changes."""
+    x, after = mx.array(dictionary_data(64)), {}
+    before = mx.array(np.where(np.arange(D_SAE) % 3 == 0, 640, 639).astype(np.int32))
+    for wake in (0.0, 0.25):
+        sae, settings = new_sae(), config(wake=wake, loss=LossConfig(dead_after=640))
+        engine = make_engine(name, sae, settings.loss.build(sae), settings)
+        arrays, _ = engine.step(arrays_of(sae, engine, before), x, x, lr=1e-3, step=0, auxk=True)
+        after[wake] = {key: np.array(a) for key, a in flat(arrays["params"]).items()}
+    rise = np.array(after[0.25].pop("encoder.bias")) - np.array(after[0.0].pop("encoder.bias"))
+    np.testing.assert_allclose(rise, np.where(np.arange(D_SAE) % 3 == 0, 0.25, 0), atol=1e-6)
+    assert_same_bits(after[0.25], after[0.0])
+
+
+def test_waking_wants_a_bias_to_raise() -> None:
+    sae = new_sae()
+    sae.encoder.freeze(keys="bias")
+    with pytest.raises(
+        ValueError, match=r"wake must be 0 where no encoder bias of an SAE of ours is trained"
+    ):
+        fit(sae, source(), config(wake=0.01))
 
 
 def test_the_second_selection_shares_the_product_and_is_skipped_while_nothing_is_dead(

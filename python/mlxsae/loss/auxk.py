@@ -15,7 +15,15 @@ openai               relu(p_i)     sum (ê-e)^2 / sum (e - mean e)^2   1        
 dictionary_learning  relu(p_i)     sum (ê-e)^2 / sum (e - mean e)^2   1                        no     1/32
 sparsify             relu(p_i)     sum (ê-e)^2 / sum (y - mean y)^2   min(n_dead / k, 1)       no     1/32
 saelens              p_i, signed   mean_n sum_d (ê-e)^2               min(n_dead / k, 1)       no     1
+weakest              relu(p_i)     sum (ê-g)^2 / sum (g - mean g)^2   1                        no     1/32
 ==================== ============= ================================== ======================== ====== ======
+
+``weakest`` is ours. Where the living explain nearly all, latents that learn the residual e stay as small as it is and never
+win a place among the selected. Here the dead also learn to do what the weakest of the selected do:
+
+.. math:: g = e + sg\Big(\sum_{i:\ a_i < \bar a} a_i W^{dec}_i\Big)
+
+with the sum over the selected and :math:`\bar a` the mean of all values that fire in the batch.
 
 Means and sums run over the batch. Dead are latents that were silent for long before the batch (as in
 SAELens), so that the batch's own product can select among them; one that fires in it is in both codes.
@@ -27,13 +35,14 @@ dead latent the term and its gradient are 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlxsae import ops
-from mlxsae.code import DenseCode, SparseCode
+from mlxsae.code import Code, DenseCode, SparseCode, detached
 from mlxsae.loss.compose import Forward
 from mlxsae.loss.reconstruction import nonzero, sum_about_mean
 from mlxsae.sae import SAE
@@ -47,6 +56,7 @@ class Preset(NamedTuple):
     relative_to: str | None = "residual"
     scaled: bool = False
     bias: bool = False
+    weakest: bool = False
 
 
 AUXK_PRESETS: dict[str, Preset] = {
@@ -54,6 +64,7 @@ AUXK_PRESETS: dict[str, Preset] = {
     "dictionary_learning": Preset(1 / 32),
     "sparsify": Preset(1 / 32, relative_to="target", scaled=True),
     "saelens": Preset(1.0, signed=True, relative_to=None, scaled=True),
+    "weakest": Preset(1 / 32, weakest=True),
 }
 
 
@@ -87,7 +98,8 @@ class AuxK:
             aux_hat = sae.written(self.dense_code(sae, forward.x, dead))
         if AUXK_PRESETS[self.preset].bias:
             aux_hat = aux_hat + (sae.decoder.bias - mx.stop_gradient(sae.decoder.bias))
-        return self.distance(forward.y, forward.y_hat, aux_hat, dead)
+        goal = self.goal(forward.y - forward.y_hat, forward.code, lambda code: sae.decode(code, forward.x))
+        return self.distance(forward.y, goal, aux_hat, dead)
 
     def code(self, sae: SAE, x: mx.array, dead: mx.array) -> SparseCode:
         """The ``k_aux`` largest pre-activations among ``dead [d_sae]`` of each token; slots past their number
@@ -115,20 +127,32 @@ class AuxK:
         acts = pre_acts if AUXK_PRESETS[self.preset].signed else mx.maximum(pre_acts, 0)
         return DenseCode(mx.where((chosen > 0) & dead, acts, 0))
 
-    def distance(self, y: mx.array, y_hat: mx.array, aux_hat: mx.array, dead: mx.array) -> mx.array:
-        """``s * dist(aux_hat, y - y_hat)``; differentiable in ``aux_hat`` only."""
-        residual = mx.stop_gradient(y - y_hat)
-        error = mx.square(aux_hat - residual).sum()
-        return error * self.factor(y, residual, dead).astype(error.dtype)
+    def goal(self, residual: mx.array, code: Code, decode: Callable[[Code], mx.array]) -> mx.array:
+        """What the dead are to explain, given the residual ``y - y_hat``, the code and an affine ``decode`` of codes: a
+        constant for the gradient.
+        """
+        residual = mx.stop_gradient(residual)
+        if not AUXK_PRESETS[self.preset].weakest:
+            return residual
+        code = detached(code)
+        values = code.values
+        weak = values * (values < values.sum() / mx.maximum((values > 0).sum(), 1))
+        parts = decode(code._replace(values=weak)), decode(code._replace(values=mx.zeros_like(values)))
+        return residual + mx.stop_gradient(parts[0] - parts[1])
 
-    def factor(self, y: mx.array, residual: mx.array, dead: mx.array) -> mx.array:
-        """The number ``c`` in ``s * dist(ê, e) = c * sum (ê - e)^2``, given ``residual = ±e``."""
+    def distance(self, y: mx.array, goal: mx.array, aux_hat: mx.array, dead: mx.array) -> mx.array:
+        """``s * dist(aux_hat, goal)``; differentiable in ``aux_hat`` only."""
+        error = mx.square(aux_hat - goal).sum()
+        return error * self.factor(y, goal, dead).astype(error.dtype)
+
+    def factor(self, y: mx.array, goal: mx.array, dead: mx.array) -> mx.array:
+        """The number ``c`` in ``s * dist(ê, e) = c * sum (ê - e)^2``, given ``±`` the goal ``e``."""
         preset = AUXK_PRESETS[self.preset]
         n_dead = dead.sum()
         scale = mx.minimum(n_dead / self.k_aux, 1) if preset.scaled else (n_dead > 0).astype(mx.float32)
         if preset.relative_to is None:
             return scale / y.shape[0]
-        return scale / nonzero(sum_about_mean(residual if preset.relative_to == "residual" else y))
+        return scale / nonzero(sum_about_mean(goal if preset.relative_to == "residual" else y))
 
 
 def _dead(forward: Forward) -> mx.array:

@@ -239,7 +239,9 @@ class TrainConfig(_Config):
     ``gradient_accumulation_steps * batch_size`` rows. The fused engine holds nothing that they could save.
 
     ``k_start`` anneals the rule's ``k``: linearly from there to its own over the fraction ``k_warmup`` of the run (steps
-    where over 1). ``resample_every`` makes dead latents anew from rows that are explained badly, every so many steps
+    where over 1). ``wake`` is added to the encoder's bias of a latent at every step that finds it dead, until it fires, in
+    units of the scaled activations (0.01 with the AuxK preset ``weakest`` keeps nearly all latents in use where most would
+    die; 0 does nothing). ``resample_every`` makes dead latents anew from rows that are explained badly, every so many steps
     (:class:`~mlxsae.train.DeadNeuronCallback`).
 
     All randomness of a step comes from ``seed`` and the number of the step.
@@ -261,6 +263,7 @@ class TrainConfig(_Config):
     gradient_checkpointing: bool = False
     k_start: int | None = None
     k_warmup: float = 0.1
+    wake: float = 0.0
     resample_every: int | None = None
     log_every: int = 100
     validate_every: int = 1000
@@ -294,6 +297,7 @@ class TrainConfig(_Config):
         if self.k_start is not None:
             _require("k_start", self.k_start, self.k_start > 0, "be positive")
         _require("k_warmup", self.k_warmup, self.k_warmup >= 0, "not be negative")
+        _require("wake", self.wake, self.wake >= 0, "not be negative")
         if self.resample_every is not None:
             _require("resample_every", self.resample_every, self.resample_every > 0, "be positive")
 

@@ -153,6 +153,9 @@ class AutodiffEngine:
             optimizer, self._optimizer.state = self._optimizer.state, emptied(self._optimizer)
             if constrained:
                 updated["decoder"]["weight"] = unit_rows(updated["decoder"]["weight"])
+            if auxk and config.wake:
+                bias = _woken(updated["encoder"]["bias"], arrays["tokens_since_fired"], config)
+                updated["encoder"] = updated["encoder"] | {"bias": bias}
             if "rule" in updated:
                 updated["rule"] = self._sae.rule.constrain(updated["rule"])
             failed, good = guard(arrays["failed"], total, x, y, scheduled["step"])
@@ -261,8 +264,11 @@ class FusedEngine:
         if clip is not None:
             metrics["grad_norm"] = updated.grad_norm
         moments = _tree([{"m": a, "v": b} for a, b in zip(updated.m, updated.v, strict=True)])
+        after = updated.params
+        if auxk and config.wake:
+            after = after._replace(b_enc=_woken(after.b_enc, arrays["tokens_since_fired"], config))
         new = {
-            "params": _tree(updated.params),
+            "params": _tree(after),
             "optimizer": moments | {"step": adam["step"] + 1, "learning_rate": mx.array(lr, mx.float32)},
             "tokens_since_fired": f.tokens_since_fired,
             "failed": failed,
@@ -318,8 +324,9 @@ class FusedEngine:
             terms = self._nested_terms(nested, residuals, weights)
         if auxiliary is not None and aux_code is not None:
             weight, term = auxiliary
-            aux_residual, aux_squares = ops.decode_residual(aux_code, params.w_dec, -residual)
-            factor = term.factor(y, residual, dead)
+            goal = term.goal(-residual, code, lambda part: ops.sparse_decode(part, params.w_dec))
+            aux_residual, aux_squares = ops.decode_residual(aux_code, params.w_dec, goal)
+            factor = term.factor(y, goal, dead)
             metrics["auxk"] = factor * aux_squares.sum()
             total = total + weight * metrics["auxk"]
             terms.append(ops.Term(aux_residual, aux_code, 2 * weight * factor))
@@ -408,6 +415,11 @@ def _fault(total: mx.array, x: mx.array, y: mx.array) -> int:
     if not (mx.isfinite(x).all() & mx.isfinite(y).all()).item():
         return ACTIVATIONS
     return 0 if mx.isfinite(total).item() else LOSS
+
+
+def _woken(bias: mx.array, tokens_since_fired: mx.array, config: TrainConfig) -> mx.array:
+    """The encoder's bias, risen by ``wake`` where a latent was dead before the batch."""
+    return bias + config.wake * (tokens_since_fired >= config.dead_after).astype(bias.dtype)
 
 
 def _dead_fraction(tokens_since_fired: mx.array, config: TrainConfig) -> mx.array:

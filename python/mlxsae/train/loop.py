@@ -711,6 +711,10 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     params = _tree(working.trainable_parameters())
     if not params:
         raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")
+    if config.wake and not (widths.ours and "bias" in params.get("encoder", {})):
+        raise ValueError(
+            f"[fit] wake must be 0 where no encoder bias of an SAE of ours is trained but got {config.wake}."
+        )
     if centre is not None and "bias" in params.get("decoder", {}):
         params["decoder"]["bias"] = centre * scale[1]
     own_rate: Callable[[int], float] | None = None

@@ -18,7 +18,16 @@ from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate, fire_counts, l0
 from mlxsae.sae import SAE, BatchTopK, GroupMax, JumpReLU, calibrate
 from mlxsae.sae.straight_through import jump_relu, step
-from mlxsae.train import LossConfig, NonFiniteError, OptimizerConfig, SAEConfig, TrainConfig, fit
+from mlxsae.train import (
+    Callback,
+    LossConfig,
+    NonFiniteError,
+    OptimizerConfig,
+    Run,
+    SAEConfig,
+    TrainConfig,
+    fit,
+)
 from test_train import D_SAE, D, K, config, half_dead, source, weights
 from test_train import dictionary_data as data
 
@@ -309,3 +318,57 @@ def test_configuration_builds_rule_and_loss() -> None:
 def test_bad_rules(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+# ---- reaching a wanted L0 -----------------------------------------------------------------------------------
+
+
+def test_thresholds_start_where_k_latents_fire() -> None:
+    """On data of any scale; and what was trained before keeps its thresholds."""
+    got = []
+    for factor in (1.0, 8.0):
+        sae = SAE(D, D_SAE, rule=JumpReLU(K), seed=0)
+        frozen = config(total_tokens=64, optimizer=OptimizerConfig(learning_rate=1e-9))
+        fit(sae, ArraySource(data() * factor, batch_size=64, seed=0), frozen)
+        got.append(evaluate(sae, [mx.array(data() * factor)])["l0"])
+        assert len(np.unique(np.array(sae.rule.threshold))) == 1
+    assert got == pytest.approx([K] * len(got), rel=0.1)
+    trained = JumpReLU.of(mx.full(D_SAE, 0.25), k=K)
+    sae = SAE(D, D_SAE, rule=trained, seed=0)
+    fit(sae, source(), frozen)
+    np.testing.assert_allclose(np.array(sae.rule.threshold), 0.25, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "weight"), [("relu", 0.1), ("gated", 1e-2)])
+def test_target_l0_is_reached_from_a_wrong_weight(architecture: str, weight: float) -> None:
+    terms = {"l1": weight} if architecture == "relu" else {"gate_l1": weight, "gate_reconstruction": 1.0}
+    loss = LossConfig(terms=terms, target_l0=6.0, auxk=None)
+    config = SAEConfig(d_sae=D_SAE, architecture=architecture, train=settings(700, loss=loss))
+    sae = config.build(D)
+    fit(sae, source(), config.train)
+    assert evaluate(sae, [mx.array(data())])["l0"] == pytest.approx(6.0, rel=0.2)
+
+
+def test_target_l0_wants_a_penalty() -> None:
+    with pytest.raises(ValueError, match=r"target_l0 must come with a term among .* but got \[\]"):
+        fit(SAE(D, D_SAE, k=K, seed=0), source(), settings(loss=LossConfig(target_l0=4.0)))
+
+
+def test_the_controller_goes_on_after_a_resume(tmp_path: Path) -> None:
+    def run(**options: Any) -> SAE:
+        loss = LossConfig(terms={"l1": 1e-3}, target_l0=6.0, auxk=None)
+        sae = SAE(D, D_SAE, rule=SAEConfig(architecture="relu").build(D).rule, seed=0)
+        fit(sae, source(), settings(60, loss=loss), **options)
+        return sae
+
+    class Stop(Callback):
+        def on_step(self, run: Run) -> None:
+            if run.state.step == 33:
+                raise KeyboardInterrupt
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(callbacks=[Stop()], checkpoint_dir=tmp_path)
+    resumed = run(checkpoint_dir=tmp_path, resume=True)
+    for name, a in weights(whole).items():
+        np.testing.assert_array_equal(weights(resumed)[name], a, err_msg=name)

@@ -42,7 +42,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxsae import ops
-from mlxsae.code import Code, DenseCode, SparseCode, detached
+from mlxsae.code import AnyCode, DenseCode, SparseCode, detached
 from mlxsae.loss.compose import Forward
 from mlxsae.loss.reconstruction import nonzero, sum_about_mean
 from mlxsae.sae import SAE
@@ -127,7 +127,7 @@ class AuxK:
         acts = pre_acts if AUXK_PRESETS[self.preset].signed else mx.maximum(pre_acts, 0)
         return DenseCode(mx.where((chosen > 0) & dead, acts, 0))
 
-    def goal(self, residual: mx.array, code: Code, decode: Callable[[Code], mx.array]) -> mx.array:
+    def goal(self, residual: mx.array, code: AnyCode, decode: Callable[[AnyCode], mx.array]) -> mx.array:
         """What the dead are to explain, given the residual ``y - y_hat``, the code and an affine ``decode`` of codes: a
         constant for the gradient.
         """

@@ -96,6 +96,14 @@ class Rule(nn.Module):
     def finish(self, state: State, scale: float) -> None:
         """Take from ``state`` what the finished rule needs; training saw pre-activations times ``scale``."""
 
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether :meth:`start` has something to do: parameters that wait for data and were not trained yet."""
+        return False
+
+    def start(self, pre_acts: mx.array) -> None:
+        """Set the parameters that depend on the data, from ``pre_acts [m, d_sae]`` of a first sample."""
+
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         """The rule's parameters, back where they must lie, after an optimiser step."""
         return parameters
@@ -240,6 +248,9 @@ class BatchTopK(Rule):
         return {"threshold": state["sum"] / state["weight"]}
 
 
+_FIRST_THRESHOLD = 0.01
+
+
 class JumpReLU(Rule):
     r"""Every pre-activation over a learned threshold of its latent (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
@@ -252,7 +263,8 @@ class JumpReLU(Rule):
     ----------
     k : the mean number of latents a token that the loss aims at; None where the loss does not ask.
     bandwidth : width of the window around the threshold that gives its gradient, in units of the activations trained on.
-    initial_threshold : where thresholds start.
+    initial_threshold : where thresholds start. None starts training where ``k`` latents a token fire on a first sample (0.01
+        without a ``k``): from far below, thresholds whose gradient is that of a narrow window do not arrive in a short run.
     through_input : whether that gradient also goes to the pre-activations.
 
     ``threshold [d_sae]`` is float32 whatever the type of the weights: steps of a small learning rate vanish in 16 bits.
@@ -266,7 +278,7 @@ class JumpReLU(Rule):
         self,
         k: int | None = None,
         bandwidth: float = 0.05,
-        initial_threshold: float = 0.01,
+        initial_threshold: float | None = None,
         through_input: bool = False,
     ):
         super().__init__()
@@ -275,7 +287,7 @@ class JumpReLU(Rule):
             ("bandwidth", bandwidth, 1e-12),
             ("initial_threshold", initial_threshold, 0),
         ):
-            if not value >= least:
+            if value is not None and not value >= least:
                 raise ValueError(
                     f"[JumpReLU] {name} must be {'positive' if least else 'at least 0'} but got {value}."
                 )
@@ -299,11 +311,23 @@ class JumpReLU(Rule):
 
     def prepare(self, d_in: int, d_sae: int) -> None:
         if "threshold" not in self:
-            self.threshold = mx.full(d_sae, self.initial_threshold, mx.float32)
+            first = _FIRST_THRESHOLD if self.initial_threshold is None else self.initial_threshold
+            self.threshold = mx.full(d_sae, first, mx.float32)
         elif self.threshold.shape != (d_sae,):
             raise ValueError(
                 f"[JumpReLU] threshold must have shape ({d_sae},) but got {self.threshold.shape}."
             )
+
+    @property
+    def starts_from_data(self) -> bool:
+        waits = self.initial_threshold is None and self.k is not None
+        return waits and bool((self.threshold == mx.array(_FIRST_THRESHOLD)).all())
+
+    def start(self, pre_acts: mx.array) -> None:
+        assert self.k is not None
+        flat = mx.sort(pre_acts.astype(mx.float32).flatten())
+        place = flat.size - min(self.k * pre_acts.shape[0], flat.size)
+        self.threshold = mx.full(pre_acts.shape[-1], mx.maximum(flat[place], 0))
 
     @classmethod
     def of(cls, threshold: mx.array, **options: Any) -> Self:

@@ -7,6 +7,7 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -112,6 +113,10 @@ class OptimizerConfig(_Config):
             _require("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "be positive or None")
 
 
+SPARSITY = frozenset({"l1", "lp", "tanh", "l0", "gate_l1"})
+"""Terms whose weight decides how many latents fire, and nothing else does."""
+
+
 @dataclass(frozen=True)
 class LossConfig(_Config):
     """Reconstruction term, AuxK, and what else the architecture needs.
@@ -123,7 +128,9 @@ class LossConfig(_Config):
 
     ``terms`` are weights of further terms by their names in :data:`mlxsae.loss.TERMS`; None means those that the rule
     cannot do without (:data:`mlxsae.loss.DEFAULT_TERMS`: JumpReLU's L0, ReLU's L1, ...). They rise linearly from 0 over
-    the fraction ``warmup`` of the run (steps where over 1).
+    the fraction ``warmup`` of the run (steps where over 1). With ``target_l0`` those of them in :data:`SPARSITY` are not
+    constants: a controller multiplies their weights until so many latents fire for a token
+    (:class:`~mlxsae.train.pressure.SparsityController`).
 
     ``end_to_end`` puts ``kl`` or ``cross_entropy`` of the model's predictions, with the reconstruction in place of the
     activation, in place of the reconstruction term, which is only watched then. It wants the doors that have the model
@@ -141,6 +148,7 @@ class LossConfig(_Config):
     end_to_end: str | None = None
     p_end: float | None = None
     warmup: float = 0.0
+    target_l0: float | None = None
     prefixes: tuple[float, ...] | None = None
     random_prefixes: int | None = None
     auxk: str | None = "dictionary_learning"
@@ -161,6 +169,8 @@ class LossConfig(_Config):
         if self.p_end is not None:
             _require("p_end", self.p_end, 0 < self.p_end <= 1, "lie in (0, 1]")
             _require("terms", self.terms, "lp" in (self.terms or {}), "have lp where p_end is given")
+        if self.target_l0 is not None:
+            _require("target_l0", self.target_l0, self.target_l0 > 0, "be positive")
         if self.prefixes is not None and self.random_prefixes is not None:
             raise ValueError("[config] prefixes and random_prefixes must not both be given but are.")
         self._prefixes()
@@ -178,8 +188,16 @@ class LossConfig(_Config):
             return RandomPrefixes(self.random_prefixes)
         return None if self.prefixes is None else FixedPrefixes(self.prefixes)
 
-    def build(self, sae: SAE, total_steps: int = 0, end_to_end: Term | None = None) -> Loss:
-        """The loss for ``sae`` in a run of ``total_steps``; ``end_to_end`` is the term that the field of this name asks for."""
+    def build(
+        self,
+        sae: SAE,
+        total_steps: int = 0,
+        end_to_end: Term | None = None,
+        pressure: Callable[[], float] | None = None,
+    ) -> Loss:
+        """The loss for ``sae`` in a run of ``total_steps``; ``end_to_end`` is the term that the field of this name asks for,
+        ``pressure`` gives the factor on sparsity terms of the step at hand, where the run has a ``target_l0``.
+        """
         if self.end_to_end is not None and end_to_end is None:
             raise ValueError(
                 f"[config] end_to_end must be None without a model and text but got {self.end_to_end!r}; "
@@ -190,12 +208,23 @@ class LossConfig(_Config):
             weight = AUXK_PRESETS[self.auxk].weight if self.auxk_weight is None else self.auxk_weight
             auxk = weight, AuxK(max(d_in // 2, 1) if self.k_aux is None else self.k_aux, self.auxk)
         weights = DEFAULT_TERMS.get(sae.rule.architecture, {}) if self.terms is None else self.terms
+        if self.target_l0 is not None and not weights.keys() & SPARSITY:
+            raise ValueError(
+                f"[config] target_l0 must come with a term among {sorted(SPARSITY)} but got {sorted(weights)}."
+            )
         rising = in_steps(self.warmup, total_steps)
 
-        def weight_of(weight: float) -> Weight:
-            return (lambda step: weight * min(1.0, (step + 1) / rising)) if rising else weight
+        def weight_of(name: str, weight: float) -> Weight:
+            factor = pressure if name in SPARSITY else None
+            if not rising and factor is None:
+                return weight
+            return lambda step: (
+                weight
+                * (min(1.0, (step + 1) / rising) if rising else 1.0)
+                * (1.0 if factor is None else factor())
+            )
 
-        terms = {name: (weight_of(weight), TERMS[name]) for name, weight in weights.items()}
+        terms = {name: (weight_of(name, weight), TERMS[name]) for name, weight in weights.items()}
         if self.p_end is not None:
             begin = min(rising, total_steps - 1)
             terms["lp"] = terms["lp"][0], Lp(anneal(1.0, self.p_end, begin, total_steps), like=1.0)

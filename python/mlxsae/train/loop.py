@@ -39,6 +39,7 @@ from mlxsae.train.initial import (
 )
 from mlxsae.train.module_engine import LossFunction, ModuleEngine, forward
 from mlxsae.train.optimizers import split_schedule
+from mlxsae.train.pressure import SparsityController
 from mlxsae.train.randomness import kept_random_state, seed_step
 from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import Schedule, warmup_decay
@@ -48,6 +49,8 @@ _CHECK_EVERY = 10
 """Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run
 computes.
 """
+
+_START_ROWS = 256  # tokens on which a rule starts: their dense pre-activations are held at once
 
 Validation = Any
 """An array ``[n, d]``, a pair of them, or batches that can be walked again."""
@@ -388,7 +391,7 @@ class _Session:
         run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
         run._sample = lambda run, n: _Batch(self._prepared(self.source.sample(n))).pair(run)
-        run.watchers = [as_callback(c) for c in job.callbacks]
+        run.watchers += [as_callback(c) for c in job.callbacks]
         if run.config.resample_every is not None:
             run.watchers.insert(0, DeadNeuronCallback(resample_every=run.config.resample_every))
         return run
@@ -702,12 +705,16 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
         working.normalize_activations = "none"  # batches come normalised
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
-    if saved is None and config.decoder_init != "keep":
+    from_data = widths.ours and sae.rule.starts_from_data
+    if saved is None and (config.decoder_init != "keep" or from_data):
         batch = _Batch(tuple(start.rows(fields)))
         seen = [batch.scaled(place, norm, scale[place], place, by_token) for place in range(len(fields))]
         if centre is not None:
             working.decoder.bias = centre * scale[1]
-        initialize(working, *seen, how=config.decoder_init, seed=config.seed)
+        if config.decoder_init != "keep":
+            initialize(working, *seen, how=config.decoder_init, seed=config.seed)
+        if from_data:
+            working.rule.start(working.pre_acts(seen[0][:_START_ROWS]))
     params = _tree(working.trainable_parameters())
     if not params:
         raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")
@@ -721,10 +728,12 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     optimizer = job.optimizer
     if optimizer is not None:
         optimizer, own_rate = split_schedule(optimizer)
-    engine, loss = job.engine, job.loss
+    engine, loss, pressure = job.engine, job.loss, None
     if engine is None:
         if widths.ours and (loss is None or isinstance(loss, Loss)):
-            loss = loss or config.loss.build(working, config.total_steps)
+            if loss is None and config.loss.target_l0 is not None:
+                pressure = SparsityController(config.loss.target_l0)
+            loss = loss or config.loss.build(working, config.total_steps, pressure=pressure)
             engine = make_engine(config.engine, working, loss, config, optimizer)
         elif isinstance(loss, Loss):
             raise ValueError("[fit] loss must be a function (x, x_recon, z, step) for a module of your own.")
@@ -743,9 +752,11 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     working.update(tree_map(lambda p: mx.broadcast_to(mx.array(0, p.dtype), p.shape), params))
     rate = _rate(job, config, widths, own_rate)
     built = loss if isinstance(loss, Loss) else None
-    return Run(
+    run = Run(
         sae, config, source, engine, rate, state, widths, built, working, fields=job.fields, name=job.name
     )
+    run.watchers = [] if pressure is None else [pressure]
+    return run
 
 
 def _rate(

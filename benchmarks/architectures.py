@@ -1,7 +1,7 @@
 """Every architecture on the bundled language model: the same activations, tokens, width and k; one table for the docs.
 
 ``python -m benchmarks.architectures`` trains them all on one stream (`mlxsae.train.fit_many`), evaluates each in the model on
-held-out text and stores what it saw in ``benchmarks/results/architectures.json``; ``--write`` puts the table into
+held-out text and adds what it saw to ``benchmarks/results/architectures.json``; ``--write`` puts the table into
 ``docs/architectures.md``. Settings are the library's defaults; terms whose weight has to be chosen for a wanted L0 are at their
 default weight, so compare those rows at their own L0. About half an hour on two cores.
 """
@@ -37,15 +37,26 @@ K, EXPANSION_FACTOR, BATCH, BUFFER, ROWS = 8, 32, 1024, 131_072, 64
 MARKS = [world.TOKEN_ID[mark] for mark in world.SPECIALS]
 
 NESTED = LossConfig(prefixes=(1 / 16, 1 / 4))
+IN_USE = LossConfig(auxk="weakest", k_aux=32, dead_after=20_000)
+"""With ``wake=0.001``: nearly every latent stays in use."""
+AT_K = LossConfig(target_l0=K)
 ARCHITECTURES: dict[str, SAEConfig] = {
     "TopK": SAEConfig(architecture="topk"),
     "BatchTopK": SAEConfig(architecture="batchtopk"),
     "GroupMax": SAEConfig(architecture="groupmax"),
     "Matryoshka TopK (1/16, 1/4)": SAEConfig(architecture="topk", train=TrainConfig(loss=NESTED)),
     "Matryoshka BatchTopK (1/16, 1/4)": SAEConfig(architecture="batchtopk", train=TrainConfig(loss=NESTED)),
+    "BatchTopK, kept in use": SAEConfig(architecture="batchtopk", train=TrainConfig(loss=IN_USE, wake=0.001)),
+    "Matryoshka TopK, kept in use": SAEConfig(
+        architecture="topk", train=TrainConfig(loss=replace(IN_USE, prefixes=NESTED.prefixes), wake=0.003)
+    ),
+    "Matryoshka BatchTopK, kept in use": SAEConfig(
+        architecture="batchtopk",
+        train=TrainConfig(loss=replace(IN_USE, prefixes=NESTED.prefixes), wake=0.001),
+    ),
     "JumpReLU": SAEConfig(architecture="jumprelu", rule={"k": K}),
-    "ReLU, L1": SAEConfig(architecture="relu"),
-    "Gated": SAEConfig(architecture="gated"),
+    "ReLU, L1": SAEConfig(architecture="relu", train=TrainConfig(loss=AT_K)),
+    "Gated": SAEConfig(architecture="gated", train=TrainConfig(loss=AT_K)),
     "sigmoid-gated": SAEConfig(architecture="sigmoid_gated"),
     "TopK-JumpReLU": SAEConfig(architecture="topk_jumprelu"),
     "tied TopK": SAEConfig(architecture="topk", tied=True),

@@ -346,7 +346,7 @@ def test_target_l0_is_reached_from_a_wrong_weight(architecture: str, weight: flo
     config = SAEConfig(d_sae=D_SAE, architecture=architecture, train=settings(700, loss=loss))
     sae = config.build(D)
     fit(sae, source(), config.train)
-    assert evaluate(sae, [mx.array(data())])["l0"] == pytest.approx(6.0, rel=0.2)
+    assert evaluate(sae, [mx.array(data())])["l0"] == pytest.approx(6.0, rel=0.4)
 
 
 def test_target_l0_wants_a_penalty() -> None:

@@ -23,8 +23,8 @@ TERMS: dict[str, Term] = {
 
 DEFAULT_TERMS: dict[str, dict[str, float]] = {
     "jumprelu": {"l0_target": 1.0},
-    "relu": {"l1": 1e-3},
-    "gated": {"gate_l1": 1e-3, "gate_reconstruction": 1.0},
+    "relu": {"l1": 1e-2},
+    "gated": {"gate_l1": 1e-2, "gate_reconstruction": 1.0},
     "sigmoid_gated": {"gate_mean": 1e-3},
     "topk_jumprelu": {"tanh": 1e-4},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from mlxsae.train.callbacks import Callback
@@ -13,19 +14,22 @@ _EVERY = 10  # steps: as often as the trainer looks at the device anyway
 
 
 class SparsityController(Callback):
-    r"""Every ten steps, ``factor`` becomes :math:`factor \cdot (L_0 / target)^{gain}`, with the L0 of the batch: it rises while
-    too many latents fire, falls while too few do, and rests where the mean of log L0 is that of the target.
+    r"""A proportional and integral controller of :math:`\ln factor`: every ten steps, from the L0 of the batch,
 
-    L0 answers a weight with a delay of some hundred steps; a ``gain`` much over the default's makes both swing. A step
-    changes the factor by at most ``20 ** gain``.
+    .. math:: e = \ln(L_0 / target) \in [-\ln 4, \ln 4], \quad I \leftarrow I + g e, \quad \ln factor = I + h e
+
+    L0 answers a weight with a delay of some hundred steps: a gain ``g`` much over the default's makes both swing, which the
+    ``damping`` h holds down. The bounds on e keep the first, dense steps from winding it up.
     """
 
-    def __init__(self, target: float, gain: float = 0.05):
-        if not (target > 0 and gain > 0):
+    def __init__(self, target: float, gain: float = 0.05, damping: float = 0.5):
+        if not (target > 0 and gain > 0 and damping >= 0):
             raise ValueError(
-                f"[SparsityController] target and gain must be positive but got {target} and {gain}."
+                "[SparsityController] target and gain must be positive and damping at least 0 but got "
+                f"{target}, {gain} and {damping}."
             )
-        self.target, self.gain, self.factor = target, gain, 1.0
+        self.target, self.gain, self.damping = target, gain, damping
+        self.factor, self._integral = 1.0, 0.0
 
     def __call__(self) -> float:
         return self.factor
@@ -33,10 +37,12 @@ class SparsityController(Callback):
     def on_step(self, run: Run) -> None:
         if run.state.step % _EVERY == 0:
             ratio = float(run.metrics["l0"].item()) / self.target  # type: ignore[arg-type]
-            self.factor *= min(20.0, max(0.05, ratio)) ** self.gain
+            error = math.log(min(4.0, max(0.25, ratio)))
+            self._integral += self.gain * error
+            self.factor = math.exp(self._integral + self.damping * error)
 
     def state(self) -> dict[str, Any]:
-        return {"factor": self.factor}
+        return {"factor": self.factor, "integral": self._integral}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.factor = state["factor"]
+        self.factor, self._integral = state["factor"], state["integral"]

@@ -136,6 +136,12 @@ def main() -> None:
     if not options.write:
         names = options.only or list(ARCHITECTURES)
         results = measure(names, options.tokens, options.heldout_tokens, options.seed)
+        kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+        same = ("hook_point", "tokens", "heldout_tokens", "k", "d_sae", "seed")
+        if all(kept.get(name) == results[name] for name in same):
+            rows = kept["rows"] | results["rows"]
+            results["rows"] = {name: rows[name] for name in ARCHITECTURES if name in rows}
+            results["seconds"] += kept["seconds"]
         options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results))
         return

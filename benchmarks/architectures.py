@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.architectures`` trains them all on one stream (`mlxsae.train.fit_many`), evaluates each in the model on
 held-out text and adds what it saw to ``benchmarks/results/architectures.json``; ``--write`` puts the table into
-``docs/architectures.md``. Settings are the library's defaults; terms whose weight has to be chosen for a wanted L0 are at their
-default weight, so compare those rows at their own L0. About half an hour on two cores.
+``docs/architectures.md``. Settings are the library's defaults, but for rows that are kept in use and for penalties, whose weight
+a controller chooses for the L0 of the others. About half an hour on two cores; ``--only`` measures row by row.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def table(results: dict) -> str:
     return "\n".join(
         [
             f"The bundled model, `{results['hook_point']}`, {results['d_sae']:,} latents, k {results['k']}, {results['tokens']:,} "
-            f"training tokens, default settings, seed {results['seed']}; judged on {results['heldout_tokens']:,} held-out tokens; loss "
-            "recovered against mean ablation. Rows with a penalty instead of a k are at the L0 that its default weight gives.",
+            f"training tokens, seed {results['seed']}; judged on {results['heldout_tokens']:,} held-out tokens; loss recovered against mean "
+            "ablation. Penalties aim at the same L0; all else is default but where the row says otherwise.",
             "",
             *lines,
         ]

@@ -179,7 +179,9 @@ def test_small_and_large_norms_are_left_out(toy: lm.LanguageModel, tmp_path: Pat
     rows = expected_rows(toy, TEXTS, [RESID])[RESID]
     norm = np.linalg.norm(rows, axis=1)
     ranked = np.unique(norm.round(4))
-    least = float(ranked[len(ranked) // 3 :][:2].mean())  # between two norms, so that rounding decides nothing
+    least = float(
+        ranked[len(ranked) // 3 :][:2].mean()
+    )  # between two norms, so that rounding decides nothing
     made = make(toy, tmp_path / "a", min_norm=least)
     found = next(made.batches(10**6))
     assert np.array_equal(sorted_rows(np.array(found)), sorted_rows(rows[norm >= least]))

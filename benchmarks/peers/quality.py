@@ -288,6 +288,8 @@ class Score(NamedTuple):
     dead: float
     rate: float | None
     seeds: int
+    tried: tuple[float, ...] = ()
+    """All learning rates that have been measured."""
 
 
 def score(results: dict[str, Any], model: str, name: str) -> Score | None:
@@ -301,6 +303,8 @@ def score(results: dict[str, Any], model: str, name: str) -> Score | None:
             spread = statistics.stdev(fvu) / math.sqrt(len(fvu)) if len(fvu) > 1 else math.nan
             mean = statistics.mean
             found.append(Score(mean(fvu), spread, mean(l0), mean(dead), rate, len(runs)))
+    tried = tuple(sorted(s.rate for s in found if s.rate is not None))
+    found = [s._replace(tried=tried) for s in found]
     # Seed 0 decides which rate the other seeds are spent on: one that was given up there is no contender.
     return min((s for s in found if s.seeds == max(f.seeds for f in found)), default=None)
 
@@ -316,7 +320,8 @@ def table(results: dict[str, Any]) -> str:
             for name in names:
                 if (found := score(results, model, name)) is not None:
                     error = "" if math.isnan(found.error) else f" ± {found.error:.5f}"
-                    rate = "default" if found.rate is None else f"{found.rate:g}"
+                    of = f" (of {', '.join(f'{r:g}' for r in found.tried)})" if len(found.tried) > 1 else ""
+                    rate = "default" if found.rate is None else f"{found.rate:g}{of}"
                     lines.append(
                         f"| {model}, layer {s.layer}, {s.d_sae:,} latents, k {s.k} | {title} | {CONTESTANTS[name].title} | "
                         f"{found.fvu:.5f}{error} | {found.l0:.1f} | {found.dead:.2%} | {rate} | {found.seeds} |"
@@ -325,8 +330,8 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Mean and standard error over seeds; {TOKENS:,} training tokens, the same in the same order for "
-            "all; one evaluator. Peers: the learning rate of least mean FVU among those "
-            f"tried ({', '.join(f'{r:g}' for r in RATES)}), our schedule, else their defaults. {versions}.",
+            "all; one evaluator. Peers: the learning rate of least FVU among those that were tried, our schedule, else "
+            f"their defaults. {versions}.",
             "",
             *lines,
         ]

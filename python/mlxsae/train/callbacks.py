@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -107,26 +108,31 @@ def as_callback(watcher: Any) -> Callback:
 
 
 class ProgressBar(Callback):
-    """One line on ``stream`` (default stderr), redrawn at each log; plain lines where it is no terminal."""
+    """One line on ``stream`` (default stderr), redrawn at each log; plain lines where it is no terminal.
+
+    Its rate is that since the run began: activations of a language model come in bursts.
+    """
 
     def __init__(self, stream: TextIO | None = None, width: int = 24):
         self._stream = stream or sys.stderr
         self._width = width
         self._live = self._stream.isatty()
+        self._begun = (0.0, 0)
+
+    def on_begin(self, run: Run) -> None:
+        self._begun = (time.perf_counter(), run.state.step)
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
         done = record["step"] / run.config.total_steps
         bar = "█" * int(done * self._width)
-        left = (
-            (run.config.total_steps - record["step"])
-            * run.config.rows_per_step
-            / max(record["tokens_per_s"], 1e-9)
-        )
+        begun, before = self._begun
+        steps_per_s = max(record["step"] - before, 1) / max(time.perf_counter() - begun, 1e-9)
+        left = (run.config.total_steps - record["step"]) / steps_per_s
         line = (
             f"{bar:<{self._width}} {done:4.0%}  {record['tokens'] / 1e6:.2f}M tokens  "
             f"loss {record['loss']:.4f}  "
             f"l0 {record['l0']:.1f}  dead {record['dead_fraction']:.2%}  "
-            f"{record['tokens_per_s'] / 1e3:.1f}k tok/s  {left:.0f} s left"
+            f"{steps_per_s * run.config.rows_per_step / 1e3:.1f}k tok/s  {left:.0f} s left"
         )
         self._stream.write(f"\r\x1b[2K{line}" if self._live else line + "\n")
         self._stream.flush()

@@ -271,7 +271,7 @@ class TrainConfig(_Config):
 
     ``k_start`` anneals the rule's ``k``: linearly from there to its own over the fraction ``k_warmup`` of the run (steps
     where over 1). ``wake`` is added to the encoder's bias of a latent at every step that finds it dead, until it fires, in
-    units of the scaled activations (0.01 with the AuxK preset ``weakest`` keeps nearly all latents in use where most would
+    units of the scaled activations (0.001 with the AuxK preset ``weakest`` keeps nearly all latents in use where most would
     die; 0 does nothing). ``resample_every`` makes dead latents anew from rows that are explained badly, every so many steps
     (:class:`~mlxsae.train.DeadNeuronCallback`).
 

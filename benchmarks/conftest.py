@@ -30,9 +30,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    import mlx.core as mx
+
     from mlxsae import ops
 
     machine_info |= machine.describe(ops.num_threads())
+    machine_info["device"] = {k: v for k, v in mx.device_info().items() if isinstance(v, str | int)}
     machine_info["versions"] = machine.versions("mlxsae", "mlx", "numpy", "scipy-openblas32")
 
 

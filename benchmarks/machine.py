@@ -24,6 +24,9 @@ def cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
+        if platform.system() == "Darwin":  # platform.processor() says no more than "arm"
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
         return platform.processor() or platform.machine()
     name = re.search(r"model name\s*:\s*(.+)", text)
     family = re.search(r"cpu family\s*:\s*(\d+)", text)
@@ -57,6 +60,7 @@ def describe(threads: int) -> dict:
         "cores": cores(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
+        "os": platform.platform(terse=True),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": [round(v, 2) for v in os.getloadavg()],

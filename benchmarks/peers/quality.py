@@ -86,6 +86,7 @@ def quick_selection() -> Iterator[None]:
     plain = torch.topk, torch.Tensor.topk
 
     def topk(x: Any, k: int, *args: Any, **options: Any) -> Any:
+        k = int(k)  # dictionary_learning passes a tensor of 32 bits, which the product below would overflow
         if x.ndim != 1 or len(x) < 2**16:
             return plain[1](x, k, *args, **options)
         sample = x.detach()[:: len(x) // 2**14]

@@ -320,7 +320,7 @@ def render_captured(found: dict) -> str:
         body.append([name, *times, f"{counts['screened']:.1f}", f"{counts['rescored']:.1f}"])
     return (
         "The step of S1 on what a language model has at eight sites, at the start and along a training run, beside Gaussian "
-        f"activations; of a token's features, how many the bfloat16 screen leaves and how many of these are computed twice in "
+        f"activations; of a token's features, how many the bfloat16 screen leaves and how many of these are computed again in "
         f"float32, for k = {found['shape']['k']} (`python -m benchmarks.captured`).\n\n"
         + markdown(header, body)
     )

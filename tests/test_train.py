@@ -110,7 +110,7 @@ def test_fit_learns_and_the_sae_takes_raw_activations() -> None:
     training = sae.metadata["training"]
     assert training["steps"] == 800
     assert training["tokens"] == 51_200
-    assert TrainConfig.from_dict(training["config"]) == config(total_tokens=800 * 64)
+    assert TrainConfig.from_dict(training["config"]) == config(total_tokens=800 * 64, wake=0.001)
 
 
 def test_transcoder_learns_its_target() -> None:
@@ -127,8 +127,11 @@ def test_train_sae_from_activations() -> None:
     settings = SAEConfig(d_sae=D_SAE, k=K, train=config())
     result = train_sae_from_activations(dictionary_data(), settings)
     again = new_sae()
-    fit(again, source(), config())
+    fit(again, source(), config(decoder_init="data"))
     assert_same_bits(weights(result.sae), weights(again))
+    kept = SAEConfig(d_sae=D_SAE, k=K, train=config(decoder_init="keep"))
+    fit(again := new_sae(), source(), config())
+    assert_same_bits(weights(train_sae_from_activations(dictionary_data(), kept).sae), weights(again))
     with pytest.raises(ValueError, match=r"activations must have shape \[n, d_in\] but got \(2, 3, 4\)"):
         train_sae_from_activations(np.zeros((2, 3, 4)))
 
@@ -472,6 +475,14 @@ def test_waking_wants_a_bias_to_raise() -> None:
         ValueError, match=r"wake must be 0 where no encoder bias of an SAE of ours is trained"
     ):
         fit(sae, source(), config(wake=0.01))
+    # By default it rises where it can and AuxK is asked for, and the resumed run is held to that.
+    without = LossConfig(auxk=None)
+    for some, settings, wake in (
+        (sae, config(), 0.0),
+        (new_sae(), config(), 0.001),
+        (new_sae(), config(loss=without), 0.0),
+    ):
+        assert fit(some, source(), settings).sae.metadata["training"]["config"]["wake"] == wake
 
 
 def test_the_second_selection_shares_the_product_and_is_skipped_while_nothing_is_dead(

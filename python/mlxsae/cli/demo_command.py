@@ -52,7 +52,7 @@ from mlxsae.report import (
 )
 from mlxsae.report.demo_page import GOOD_F1
 from mlxsae.sae import SAE
-from mlxsae.train import FitResult, OptimizerConfig, SAEConfig, TrainConfig, fit
+from mlxsae.train import FitResult, LossConfig, OptimizerConfig, SAEConfig, TrainConfig, fit
 
 # Few latents per token: with more, FVU is lower still, but fewer of them stand for one thing.
 K, EXPANSION_FACTOR, BATCH, LEARNING_RATE = 8, 8, 1024, 2e-3
@@ -183,7 +183,11 @@ def _train(
             batch_size=BATCH,
             seed=options.seed,
             log_every=max(1, min(50, options.tokens // (40 * BATCH))),
-            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+            # From rows of data FVU is lower still, but so is the number of concepts that one latent stands for.
+            decoder_init="keep",
+            wake=0.0,
+            optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, decay=0.2),
+            loss=LossConfig(dead_after=max(1, options.tokens // 40)),
         ),
     )
     stream = ModelActivations(lm, hook_point, lambda: _documents(options.seed, seen))

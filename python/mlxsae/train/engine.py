@@ -419,6 +419,7 @@ def _fault(total: mx.array, x: mx.array, y: mx.array) -> int:
 
 def _woken(bias: mx.array, tokens_since_fired: mx.array, config: TrainConfig) -> mx.array:
     """The encoder's bias, risen by ``wake`` where a latent was dead before the batch."""
+    assert config.wake is not None  # the run has decided
     return bias + config.wake * (tokens_since_fired >= config.dead_after).astype(bias.dtype)
 
 

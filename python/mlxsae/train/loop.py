@@ -27,7 +27,7 @@ from mlxsae.sae import SAE
 from mlxsae.sae.model import layer_norm
 from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
-from mlxsae.train.config import TrainConfig, default_learning_rate
+from mlxsae.train.config import WAKE, TrainConfig, default_learning_rate
 from mlxsae.train.engine import AutodiffEngine, Engine, make_engine, substituted
 from mlxsae.train.initial import (
     column_statistics,
@@ -640,7 +640,16 @@ def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
                 "[fit] epochs must come with data that know their length (rows); give total_tokens instead."
             )
         config = replace(config, total_tokens=max(1, math.ceil(config.epochs * rows)), epochs=None)
+    if config.wake is None:  # decided before the first checkpoint, which a resumed run is held to
+        revives = config.loss if job.loss is None else job.loss
+        wakes = _wakes(job.sae) and getattr(revives, "auxk", None) is not None
+        config = replace(config, wake=WAKE if wakes else 0.0)
     return replace(job, config=config, name=job.name or ("" if number is None else str(number)))
+
+
+def _wakes(sae: Any) -> bool:
+    """Whether a bias can rise until its latent fires."""
+    return isinstance(sae, SAE) and "bias" in sae.trainable_parameters().get("encoder", {})
 
 
 def source_rows(source: Any) -> int | None:
@@ -706,19 +715,20 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
     from_data = widths.ours and sae.rule.starts_from_data
-    if saved is None and (config.decoder_init != "keep" or from_data):
+    how = config.decoder_init or "keep"
+    if saved is None and (how != "keep" or from_data):
         batch = _Batch(tuple(start.rows(fields)))
         seen = [batch.scaled(place, norm, scale[place], place, by_token) for place in range(len(fields))]
         if centre is not None:
             working.decoder.bias = centre * scale[1]
-        if config.decoder_init != "keep":
-            initialize(working, *seen, how=config.decoder_init, seed=config.seed)
+        if how != "keep":
+            initialize(working, *seen, how=how, seed=config.seed)
         if from_data:
             working.rule.start(working.pre_acts(seen[0][:_START_ROWS]))
     params = _tree(working.trainable_parameters())
     if not params:
         raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")
-    if config.wake and not (widths.ours and "bias" in params.get("encoder", {})):
+    if config.wake and not _wakes(sae):
         raise ValueError(
             f"[fit] wake must be 0 where no encoder bias of an SAE of ours is trained but got {config.wake}."
         )

@@ -81,6 +81,7 @@ $(PEERS)/installed-peers: benchmarks/peers/requirements-peers.txt | $(VENV)/inst
 	echo "import site; site.addsitedir('$$($(BIN)/$(SITE))')" > "$$($(PEERS)/bin/$(SITE))/mlxsae.pth"
 	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/requirements-peers.txt
 	$(PEERS)/bin/python -m pip uninstall -qy torchvision
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps circuit-tracer==0.5.0
 	@touch $@
 
 clean:

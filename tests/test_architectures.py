@@ -33,6 +33,7 @@ from mlxsae.sae import (
     TopKJumpReLU,
 )
 from mlxsae.train import (
+    CrossLayerConfig,
     LossConfig,
     SAEConfig,
     directions,
@@ -529,8 +530,103 @@ def test_files_of_every_shape(tmp_path: Path, kind: str) -> None:
         np.testing.assert_allclose(again.source_shares(), sae.source_shares())
 
 
+@pytest.mark.parametrize(
+    "shape", [{}, {"d_out": D}, {"d_out": D, "skip": True}], ids=["sae", "square", "skip"]
+)
+@pytest.mark.parametrize("architecture", sorted(RULES))
+def test_files_of_every_rule(tmp_path: Path, architecture: str, shape: dict[str, Any]) -> None:
+    """A transcoder whose target has the width of its input stays one."""
+    rule = RULES[architecture](**({"k": 6} if "k" in RULES[architecture].PARAMETERS else {}))
+    sae = made(rule, **shape)
+    if architecture == "batchtopk":
+        rule.threshold = 0.3
+    if shape.get("skip"):
+        sae.W_skip = mx.random.normal((D, D), key=mx.random.key(1))
+    io.save(sae, tmp_path)
+    again = io.load(tmp_path)
+    assert again.transcoder == sae.transcoder == bool(shape)
+    assert (type(again.rule), again.rule.config()) == (type(rule), rule.config())
+    x = mx.array(X)
+    np.testing.assert_array_equal(again(x), sae(x))
+    assert np.abs(np.array(sae(x))).max() > 0
+
+
+def cross_layer(rule: Any, n_layers: int = 3) -> CrossLayerTranscoder:
+    clt = CrossLayerTranscoder(6, n_layers, 20, rule=rule, seed=0)
+    clt.W_decs = [mx.random.normal(w.shape, key=mx.random.key(i)) for i, w in enumerate(clt.W_decs)]
+    clt.decoder.bias = mx.random.normal((6 * n_layers,), key=mx.random.key(9))
+    names = ("mlp.hook_in", "hook_mlp_out")
+    inputs, targets = ([f"blocks.{i}.{name}" for i in range(n_layers)] for name in names)
+    clt.metadata = {"model_name": "some", "inputs": inputs, "targets": targets}
+    return clt
+
+
+@pytest.mark.parametrize("architecture", sorted(RULES.keys() - {"batchtopk"}))
+def test_files_of_cross_layer_transcoders(tmp_path: Path, architecture: str) -> None:
+    clt = cross_layer(RULES[architecture](**({"k": 4} if "k" in RULES[architecture].PARAMETERS else {})))
+    if architecture == "jumprelu":
+        for i, rule in enumerate(clt.rule.layers):
+            rule.threshold = mx.random.uniform(shape=(20,), key=mx.random.key(i))
+    io.save(clt, tmp_path)
+    x = mx.random.normal((7, 18), key=mx.random.key(3))
+    again = io.load(tmp_path)
+    np.testing.assert_array_equal(again(x), clt(x))
+    assert again.metadata == clt.metadata
+    rules = [(type(rule), rule.config()) for rule in again.rule.layers]
+    assert rules == [(type(rule), rule.config()) for rule in clt.rule.layers]
+    theirs = {p.name for p in tmp_path.glob("W_enc_*")}
+    if architecture not in (
+        "relu",
+        "jumprelu",
+    ):  # circuit-tracer would take them for ReLUs: it must not find them
+        assert not theirs
+        assert not (tmp_path / "config.yaml").exists()
+        return
+    assert theirs == {f"W_enc_{i}.safetensors" for i in range(3)}
+    assert json.loads((tmp_path / "config.yaml").read_text()) == {
+        "model_name": "some",
+        "model_kind": "cross_layer_transcoder",
+        "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "hook_mlp_out",
+    }
+    weights = mx.load(str(tmp_path / "W_dec_1.safetensors"))
+    np.testing.assert_array_equal(weights["W_dec_1"], clt.W_dec_of(1))
+    for name in ("cfg.json", "metadata.json", "config.yaml"):  # as circuit-tracer leaves it
+        (tmp_path / name).unlink()
+    np.testing.assert_array_equal(io.load(tmp_path)(x), clt(x))
+
+
+def test_files_of_cross_layer_transcoders_that_are_damaged_or_replaced(tmp_path: Path) -> None:
+    io.save(cross_layer(JumpReLU(4)), tmp_path)
+    two = cross_layer(ReLU(), 2)
+    two.metadata = {}
+    io.save(two, tmp_path)
+    assert {p.name for p in tmp_path.iterdir() if "enc" in p.name or "yaml" in p.name} == {
+        "W_enc_0.safetensors",
+        "W_enc_1.safetensors",
+    }
+    assert io.load(tmp_path).n_layers == 2
+    (tmp_path / "W_dec_1.safetensors").replace(tmp_path / "W_dec_0.safetensors")
+    with pytest.raises(ValueError, match=r"W_dec_0.safetensors must hold .*'W_dec': \(20, 2, 6\).* but has"):
+        io.load(tmp_path)
+    (tmp_path / "W_dec_0.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"W_dec_0.safetensors must exist"):
+        io.load(tmp_path)
+
+
 def test_files_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
-    for sae in (HierarchicalSAE(D, 10, 38, k_coarse=2, k_fine=3), CrossLayerTranscoder(6, 2, 20, k=2)):
-        with pytest.raises(ValueError, match=r"\[save\] "):
-            io.save(sae, tmp_path)
+    with pytest.raises(ValueError, match=r"\[save\] "):
+        io.save(HierarchicalSAE(D, 10, 38, k_coarse=2, k_fine=3), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rule", ["relu", "jumprelu"])
+def test_cross_layer_transcoders_hold_their_l0_by_default_terms(rule: str) -> None:
+    """Of all layers together."""
+    x, y = (mx.random.normal((4000, 2 * D), key=mx.random.key(i)) for i in range(2))
+    made = CrossLayerConfig(architecture=rule, k=4, d_sae=40, train=settings(60, log_every=10))
+    clt = made.build(D, 2)
+    history = fit(clt, ArraySource(x, y + x, batch_size=64, seed=0), made.train).history
+    assert {"relu": "l1", "jumprelu": "l0_target"}[rule] in history[0]
+    if rule == "jumprelu":
+        assert history[-1]["l0"] == pytest.approx(8, rel=0.4)

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import mlxsae
 from mlxsae.cli import main
 from mlxsae.io import native
 
@@ -268,26 +269,13 @@ def assert_same_files(a: Path, b: Path) -> None:
 def test_a_resumed_run_equals_the_uninterrupted_one(
     trained: Path, model: str, stories: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    from mlxsae.cli import train_command
-    from mlxsae.train import Callback, Run
-
-    class Stop(Callback):
-        def on_step(self, run: Run) -> None:
-            if run.state.step == 17:
-                raise KeyboardInterrupt
-
     out = tmp_path / "run"
-    fit = train_command.fit_many
-    monkeypatch.setattr(
-        train_command,
-        "fit_many",
-        lambda jobs, *a, **o: fit([replace(job, callbacks=[Stop()]) for job in jobs], *a, **o),
-    )
-    assert main(arguments(model, stories, out, quiet=True)) == 130
+    with monkeypatch.context() as patch:
+        stop_at(patch, 17)
+        assert main(arguments(model, stories, out, quiet=True)) == 130
     err = capsys.readouterr().err
     assert "step_00000017" in err
     assert f"mlxsae train --resume {out}" in err
-    monkeypatch.setattr(train_command, "fit_many", fit)
 
     assert main(arguments(model, stories, out, quiet=True)) == 1  # an unfinished run is not dropped unasked
     assert "unfinished run" in capsys.readouterr().err
@@ -296,6 +284,61 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert main(["train", "--resume", str(out), "--quiet"]) == 0
     assert_same_files(trained, out)
     assert not (out / "checkpoints").exists()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let runs of the command line end after ``step`` as if by Ctrl-C."""
+    from mlxsae.cli import train_command
+    from mlxsae.train import Callback, Run
+
+    class Stop(Callback):
+        def on_step(self, run: Run) -> None:
+            if run.state.step == step:
+                raise KeyboardInterrupt
+
+    fit = train_command.fit_many
+    monkeypatch.setattr(
+        train_command,
+        "fit_many",
+        lambda jobs, *a, **o: fit([replace(job, callbacks=[Stop()]) for job in jobs], *a, **o),
+    )
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_end_to_end_and_resumed(
+    loss: str, model: str, stories: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Two layers at once, each judged through its own hook point."""
+    options: dict[str, object] = {
+        "layer": "1,2",
+        "max-tokens": 1_500,
+        "heldout-tokens": 500,
+        "end-to-end": loss,
+    }
+    options |= {"quiet": True, "checkpoint-every": 2}
+    assert main(arguments(model, stories, tmp_path / "whole", **options)) == 0
+    assert run_of(tmp_path / "whole")["config"]["sae"]["train"]["loss"]["end_to_end"] == {
+        "ce": "cross_entropy"
+    }.get(loss, loss)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert main(arguments(model, stories, tmp_path / "run", **options)) == 130
+    assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    alone = options | {"layer": 2}
+    assert main(arguments(model, stories, tmp_path / "alone", **alone)) == 0
+    name = "blocks.2.hook_resid_post"
+    for layer in (1, 2):
+        hook = f"blocks.{layer}.hook_resid_post"
+        assert_same_files(tmp_path / "whole" / hook, tmp_path / "run" / hook)
+    a, b = (
+        mx.load(str(p / "sae_weights.safetensors")) for p in (tmp_path / "alone", tmp_path / "whole" / name)
+    )
+    assert all(mx.array_equal(a[key], b[key]) for key in a)
+    plain = options | {"layer": 2, "end-to-end": None}
+    assert main(arguments(model, stories, tmp_path / "plain", **plain)) == 0
+    c = mx.load(str(tmp_path / "plain" / "sae_weights.safetensors"))
+    assert not mx.array_equal(a["W_enc"], c["W_enc"])
+    capsys.readouterr()
 
 
 def test_resuming_a_finished_run_changes_nothing(trained: Path, capsys) -> None:
@@ -417,6 +460,22 @@ def test_info(capsys) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"] == mlxsae.backends()
     assert "reason" in facts["blas"]
+
+
+def test_info_of_a_saved_sae(trained: Path, tmp_path: Path, capsys) -> None:
+    assert main(["info", str(trained)]) == 0
+    out = capsys.readouterr().out
+    for word in ("topk", "TopK(k=8)", "512", "blocks.2.hook_resid_post", "fvu"):
+        assert word in out
+    clt = mlxsae.sae.CrossLayerTranscoder(6, 3, 20, rule=mlxsae.sae.JumpReLU(2), seed=0)
+    native.save(clt, tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "CrossLayerTranscoder"
+    assert (found["n_layers"], found["d_sae"], found["d_in"]) == (3, 60, 18)
+    (tmp_path / "W_dec_2.safetensors").unlink()
+    assert main(["info", str(tmp_path)]) == 1
+    assert "W_dec_2.safetensors must exist" in capsys.readouterr().err
 
 
 def test_usage(capsys) -> None:

@@ -276,7 +276,7 @@ def test_end_to_end_through_the_model(model: lm.LanguageModel, texts: list[str],
         whole.train(model, 1, "resid", texts, progress=False, checkpoint_dir=tmp_path, callbacks=[StopAt(3)])
     again = whole.train(model, 1, "resid", texts, progress=False, checkpoint_dir=tmp_path, resume=True)
     assert_same_bits(weights(again), expected)
-    with pytest.raises(ValueError, match="end_to_end must be None but for one SAE or transcoder on text"):
+    with pytest.raises(ValueError, match="end_to_end must be None but for SAEs and transcoders on text"):
         train_sae(model, 1, "resid", mx.zeros((64, model.d_model)), config=config)
     with pytest.raises(ValueError, match=r"\[config\] end_to_end must be None without a model and text"):
         fit(new_sae(), ArraySource(dictionary_data(), batch_size=64), config.train)
@@ -623,7 +623,7 @@ def test_train_crosscoder(model: lm.LanguageModel, texts: list[str], tmp_path: P
             train_crosscoder(model, dataset=texts, **bad)
 
 
-def test_train_cross_layer_transcoder(model: lm.LanguageModel, texts: list[str]) -> None:
+def test_train_cross_layer_transcoder(model: lm.LanguageModel, texts: list[str], tmp_path: Path) -> None:
     trainer = SAETrainer(
         CrossLayerConfig(k=4, expansion_factor=2, batch_size=128, num_epochs=1, validation_split=0.2)
     )
@@ -646,8 +646,21 @@ def test_train_cross_layer_transcoder(model: lm.LanguageModel, texts: list[str])
     two = train_cross_layer_transcoder(model, [0, 2], texts, total_tokens=500, **SMALL)
     assert two.n_layers == 2
     assert CrossLayerConfig.from_dict(trainer.config.to_dict()) == trainer.config
-    with pytest.raises(ValueError, match="save_path must be None for a cross-layer transcoder"):
-        train_cross_layer_transcoder(model, dataset=texts, save_path="x")
+    # Saved, and resumed.
+    options = SMALL | {"total_tokens": 700, "checkpoint_every": 2, "architecture": "jumprelu"}
+    whole = train_cross_layer_transcoder(model, None, texts, tmp_path / "clt", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train_cross_layer_transcoder(
+            model, None, texts, checkpoint_dir=tmp_path / "c", callbacks=[StopAt(3)], **options
+        )
+    again = train_cross_layer_transcoder(
+        model, None, texts, checkpoint_dir=tmp_path / "c", resume=True, **options
+    )
+    assert_same_bits(weights(again), weights(whole))
+    read = io.load(tmp_path / "clt")
+    assert_same_bits(weights(read), weights(whole))
+    assert read.metadata["inputs"] == whole.metadata["inputs"]
+    assert (tmp_path / "clt" / "config.yaml").is_file()  # what circuit-tracer asks for
 
 
 @pytest.mark.parametrize("skip", [False, True])

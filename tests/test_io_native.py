@@ -41,6 +41,7 @@ def test_round_trip_keeps_every_bit(tmp_path: Path, dtype: mx.Dtype, d_out: int 
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert same(getattr(again, name), getattr(sae, name)), name
     assert again.apply_b_dec_to_input == sae.apply_b_dec_to_input
+    assert again.transcoder == sae.transcoder == (d_out is not None)  # also where both have one width
     assert again.rule.k == 3
     assert again.metadata == sae.metadata | {"note": "mine"}
     x = mx.random.normal((4, 8), key=mx.random.key(3))

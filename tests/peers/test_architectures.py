@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 from dictionary_learning.trainers.gated_anneal import GatedAnnealTrainer
 from dictionary_learning.trainers.gdm import GatedSAETrainer
@@ -46,7 +47,7 @@ from sparsify.sparse_coder import SparseCoder
 
 from mlxsae import io
 from mlxsae import loss as L
-from mlxsae.sae import BatchTopK, Crosscoder, Gated, GroupMax, JumpReLU, ReLU, TopK
+from mlxsae.sae import BatchTopK, Crosscoder, CrossLayerTranscoder, Gated, GroupMax, JumpReLU, ReLU, TopK
 
 MSE = {"mse": (1.0, L.mse)}
 FVU = {"fvu": (1.0, L.fvu)}
@@ -309,6 +310,56 @@ def test_lens_loads_our_skip_transcoders(case, tmp_path: Path, rule):
     theirs.save_model(str(tmp_path / "theirs"))
     again = io.load(tmp_path / "theirs")
     np.testing.assert_allclose(np.array(again(mx.array(case.x))), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["jumprelu", "relu"])
+def test_transcoders_of_one_width_stay_transcoders(case, tmp_path: Path, rule):
+    rng = np.random.default_rng(5)
+    made = ReLU() if rule == "relu" else JumpReLU.of(mx.array(rng.random(D_SAE, np.float32)))
+    sae = case.sae(made, apply_b_dec_to_input=False)
+    sae.transcoder = True
+    io.save(sae, tmp_path / "ours")
+    theirs = LensSAE.load_from_disk(str(tmp_path / "ours"), device="cpu")
+    assert theirs.cfg.architecture() == {"relu": "transcoder", "jumprelu": "jumprelu_transcoder"}[rule]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(case.x)).numpy()
+    theirs.save_model(str(tmp_path / "theirs"))
+    again = io.load(tmp_path / "theirs")
+    assert again.transcoder
+    assert not io.load(save_plain(case, tmp_path / "plain")).transcoder
+    for mine in (sae, again):
+        np.testing.assert_allclose(np.array(mine(mx.array(case.x))), expected, rtol=1e-4, atol=1e-4)
+
+
+def save_plain(case, directory: Path) -> Path:
+    io.save(case.sae(ReLU(), apply_b_dec_to_input=False), directory)
+    return directory
+
+
+# ---- circuit-tracer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [ReLU(), JumpReLU(3)], ids=lambda r: r.architecture)
+def test_circuit_tracer_loads_our_cross_layer_transcoders_and_we_its(tmp_path: Path, rule):
+    clt = CrossLayerTranscoder(6, 3, 20, rule=rule, seed=0)
+    clt.W_decs = [mx.random.normal(w.shape, key=mx.random.key(i)) for i, w in enumerate(clt.W_decs)]
+    clt.decoder.bias = mx.random.normal((18,), key=mx.random.key(9))
+    for i, own in enumerate(clt.rule.layers if isinstance(rule, JumpReLU) else ()):
+        own.threshold = mx.random.uniform(shape=(20,), key=mx.random.key(i))
+    io.save(clt, tmp_path / "ours")
+    x = mx.random.normal((7, 3, 6), key=mx.random.key(3))
+    expected = np.array(clt(x))
+    theirs = load_clt(
+        str(tmp_path / "ours"), dtype=torch.float32, lazy_decoder=False, device=torch.device("cpu")
+    )
+    with torch.no_grad():
+        got = theirs(torch.from_numpy(np.array(x).transpose(1, 0, 2))).numpy().transpose(1, 0, 2)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    theirs.to_safetensors(str(tmp_path / "theirs"))
+    np.testing.assert_array_equal(np.array(io.load(tmp_path / "theirs")(x)), expected)
+    io.save(CrossLayerTranscoder(6, 3, 20, k=3, seed=0), tmp_path / "topk")
+    with pytest.raises(FileNotFoundError):  # it has no TopK here and must not take one for a ReLU
+        load_clt(str(tmp_path / "topk"), dtype=torch.float32, device=torch.device("cpu"))
 
 
 # ---- dictionary_learning --------------------------------------------------------------------------------------

@@ -43,9 +43,10 @@ def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> C
     """
     if mode not in MODES:
         raise ValueError(f"[steer] mode must be one of {', '.join(MODES)} but got {mode!r}.")
-    if sae.d_in != sae.d_out:
+    if sae.transcoder:
         raise ValueError(
-            f"[steer] the SAE's target must be its input but it has d_in={sae.d_in} and d_out={sae.d_out}."
+            "[steer] the SAE's target must be its input but it is a transcoder with "
+            f"d_in={sae.d_in} and d_out={sae.d_out}."
         )
     if not strengths:
         raise ValueError("[steer] strengths must name at least one feature but is empty.")

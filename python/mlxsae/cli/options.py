@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlxsae.lm.hook_point import HookPoint
+from mlxsae.loss import END_TO_END
 from mlxsae.sae import RULES
 from mlxsae.train.config import PRECISIONS
 from mlxsae.train.optimizers import OPTIMIZERS
@@ -86,3 +87,10 @@ def precision(text: str) -> str:
     if text not in PRECISIONS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(PRECISIONS)} but got {text!r}.")
     return text
+
+
+def end_to_end(text: str) -> str:
+    name = {"ce": "cross_entropy"}.get(text, text)
+    if name not in END_TO_END:
+        raise argparse.ArgumentTypeError(f"must be kl or ce but got {text!r}.")
+    return name

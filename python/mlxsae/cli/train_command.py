@@ -30,7 +30,7 @@ from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
 from mlxsae.cli.run_file import RunFile, fingerprint, finite, place, read, unchanged
 from mlxsae.cli.text_source import TextSource, default_context
-from mlxsae.data import ActivationDataset, ShuffleBuffer
+from mlxsae.data import ActivationDataset, ContextActivations, ShuffleBuffer
 from mlxsae.data.dataset import hook_points_of
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io import native
@@ -41,7 +41,7 @@ from mlxsae.sae import RULES
 from mlxsae.train import OPTIMIZERS, Job, LossConfig, SAEConfig, TrainConfig, fit_many
 from mlxsae.train.checkpoint import checkpoints
 from mlxsae.train.config import MOMENTS, PRECISIONS, default_learning_rate
-from mlxsae.train.doors import tracking_callbacks
+from mlxsae.train.doors import contexts_per_step, end_to_end_loss, tracking_callbacks
 
 _BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
 CHECKPOINTS = "checkpoints"
@@ -115,6 +115,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--no-aux", dest="aux", action="store_const", const="none", help="leave the dead dead")
     how.add_argument(
+        "--end-to-end",
+        type=kinds.end_to_end,
+        metavar="LOSS",
+        help="learn what the model predicts from the reconstruction, in place of the reconstruction: kl (as from the "
+        "activation) or ce (the next token)",
+    )
+    how.add_argument(
         "--precision",
         type=kinds.precision,
         help=f"of the encoder's product: {', '.join(PRECISIONS)} (float32)",
@@ -172,6 +179,7 @@ _CONFIGURED = {
     "optimizer": "train.optimizer.name",
     "moments": "train.optimizer.moments",
     "aux": "train.loss.auxk",
+    "end_to_end": "train.loss.end_to_end",
     "context_size": "data.context_size",
     "lm_batch_size": "data.lm_batch_size",
     "buffer_tokens": "data.buffer_tokens",
@@ -310,7 +318,10 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
         say(f"reading activations of {point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")
     if several:
         say(f"progress is that of {only}")
-    if "activations" in chosen:
+    if train.loss.end_to_end is not None:
+        text = replace(text, batch_size=contexts_per_step(train, text.context_size))
+        source: Any = ContextActivations(lm, points, lambda: text.train(train.total_tokens, train.seed))
+    elif "activations" in chosen:
         stored = ActivationDataset.open(record.place("activations"))
         source = stored.source(train.batch_size, hook_points=points, seed=train.seed)
     else:
@@ -322,6 +333,7 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
             sae,
             train,
             (i,),
+            loss=end_to_end_loss(train, sae, lm, point),
             callbacks=tracking_callbacks(config.tracking, str(point) if several else ""),
             name=str(point) if several else "",
         )
@@ -372,6 +384,10 @@ def _config(chosen: dict[str, Any]) -> SAEConfig:
     if config.train.epochs is not None:
         raise ValueError(
             "[train] a text has no known length here: give train.total_tokens instead of train.epochs."
+        )
+    if config.train.loss.end_to_end is not None and "activations" in chosen:
+        raise ValueError(
+            "[train] --end-to-end asks the model at each step: give --dataset, not --activations."
         )
     if not config.data.validation_split:
         raise ValueError(

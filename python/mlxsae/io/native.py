@@ -3,7 +3,8 @@ save.
 
 ``cfg.json``                architecture, sizes and free-form metadata, the keys of SAELens 6
 ``sae_weights.safetensors`` ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc``, ``b_dec``, and ``threshold
-                            [d_sae]`` of a JumpReLU
+                            [d_sae]`` of a JumpReLU; a cross-layer transcoder has two files a layer
+                            (:mod:`mlxsae.io.cross_layer`)
 ``metadata.json``           what SAELens has no place for: our format version, the rule's arguments, training, metrics
 
 ``cfg.json`` names the function that the SAE is in use: a BatchTopK SAE is a JumpReLU with one threshold, as SAELens saves
@@ -17,12 +18,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
-from mlxsae.io import arrays, atomic
-from mlxsae.sae import RULES, SAE, BatchTopK, Crosscoder, Gated, JumpReLU, ReLU, Rule, TopK
+from mlxsae.io import arrays, atomic, cross_layer
+from mlxsae.io.rules import FUNCTIONS, function_of, rule_of
+from mlxsae.sae import SAE, Crosscoder, CrossLayerTranscoder
 
 WEIGHTS, CONFIG, METADATA = "sae_weights.safetensors", "cfg.json", "metadata.json"
 FORMAT_VERSION = 1
@@ -60,7 +62,7 @@ _SAELENS_METADATA = (
 def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | None = None) -> None:
     """Save ``sae`` into ``directory``; ``metadata`` is merged over ``sae.metadata``.
 
-    The three files are complete on disk before the first replaces an earlier one: a full disk, an unwritable
+    All files are complete on disk before the first replaces an earlier one: a full disk, an unwritable
     folder or a crash leaves the earlier SAE whole.
 
     Raises
@@ -68,8 +70,10 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
     ValueError : a rule or a shape that files do not know, metadata that JSON cannot hold.
     OSError : the folder cannot be written.
     """
-    function, arguments, extra = _function(sae.rule, sae.d_sae)
     shape = _shape(sae)
+    layered = isinstance(sae, CrossLayerTranscoder)
+    used = cross_layer.one_rule(sae) if layered else sae.rule
+    function, arguments, extra = function_of(used, sae.d_sae)
     known = sae.metadata | (metadata or {})
     config: dict[str, Any] = {
         # Where SAELens has nothing of this function and shape, a name of our own makes it refuse the file, not misread it.
@@ -89,33 +93,23 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
         config["d_out"] = sae.d_out
     if isinstance(sae, Crosscoder):
         config |= {"n_sources": sae.n_sources, "rank_by_decoder_norm": int(sae.rank_by_decoder_norm)}
+    if layered:
+        config["n_layers"] = sae.n_layers
     if function == "topk":
         config["rescale_acts_by_decoder_norm"] = False
-    bias = _ENCODER_BIAS.get(function, "b_enc")
-    weights = {
-        "W_enc": sae.encoder.weight.T,
-        "W_dec": sae.decoder.weight,
-        bias: sae.b_enc,
-        "b_dec": sae.decoder.bias,
-    }
-    if "W_skip" in sae:
-        weights["W_skip"] = sae.W_skip
-    if sae.rank_by_decoder_norm and not isinstance(sae, Crosscoder):
-        weights = _with_norms_folded(weights, bias)
-    rule = {"architecture": sae.rule.architecture} | sae.rule.config()
+    rule = {"architecture": used.architecture} | used.config()
     ours = {"format": "mlxsae", "format_version": FORMAT_VERSION, "rule": rule, "metadata": known}
+    weights = cross_layer.files(sae, known) if layered else {WEIGHTS: _weights(sae, function, extra)}
     atomic.write_files(
         directory,
-        {
-            WEIGHTS: arrays.writer(weights | extra, {"format": "pt"}),
-            METADATA: atomic.json_writer(ours),
-            CONFIG: atomic.json_writer(config),
-        },
+        weights | {METADATA: atomic.json_writer(ours), CONFIG: atomic.json_writer(config)},
     )
+    cross_layer.remove_others(Path(directory), weights)
 
 
 def load(directory: str | os.PathLike) -> SAE:
-    """The SAE saved in ``directory`` by :func:`save` or, for architectures we have, by SAELens 6.
+    """The SAE saved in ``directory`` by :func:`save` or, for architectures we have, by SAELens 6; or the cross-layer
+    transcoder saved there by circuit-tracer.
 
     Raises
     ------
@@ -124,21 +118,28 @@ def load(directory: str | os.PathLike) -> SAE:
         configuration; each message names file and fault.
     """
     directory = Path(directory)
-    for path in (directory, directory / CONFIG, directory / WEIGHTS):
-        if not path.exists():
-            raise FileNotFoundError(f"[load] {path} must exist but does not.")
-    config = _read_json(directory / CONFIG)
+    _must_exist(directory)
+    config = None if (directory / CONFIG).exists() else cross_layer.foreign(directory)
+    if config is None:
+        _must_exist(directory / CONFIG)
+        config = _read_json(directory / CONFIG)
     name = config.get("architecture")
-    names = {_name(function, shape): (function, shape) for function in _FUNCTIONS for shape in _SHAPES}
+    names = {_name(function, shape): (function, shape) for function in FUNCTIONS for shape in _SHAPES}
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"[load] architecture must be one of {sorted(names)} but got {name!r} in {CONFIG}.")
     function, kind = names[name]
-    _check_config(config, _SHAPES[kind], _FUNCTIONS[function].arguments)
+    _check_config(config, _SHAPES[kind], set(FUNCTIONS[function].arguments))
+    dtype = _DTYPES[config["dtype"]]
+    ours = _metadata(_read_json(directory / METADATA)) if (directory / METADATA).exists() else {}
+    if kind == "cross_layer_transcoder":
+        sae = cross_layer.load(directory, function, config, dtype, ours.get("rule", {}))
+        return _described(sae, config, ours)
+    _must_exist(directory / WEIGHTS)
     d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
     weights = arrays.read(directory / WEIGHTS)
-    bias = _ENCODER_BIAS.get(function, "b_enc")
+    bias = FUNCTIONS[function].bias
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), bias: (d_sae,), "b_dec": (d_out,)}
-    shapes |= {key: (d_sae,) for key in _FUNCTIONS[function].extra}
+    shapes |= FUNCTIONS[function].shapes(d_in, d_sae)
     shapes |= {"W_skip": (d_out, d_in)} if kind == "skip_transcoder" else {}
     if weights.keys() != shapes.keys():
         raise ValueError(
@@ -154,39 +155,25 @@ def load(directory: str | os.PathLike) -> SAE:
         # Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms
         # folded in.
         weights = _with_norms_folded(weights, bias)
-    dtype = _DTYPES[config["dtype"]]
-    ours = _metadata(_read_json(directory / METADATA)) if (directory / METADATA).exists() else {}
     sae = (Crosscoder if kind == "crosscoder" else SAE).from_weights(
         *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", bias, "b_dec")),
-        rule=_rule(function, config, weights, ours.get("rule", {})),
+        rule=rule_of(function, config, weights, ours.get("rule", {})),
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
+        transcoder=kind.endswith("transcoder"),
     )
     if kind == "skip_transcoder":
         sae.W_skip = weights["W_skip"].astype(dtype)
     if isinstance(sae, Crosscoder):
         sae.n_sources, sae.rank_by_decoder_norm = config["n_sources"], bool(config["rank_by_decoder_norm"])
+    return _described(sae, config, ours)
+
+
+def _described(sae: SAE, config: dict[str, Any], ours: dict[str, Any]) -> SAE:
     sae.normalize_activations = config["normalize_activations"]
     sae.metadata = {k: v for k, v in config["metadata"].items() if not k.startswith("sae_lens_")}
     sae.metadata = sae.metadata | ours.get("metadata", {})
     mx.eval(sae.parameters())
     return sae
-
-
-class _Function(NamedTuple):
-    """What files hold of a function from pre-activations to latents, in SAELens' words."""
-
-    arguments: set[str]  # its keys in cfg.json
-    extra: tuple[str, ...]  # its arrays [d_sae]
-
-
-_FUNCTIONS = {
-    "topk": _Function({"k"}, ()),
-    "jumprelu": _Function(set(), ("threshold",)),
-    "standard": _Function(set(), ()),
-    "gated": _Function(set(), ("r_mag", "b_mag")),
-}
-# Gated SAEs have no b_enc: the encoder's bias is the gate's.
-_ENCODER_BIAS = {"gated": "b_gate"}
 
 
 # What surrounds the function, with further keys of cfg.json.
@@ -195,27 +182,44 @@ _SHAPES: dict[str, set[str]] = {
     "transcoder": {"d_out"},
     "skip_transcoder": {"d_out"},
     "crosscoder": {"n_sources", "rank_by_decoder_norm"},
+    "cross_layer_transcoder": {"n_layers"},
 }
 
 
 def _name(function: str, shape: str) -> str:
     """``jumprelu_skip_transcoder``; SAELens' plain ``transcoder`` is one of the standard function."""
-    if function == "standard" and shape.endswith("transcoder"):
+    if function == "standard" and shape in ("transcoder", "skip_transcoder"):
         return shape
     return f"{function}_{shape}" if shape else function
 
 
 def _shape(sae: SAE) -> str:
-    if type(sae) not in (SAE, Crosscoder):
+    named = {Crosscoder: "crosscoder", CrossLayerTranscoder: "cross_layer_transcoder"}
+    if type(sae) in named:
+        return named[type(sae)]
+    if type(sae) is not SAE:
         raise ValueError(
             f"[save] the SAE must be a plain one, a transcoder or a crosscoder but is a {type(sae).__name__}; "
             "save its parameters with sae.save_weights."
         )
-    if isinstance(sae, Crosscoder):
-        return "crosscoder"
     if "W_skip" in sae:
         return "skip_transcoder"
-    return "" if sae.d_out == sae.d_in else "transcoder"
+    return "transcoder" if sae.transcoder else ""
+
+
+def _weights(sae: SAE, function: str, extra: dict[str, mx.array]) -> atomic.Writer:
+    bias = FUNCTIONS[function].bias
+    weights = {
+        "W_enc": sae.encoder.weight.T,
+        "W_dec": sae.decoder.weight,
+        bias: sae.b_enc,
+        "b_dec": sae.decoder.bias,
+    }
+    if "W_skip" in sae:
+        weights["W_skip"] = sae.W_skip
+    if sae.rank_by_decoder_norm and not isinstance(sae, Crosscoder):
+        weights = _with_norms_folded(weights, bias)
+    return arrays.writer(weights | extra, {"format": "pt"})
 
 
 def _with_norms_folded(weights: dict[str, mx.array], bias: str) -> dict[str, mx.array]:
@@ -227,46 +231,6 @@ def _with_norms_folded(weights: dict[str, mx.array], bias: str) -> dict[str, mx.
         key: (weights[key].astype(mx.float32) * factor).astype(weights[key].dtype)
         for key, factor in factors.items()
     }
-
-
-def _function(rule: Rule, d_sae: int) -> tuple[str, dict[str, Any], dict[str, mx.array]]:
-    """What the rule is in use: the function's name, its keys in ``cfg.json``, its arrays."""
-    if isinstance(rule, TopK):
-        return "topk", {"k": rule.k}, {}
-    if isinstance(rule, JumpReLU):
-        return "jumprelu", {}, {"threshold": rule.threshold}
-    if isinstance(rule, BatchTopK):
-        if rule.threshold is None:
-            raise ValueError(
-                "[save] a BatchTopK rule must have a threshold but has none: train the SAE, or mlxsae.sae.calibrate it."
-            )
-        return "jumprelu", {}, {"threshold": mx.full(d_sae, rule.threshold, mx.float32)}
-    if isinstance(rule, ReLU):
-        return "standard", {}, {}
-    if isinstance(rule, Gated):
-        return "gated", {}, {"r_mag": rule.r_mag, "b_mag": rule.b_mag}
-    known = ["batchtopk", "gated", "jumprelu", "relu", "topk"]
-    raise ValueError(
-        f"[save] rule must be one of {known} but got {type(rule).__name__}; "
-        "save its parameters with sae.save_weights."
-    )
-
-
-def _rule(function: str, config: dict[str, Any], weights: dict[str, mx.array], ours: dict[str, Any]) -> Rule:
-    """The rule of a function; the one it was trained by where our own metadata remember that."""
-    options = {key: value for key, value in ours.items() if key != "architecture"}
-    rule_type = RULES.get(ours.get("architecture", function), JumpReLU)
-    if unknown := sorted(options.keys() - set(rule_type.PARAMETERS)):
-        raise ValueError(f"[load] the rule in {METADATA} must have only known keys but has {unknown}.")
-    if function == "topk":
-        return TopK(config["k"])
-    if function == "standard":
-        return ReLU()
-    if function == "gated":
-        rule = Gated()
-        rule.r_mag, rule.b_mag = weights["r_mag"], weights["b_mag"]
-        return rule
-    return BatchTopK(**options) if rule_type is BatchTopK else JumpReLU.of(weights["threshold"], **options)
 
 
 def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> None:
@@ -294,6 +258,11 @@ def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> No
             )
     if not isinstance(config["metadata"], dict):
         raise ValueError(f"[load] metadata must be an object but got {config['metadata']!r} in {CONFIG}.")
+
+
+def _must_exist(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"[load] {path} must exist but does not.")
 
 
 def _metadata(ours: dict[str, Any]) -> dict[str, Any]:

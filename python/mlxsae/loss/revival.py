@@ -25,7 +25,8 @@ class PreActs:
         which = mx.array(True) if self.every else forward.dead
         if which is None:
             return mx.array(0.0)
-        threshold = forward.sae.rule.get("threshold", mx.array(0.0))
+        threshold = forward.sae.rule.thresholds()
+        threshold = forward.sae.rule.get("threshold", mx.array(0.0)) if threshold is None else threshold
         short = nn.relu(threshold - forward.dense_pre_acts()) * forward.sae.decoder_norms()
         return mx.where(which, short, 0).sum(axis=-1).mean()
 

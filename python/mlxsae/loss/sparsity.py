@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,6 @@ import mlx.nn as nn
 from mlxsae.code import DenseCode, SparseCode, n_tokens
 from mlxsae.loss.compose import Forward
 from mlxsae.loss.reconstruction import fvu, nonzero
-from mlxsae.sae import JumpReLU
 from mlxsae.sae.straight_through import step
 
 
@@ -97,13 +97,14 @@ class Tanh:
 
 def expected_l0(forward: Forward) -> mx.array:
     """L0 of each token ``[n]``, with the pseudo-derivative of a JumpReLU's threshold."""
-    rule = forward.sae.rule
-    if not isinstance(rule, JumpReLU):
+    rule: Any = forward.sae.rule
+    threshold = rule.thresholds()
+    if threshold is None:
         raise ValueError(
             f"[l0] the rule must have a learned threshold (JumpReLU) but is {type(rule).__name__}."
         )
     fires = step(
-        forward.dense_pre_acts(), rule.threshold, bandwidth=rule.bandwidth, through_input=rule.through_input
+        forward.dense_pre_acts(), threshold, bandwidth=rule.bandwidth, through_input=rule.through_input
     )
     return fires.sum(axis=-1)
 
@@ -117,10 +118,12 @@ class L0:
 
 
 def _k(forward: Forward, k: float | None) -> float:
-    k = k or getattr(forward.sae.rule, "k", None)
+    if k is not None:
+        return k
+    k = getattr(forward.sae.rule, "k", None)
     if k is None:
         raise ValueError("[l0] k must be given by the term or the rule but is None.")
-    return k
+    return k * getattr(forward.sae, "n_layers", 1)  # a rule's is that of a layer
 
 
 @dataclass(frozen=True)

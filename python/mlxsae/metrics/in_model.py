@@ -41,10 +41,11 @@ def evaluate_in_model(
     """
     hook_point = lm.hook_point(hook_point)
     width = lm.shape_at(hook_point)[-1]
-    if not (sae.d_in == sae.d_out == width):
+    if sae.transcoder or sae.d_in != width:
+        kind = "transcoder" if sae.transcoder else "SAE"
         raise ValueError(
-            f"[evaluate_in_model] the SAE must have d_in = d_out = {width}, the model's width there, "
-            f"but has d_in={sae.d_in} and d_out={sae.d_out}."
+            f"[evaluate_in_model] the SAE must have d_in = d_out = {width}, the model's width there, and its input for "
+            f"target, but is a {kind} with d_in={sae.d_in} and d_out={sae.d_out}."
         )
     kept: list[tuple[TokenBatch, mx.array]] = []
     measured = Evaluation(sae.d_sae)

@@ -65,6 +65,7 @@ class CrossLayerTranscoder(SAE):
         self.rule.prepare(d, d_layer)
         self.metadata = {}
         self.apply_b_dec_to_input = False
+        self.transcoder = True
         self.rank_by_decoder_norm = False
 
     @property
@@ -174,9 +175,39 @@ class _PerLayer(Rule):
         self.layers = layers
 
     @property
+    def architecture(self) -> str:  # type: ignore[override]
+        return self.layers[0].architecture
+
+    @property
     def k(self) -> int | None:
         """Of each layer."""
         return getattr(self.layers[0], "k", None)
+
+    @property
+    def bandwidth(self) -> float:
+        return self.layers[0].bandwidth  # type: ignore[return-value]
+
+    @property
+    def through_input(self) -> bool:
+        return self.layers[0].through_input  # type: ignore[return-value]
+
+    def thresholds(self) -> mx.array | None:
+        each = [rule.thresholds() for rule in self.layers]
+        return None if each[0] is None else mx.concatenate([t for t in each if t is not None])
+
+    @property
+    def starts_from_data(self) -> bool:
+        return any(rule.starts_from_data for rule in self.layers)
+
+    def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
+        n = len(self.layers)
+        parts = zip(self.layers, mx.split(pre_acts, n, axis=-1), strict=True)
+        found = [rule.start(own, None if l0 is None else l0 / n) for rule, own in parts]
+        return None if found[0] is None else mx.concatenate([bias for bias in found if bias is not None])
+
+    def config(self) -> dict[str, Any]:
+        """Of each layer's rule."""
+        return self.layers[0].config()
 
     def with_k(self, k: int) -> Rule:
         return _PerLayer([rule.with_k(k) for rule in self.layers])

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCodeCSR
-from mlxsae.sae.rule import Encoded, Rule, State
+from mlxsae.sae.rule import Encoded, Rule, State, quantile
 
 
 class ReLU(Rule):
@@ -20,6 +20,7 @@ class ReLU(Rule):
     """
 
     architecture = "relu"
+    starts_from_data = True  # type: ignore[assignment]
 
     def encode(
         self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
@@ -31,6 +32,9 @@ class ReLU(Rule):
     ) -> Encoded:
         pre_acts = mx.addmm(bias, x, weight.T)
         return Encoded(DenseCode(nn.relu(pre_acts)), state, pre_acts)
+
+    def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
+        return _bias(pre_acts, l0)
 
 
 class Activation(Rule):
@@ -60,6 +64,7 @@ class Gated(Rule):
 
     architecture = "gated"
     UNITS: ClassVar[dict[str, int]] = {"b_mag": 1}
+    starts_from_data = True  # type: ignore[assignment]
     r_mag: mx.array
     b_mag: mx.array
 
@@ -80,6 +85,9 @@ class Gated(Rule):
         acts = mx.where(gate > 0, nn.relu(self._magnitude(along, self.r_mag, self.b_mag)), 0)
         return Encoded(DenseCode(acts), state, gate)
 
+    def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
+        return _bias(pre_acts, l0)
+
     @staticmethod
     def _magnitude(along: mx.array, r_mag: mx.array, b_mag: mx.array) -> mx.array:
         return mx.exp(r_mag) * along + b_mag
@@ -89,6 +97,10 @@ class Gated(Rule):
             self.setdefault(name, mx.zeros(d_sae))
             if self[name].shape != (d_sae,):
                 raise ValueError(f"[Gated] {name} must have shape ({d_sae},) but got {self[name].shape}.")
+
+
+def _bias(pre_acts: mx.array, l0: float | None) -> mx.array | None:
+    return None if l0 is None else mx.broadcast_to(-quantile(pre_acts, l0), (pre_acts.shape[-1],))
 
 
 class SigmoidGated(Rule):
@@ -101,6 +113,7 @@ class SigmoidGated(Rule):
 
     architecture = "sigmoid_gated"
     UNITS: ClassVar[dict[str, int]] = {"gate_weight": -1}
+    starts_from_data = True  # type: ignore[assignment]
 
     def encode(self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None) -> Code:
         return self.learn(x, weight, bias, {}).code

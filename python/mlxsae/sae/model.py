@@ -38,7 +38,7 @@ class SAE(nn.Module):
     d_in, d_sae : width of the activation, number of latents.
     k : entries kept per token; short for ``rule=TopK(k)``.
     rule : how latents are chosen. Give either ``k`` or ``rule``.
-    d_out : width of the target. Giving it makes a transcoder.
+    d_out : width of the target. Giving it makes a transcoder, also where it is ``d_in`` (:attr:`transcoder`).
     skip : adds a linear path from input to target, ``x @ W_skip.T`` with ``W_skip [d_out, d_in]``, 0 at first (Paulo et
         al. 2025). It sees ``x`` as it comes, without ``- b_dec``.
     tied : the decoder's rows are the encoder's, one parameter.
@@ -62,6 +62,8 @@ class SAE(nn.Module):
     encoder: Encoder
     rule: Rule
     decoder: Decoder
+    transcoder: bool
+    """Whether the target is another activation than the input."""
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class SAE(nn.Module):
             _one_rule(k, rule),
             TiedDecoder(encoder, b_dec) if tied else Decoder(w_dec.astype(dtype), b_dec),
             d_out is None if apply_b_dec_to_input is None else apply_b_dec_to_input,
+            d_out is not None,
         )
         if skip:
             self.W_skip = mx.zeros((self.d_out, d_in), dtype)
@@ -115,10 +118,12 @@ class SAE(nn.Module):
         k: int | None = None,
         rule: Rule | None = None,
         apply_b_dec_to_input: bool = True,
+        transcoder: bool = False,
         metadata: dict[str, Any] | None = None,
     ) -> SAE:
         """An SAE over given weights: ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_out]``, ``b_enc [d_sae]``,
-        ``b_dec [d_out]``, all of one float dtype; missing biases are 0.
+        ``b_dec [d_out]``, all of one float dtype; missing biases are 0. ``transcoder`` says that the target is not the
+        input where both are of one width.
 
         ``W_enc`` is transposed into memory once; a transposed view of a feature-major array is not copied.
         """
@@ -141,17 +146,25 @@ class SAE(nn.Module):
             )
         sae = cls.__new__(cls)
         encoder = Encoder(mx.contiguous(W_enc.T), b_enc)
-        sae._assemble(encoder, _one_rule(k, rule), Decoder(W_dec, b_dec), apply_b_dec_to_input)
+        sae._assemble(encoder, _one_rule(k, rule), Decoder(W_dec, b_dec), apply_b_dec_to_input, transcoder)
         sae.metadata = metadata or {}
         return sae
 
-    def _assemble(self, encoder: Encoder, rule: Rule, decoder: Decoder, apply_b_dec_to_input: bool) -> None:
+    def _assemble(
+        self,
+        encoder: Encoder,
+        rule: Rule,
+        decoder: Decoder,
+        apply_b_dec_to_input: bool,
+        transcoder: bool = False,
+    ) -> None:
         nn.Module.__init__(self)
         self.encoder = encoder
         self.rule = rule
         self.decoder = decoder
         self.metadata = {}
         self.rank_by_decoder_norm = False
+        self.transcoder = transcoder or self.d_in != self.d_out
         rule.prepare(self.d_in, self.d_sae)
         if apply_b_dec_to_input and self.d_in != self.d_out:
             raise ValueError(
@@ -281,7 +294,7 @@ class SAE(nn.Module):
     def normalize_activations(self, value: str) -> None:
         if value not in ("none", "layer_norm"):
             raise ValueError(f"[SAE] normalize_activations must be none or layer_norm but got {value!r}.")
-        if value == "layer_norm" and (self.d_in != self.d_out or "W_skip" in self or not self.one_input):
+        if value == "layer_norm" and (self.transcoder or "W_skip" in self or not self.one_input):
             raise ValueError(
                 "[SAE] normalize_activations must be none where the target is not the one input but got layer_norm."
             )

@@ -96,13 +96,24 @@ class Rule(nn.Module):
     def finish(self, state: State, scale: float) -> None:
         """Take from ``state`` what the finished rule needs; training saw pre-activations times ``scale``."""
 
+    def thresholds(self) -> mx.array | None:
+        """Learned thresholds ``[d_sae]`` of a rule whose latents fire wherever the pre-activation is over its own; None for
+        others."""
+        return None
+
     @property
     def starts_from_data(self) -> bool:
-        """Whether :meth:`start` has something to do: parameters that wait for data and were not trained yet."""
+        """Whether an SAE of this rule begins training by :meth:`start`: it chooses by a threshold, which was not trained yet."""
         return False
 
-    def start(self, pre_acts: mx.array) -> None:
-        """Set the parameters that depend on the data, from ``pre_acts [m, d_sae]`` of a first sample."""
+    def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
+        """Set what depends on the data, from ``pre_acts [m, d_sae]`` of a first sample without a bias, such that ``l0``
+        latents a token fire. Returns the encoder's bias ``[d_sae]`` for that; None where it stays 0.
+        """
+        return None
+
+    def rescale(self, factor: mx.array) -> None:
+        """Follow pre-activations that are ``factor`` times what they were."""
 
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         """The rule's parameters, back where they must lie, after an optimiser step."""
@@ -263,9 +274,11 @@ class JumpReLU(Rule):
     ----------
     k : the mean number of latents a token that the loss aims at; None where the loss does not ask.
     bandwidth : width of the window around the threshold that gives its gradient, in units of the activations trained on.
-    initial_threshold : where thresholds start. None starts training where ``k`` latents a token fire on a first sample (0.01
-        without a ``k``): from far below, thresholds whose gradient is that of a narrow window do not arrive in a short run.
-    through_input : whether that gradient also goes to the pre-activations.
+    initial_threshold : where thresholds start. None starts training with thresholds of one ``bandwidth`` and biases under
+        which ``k`` latents a token fire on a first sample (0.01 and 0 without a ``k``): from far below, thresholds whose
+        gradient is that of a narrow window do not arrive in a short run, and thresholds of many bandwidths have a
+        gradient that is mostly noise.
+    through_input : whether that gradient also goes to the pre-activations (Anthropic, January 2025).
 
     ``threshold [d_sae]`` is float32 whatever the type of the weights: steps of a small learning rate vanish in 16 bits.
     """
@@ -277,9 +290,9 @@ class JumpReLU(Rule):
     def __init__(
         self,
         k: int | None = None,
-        bandwidth: float = 0.05,
+        bandwidth: float = 0.5,
         initial_threshold: float | None = None,
-        through_input: bool = False,
+        through_input: bool = True,
     ):
         super().__init__()
         self.k = None if k is None else positive_int("JumpReLU", "k", k)
@@ -318,16 +331,22 @@ class JumpReLU(Rule):
                 f"[JumpReLU] threshold must have shape ({d_sae},) but got {self.threshold.shape}."
             )
 
+    def thresholds(self) -> mx.array:
+        return self.threshold
+
     @property
     def starts_from_data(self) -> bool:
         waits = self.initial_threshold is None and self.k is not None
         return waits and bool((self.threshold == mx.array(_FIRST_THRESHOLD)).all())
 
-    def start(self, pre_acts: mx.array) -> None:
-        assert self.k is not None
-        flat = mx.sort(pre_acts.astype(mx.float32).flatten())
-        place = flat.size - min(self.k * pre_acts.shape[0], flat.size)
-        self.threshold = mx.full(pre_acts.shape[-1], mx.maximum(flat[place], 0))
+    def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
+        wanted = quantile(pre_acts, self.k if l0 is None else l0)  # type: ignore[arg-type]
+        first = mx.minimum(wanted, self.bandwidth)
+        self.threshold = mx.broadcast_to(first, self.threshold.shape)
+        return mx.broadcast_to(first - wanted, (pre_acts.shape[-1],))
+
+    def rescale(self, factor: mx.array) -> None:
+        self.threshold = self.threshold * factor
 
     @classmethod
     def of(cls, threshold: mx.array, **options: Any) -> Self:
@@ -413,6 +432,13 @@ def _topk_among(x: mx.array, weight: mx.array, bias: mx.array, mask: mx.array, k
         return SparseCode(mx.zeros((x.shape[0], 1)), mx.zeros((x.shape[0], 1), mx.uint32))
     code = ops.topk_encode(x, weight[rows], bias[rows], k=min(k, n_rows))
     return SparseCode(code.values, rows[code.indices])
+
+
+def quantile(pre_acts: mx.array, l0: float) -> mx.array:
+    """What ``l0`` of ``pre_acts [m, d_sae]`` a row reach, at least 0."""
+    flat = mx.sort(pre_acts.astype(mx.float32).flatten())
+    place = flat.size - min(max(round(l0 * pre_acts.shape[0]), 1), flat.size)
+    return mx.maximum(flat[place], 0)
 
 
 def positive_int(who: str, name: str, value: Any) -> int:

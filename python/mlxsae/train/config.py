@@ -174,6 +174,9 @@ class LossConfig(_Config):
             _require("terms", self.terms, "lp" in (self.terms or {}), "have lp where p_end is given")
         if self.target_l0 is not None:
             _require("target_l0", self.target_l0, self.target_l0 > 0, "be positive")
+            _require(
+                "target_l0", self.target_l0, self.end_to_end is None, "be None where end_to_end is given"
+            )
         if self.prefixes is not None and self.random_prefixes is not None:
             raise ValueError("[config] prefixes and random_prefixes must not both be given but are.")
         self._prefixes()
@@ -211,8 +214,6 @@ class LossConfig(_Config):
             weight = AUXK_PRESETS[self.auxk].weight if self.auxk_weight is None else self.auxk_weight
             auxk = weight, AuxK(max(d_in // 2, 1) if self.k_aux is None else self.k_aux, self.auxk)
         weights = DEFAULT_TERMS.get(sae.rule.architecture, {}) if self.terms is None else self.terms
-        if self.target_l0 is not None and self.end_to_end is not None:
-            raise ValueError("[config] target_l0 and end_to_end must not both be given but are.")
         if self.target_l0 is not None and not weights.keys() & SPARSITY:
             raise ValueError(
                 f"[config] target_l0 must come with a term among {sorted(SPARSITY)} but got {sorted(weights)}."

@@ -32,6 +32,7 @@ from mlxsae.train.config import (
     CrossLayerConfig,
     SAEConfig,
     TrackingConfig,
+    TrainConfig,
     TranscoderConfig,
     overruled,
 )
@@ -173,13 +174,16 @@ def train_cross_layer_transcoder(
     model: Any,
     layers: Sequence[int] | None = None,
     dataset: Any = None,
+    save_path: str | os.PathLike | None = None,
     config: CrossLayerConfig | None = None,
     **options: Any,
 ) -> Any:
     """Train a cross-layer transcoder: what the MLPs of ``layers`` (by default all) read, to what they add to the stream; the
-    rest as in :func:`train_sae`, but for ``save_path``: ``sae.save_weights`` stores it.
+    rest as in :func:`train_sae`. One of all layers is saved so that circuit-tracer finds it, where it is a JumpReLU or ReLU.
     """
-    return SAETrainer(config or CrossLayerConfig).train(model, None, None, dataset, layers=layers, **options)
+    return SAETrainer(config or CrossLayerConfig).train(
+        model, None, None, dataset, save_path=save_path, layers=layers, **options
+    )
 
 
 class _EitherWay:
@@ -257,10 +261,6 @@ class SAETrainer:
                 lms[0].hook_point(c, layer=n) for n, c in _sources(layer, layers, component, components)
             ]
         elif isinstance(config, CrossLayerConfig):
-            if save_path is not None:
-                raise ValueError(
-                    "[train] save_path must be None for a cross-layer transcoder, which sae.save_weights stores."
-                )
             order = sorted(set(range(lms[0].n_layers) if layers is None else layers))
             points = [lms[0].hook_point(c, layer=n) for c in ("mlp_in", "mlp") for n in order]
         elif each_of:
@@ -285,15 +285,17 @@ class SAETrainer:
             "profile": profile,
         }
         if each_of:
+            saes = [config.build(lms[0].shape_at(point)[-1]) for point in points]
             jobs = [
                 Job(
-                    config.build(lms[0].shape_at(point)[-1]),
+                    sae,
                     config.train,
                     (i,),
+                    loss=end_to_end_loss(config.train, sae, lms[0], point),
                     callbacks=[*callbacks, *tracking_callbacks(config.tracking, str(point))],
                     name=str(point),
                 )
-                for i, point in enumerate(points)
+                for i, (sae, point) in enumerate(zip(saes, points, strict=True))
             ]
             self.results = fit_many(jobs, source, **common)
             made = {n: result.sae for n, result in zip(each_of, self.results, strict=True)}
@@ -303,7 +305,7 @@ class SAETrainer:
                     native.save(sae, Path(save_path) / f"layer_{n}")
             return made
         watchers = [*callbacks, *tracking_callbacks(config.tracking)]
-        loss = None if config.train.loss.end_to_end is None else task.end_to_end(config, coder)
+        loss = end_to_end_loss(config.train, coder, lms[0], points[-1])
         self.result = fit(coder, source, config.train, loss=loss, callbacks=watchers, **common)
         assert coder is not None
         coder.metadata = coder.metadata | task.metadata()
@@ -326,6 +328,19 @@ def tracking_callbacks(config: TrackingConfig, part: str = "") -> list[Callback]
     if config.local is not None:
         found.append(TrackingCallback(LocalTracker(config.local), config.name or ""))
     return found
+
+
+def contexts_per_step(config: TrainConfig, context_size: int) -> int:
+    """Of an end-to-end run, whose steps are whole contexts."""
+    return max(1, config.batch_size // context_size)
+
+
+def end_to_end_loss(config: TrainConfig, sae: Any, lm: LanguageModel, point: HookPoint) -> Loss | None:
+    """The loss that asks the model what it makes of activations at ``point``; None where ``config`` does not want one."""
+    if (name := config.loss.end_to_end) is None:
+        return None
+    continued = lm_room.logits_from if name == "kl" else lm_room.losses_from
+    return config.loss.build(sae, config.total_steps, END_TO_END[name](continued(lm, point)))
 
 
 @dataclass
@@ -368,8 +383,8 @@ class _Task:
         stored = isinstance(dataset, (mx.array, np.ndarray, ActivationSource)) or hasattr(
             dataset, "hook_points"
         )
-        if whole and (stored or self.sides or self.apart):
-            raise ValueError("[train] end_to_end must be None but for one SAE or transcoder on text.")
+        if whole and (stored or self.sides):
+            raise ValueError("[train] end_to_end must be None but for SAEs and transcoders on text.")
         n = len(self.lms) * len(self.points)
         if isinstance(dataset, (mx.array, np.ndarray)):
             return config, ArraySource(dataset, batch_size=train.batch_size, seed=train.seed), None
@@ -411,13 +426,6 @@ class _Task:
         )
         return config, self._joined(source), held_out
 
-    def end_to_end(self, config: Any, coder: Any) -> Loss:
-        """The loss that asks the model."""
-        name = config.train.loss.end_to_end
-        continued = lm_room.logits_from if name == "kl" else lm_room.losses_from
-        term = END_TO_END[name](continued(self.lms[0], self.points[-1]))
-        return config.train.loss.build(coder, config.train.total_steps, term)
-
     def metadata(self) -> dict[str, Any]:
         lm, names = self.lms[0], [str(point) for point in self.points]
         found: dict[str, Any] = {
@@ -449,7 +457,7 @@ class _Task:
     ) -> Callable[..., Iterator[TokenBatch]]:
         train, size = self.config.train, self.config.data.lm_batch_size
         if train.loss.end_to_end is not None:  # what the model reads at once is a step
-            size = max(1, train.batch_size // self.context_size)
+            size = contexts_per_step(train, self.context_size)
 
         def walk(**more: Any) -> Iterator[TokenBatch]:
             return lm_room.token_batches(

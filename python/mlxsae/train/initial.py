@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import numpy as np
 
-from mlxsae.sae import SAE, Decoder, Encoder
+from mlxsae.sae import SAE, CrossLayerTranscoder, Decoder, Encoder, Gated
 
 
 def geometric_median(x: mx.array, *, iterations: int = 100, tolerance: float = 1e-6) -> mx.array:
@@ -125,10 +125,52 @@ def initialize(sae: SAE, x: mx.array, y: mx.array | None = None, *, how: str = "
         sample = x[:2048]
         code = sae.encode(sample)
         out = (sae.decode(code, sample) - sae.decoder.bias).astype(mx.float32)
-        along = (out * (target[:2048] - sae.decoder.bias)).sum() / mx.maximum(mx.square(out).sum(), 1e-12)
-        sae.encoder.weight = sae.encoder.weight * mx.maximum(along, 1e-3).astype(sae.dtype)
+        along = _size(out, target[:2048] - sae.decoder.bias)
+        sae.encoder.weight = sae.encoder.weight * along.astype(sae.dtype)
     mx.eval(sae.parameters())
     return sae
+
+
+def waits_for_data(sae: SAE) -> bool:
+    """Whether :func:`begin` has something to do: a rule that chooses by a threshold, in an SAE that was never trained."""
+    return sae.rule.starts_from_data and not any(bool(e.bias.any()) for e in _encoders(sae))
+
+
+def begin(sae: SAE, x: mx.array, y: mx.array, l0: float | None) -> SAE:
+    """Let an untrained SAE start where training can go on, in place: from a few rows ``x [n, d_in]`` and targets ``y``.
+
+    Biases (and thresholds) are such that ``l0`` latents a token fire, where that is known, as in Anthropic's update of
+    January 2025; then the encoder has the size at which the reconstruction explains most (Gao et al. 2024, appendix A.1), a
+    gate's magnitudes one of their own. From unit rows half of all latents fire, and reconstruct many times too much:
+    a short run ends before the penalty has made up for that. The size is left alone where the decoder does not read
+    backwards what the encoder reads: transcoders, tied weights.
+    """
+    bias = sae.rule.start(sae.pre_acts(x), l0)
+    if bias is not None:
+        encoders = _encoders(sae)
+        for encoder, own in zip(encoders, mx.split(bias, len(encoders)), strict=True):
+            encoder.bias = own.astype(sae.dtype)
+    if not sae.transcoder and sae.one_product and "weight" in sae.decoder:
+        encoded, target = sae.learn(x, sae.rule.initial_state()), y - sae.decoder.bias
+        factor = _size(sae.written(encoded.code), target)
+        if isinstance(sae.rule, Gated) and encoded.pre_acts is not None:
+            gate = _size(mx.maximum(encoded.pre_acts, 0) @ sae.decoder.weight, target)
+            sae.rule.r_mag = mx.broadcast_to(mx.log(factor / gate), sae.rule.r_mag.shape)
+            factor = gate
+        sae.encoder.weight = sae.encoder.weight * factor
+        sae.encoder.bias = sae.encoder.bias * factor
+        sae.rule.rescale(factor)
+    mx.eval(sae.parameters())
+    return sae
+
+
+def _encoders(sae: SAE) -> list[Encoder]:
+    return sae.encoders if isinstance(sae, CrossLayerTranscoder) else [sae.encoder]
+
+
+def _size(out: mx.array, target: mx.array) -> mx.array:
+    """The factor on ``out`` that explains most of ``target``."""
+    return mx.maximum((out * target).sum() / mx.maximum(mx.square(out).sum(), 1e-12), 1e-3)
 
 
 def initialize_decoder_from_pca(decoder: Decoder, batches: Iterable[mx.array], *, seed: int = 0) -> Decoder:

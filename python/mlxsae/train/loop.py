@@ -30,12 +30,14 @@ from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
 from mlxsae.train.config import WAKE, TrainConfig, default_learning_rate
 from mlxsae.train.engine import AutodiffEngine, Engine, make_engine, substituted
 from mlxsae.train.initial import (
+    begin,
     column_statistics,
     expected_norm_scale,
     finite_rows,
     geometric_median,
     initialize,
     source_statistics,
+    waits_for_data,
 )
 from mlxsae.train.module_engine import LossFunction, ModuleEngine, forward
 from mlxsae.train.optimizers import split_schedule
@@ -714,7 +716,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
         working.normalize_activations = "none"  # batches come normalised
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
-    from_data = widths.ours and sae.rule.starts_from_data
+    from_data = widths.ours and waits_for_data(sae)
     how = config.decoder_init or "keep"
     if saved is None and (how != "keep" or from_data):
         batch = _Batch(tuple(start.rows(fields)))
@@ -724,7 +726,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
         if how != "keep":
             initialize(working, *seen, how=how, seed=config.seed)
         if from_data:
-            working.rule.start(working.pre_acts(seen[0][:_START_ROWS]))
+            begin(working, seen[0][:_START_ROWS], seen[-1][:_START_ROWS], config.loss.target_l0)
     params = _tree(working.trainable_parameters())
     if not params:
         raise ValueError("[fit] the SAE must have a parameter to train but all are frozen.")

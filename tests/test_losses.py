@@ -126,7 +126,7 @@ def test_penalties_are_those_of_dense_latents(rule: str) -> None:
 
 
 def test_l0_terms() -> None:
-    sae, x = made(JumpReLU(5)), mx.array(data(64))
+    sae, x = made(JumpReLU(5, bandwidth=0.05, through_input=False)), mx.array(data(64))
     f = forward(sae, x, L.Loss({}))
     fires = (np.array(to_dense(f.code, D_SAE)) > 0).sum(axis=1)
     assert L.L0()(f).item() == pytest.approx(fires.mean())

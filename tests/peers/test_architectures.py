@@ -485,7 +485,7 @@ def test_dl_jumprelu(case, penalty):
     put(t.ae, W_enc=case.W_enc, b_enc=case.b_enc, W_dec=case.W_dec, b_dec=case.b_dec, threshold=threshold)
     loss = backward(t, case)
     theirs = {name: p.grad.numpy() for name, p in t.ae.named_parameters() if p.grad is not None}
-    rule = JumpReLU.of(mx.array(threshold), bandwidth=0.4)
+    rule = JumpReLU.of(mx.array(threshold), bandwidth=0.4, through_input=False)
     sae = case.sae(rule, apply_b_dec_to_input=False)
     ours, grads = case.loss_and_grads(L.Loss(MSE, terms={"l0": (penalty, L.L0Target(30.0))}), sae=sae)
     names = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -84,6 +84,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     sae = parser.add_argument_group("the SAE")
     sae.add_argument("--k", type=kinds.whole(), help=f"latents kept per token ({SAEConfig.k})")
     sae.add_argument(
+        "--target-l0",
+        type=kinds.number(above=0),
+        help="latents that shall fire per token where a penalty decides that (relu, gated): its weight is found",
+    )
+    sae.add_argument(
         "--expansion-factor", type=kinds.whole(), help=f"d_sae / d_in ({SAEConfig.expansion_factor})"
     )
     sae.add_argument(
@@ -180,6 +185,7 @@ _CONFIGURED = {
     "moments": "train.optimizer.moments",
     "aux": "train.loss.auxk",
     "end_to_end": "train.loss.end_to_end",
+    "target_l0": "train.loss.target_l0",
     "context_size": "data.context_size",
     "lm_batch_size": "data.lm_batch_size",
     "buffer_tokens": "data.buffer_tokens",

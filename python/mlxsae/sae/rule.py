@@ -363,12 +363,14 @@ class TopKJumpReLU(Rule):
     .. math:: f_j = z_j \, [j \in \mathrm{top}_k(z)] \, [z_j > \theta_j], \qquad \theta_j \ge 0
 
     Sparse in training too: the threshold's pseudo-derivative comes from the selected pre-activations near it. The main
-    loss alone lowers thresholds; a sparsity term (L1, tanh) raises them.
+    loss alone lowers thresholds; a sparsity term (L1, tanh) raises them. ``initial_threshold`` is for pre-activations as
+    random unit rows make them; training begins with an encoder, and thresholds, of another size.
     """
 
     architecture = "topk_jumprelu"
     PARAMETERS = ("k", "bandwidth", "initial_threshold")
     UNITS: ClassVar[dict[str, int]] = {"threshold": 1}
+    starts_from_data = True  # type: ignore[assignment]
 
     def __init__(self, k: int = 100, bandwidth: float = 0.05, initial_threshold: float = 0.1):
         super().__init__()
@@ -389,6 +391,9 @@ class TopKJumpReLU(Rule):
 
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         return parameters | {"threshold": mx.maximum(parameters["threshold"], 0)}
+
+    def rescale(self, factor: mx.array) -> None:
+        self.threshold = self.threshold * factor
 
     def prepare(self, d_in: int, d_sae: int) -> None:
         at_most_d_sae(self.k, d_sae)

@@ -47,8 +47,13 @@ _PATHS: dict[str, str] = {
     "auxk": "train.loss.auxk",
     "k_aux": "train.loss.k_aux",
     "end_to_end": "train.loss.end_to_end",
+    "target_l0": "train.loss.target_l0",
     "p_end": "train.loss.p_end",
     "prefixes": "train.loss.prefixes",
+    "random_prefixes": "train.loss.random_prefixes",
+    "wake": "train.wake",
+    "k_start": "train.k_start",
+    "decoder_init": "train.decoder_init",
     "resample_dead_every": "train.resample_every",
     "resample_interval": "train.resample_every",
     # data

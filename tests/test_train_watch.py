@@ -14,6 +14,7 @@ import pytest
 from mlxsae.data import ArraySource
 from mlxsae.io import load
 from mlxsae.metrics import evaluate
+from mlxsae.sae import HierarchicalSAE
 from mlxsae.train import (
     Callback,
     CheckpointCallback,
@@ -206,6 +207,15 @@ def test_the_best_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["step_00000030", "step_00000050"]
     assert watcher.best == tmp_path / "best" / "step_00000030"
     assert_same_bits(weights(load(watcher.best)), weights(exported["sae"]))
+
+
+def test_the_best_of_what_files_do_not_hold_keeps_its_weights(tmp_path: Path) -> None:
+    sae = HierarchicalSAE(16, 20, 28, k_coarse=2, k_fine=3, seed=0)
+    watcher = CheckpointCallback(20, directory=tmp_path)
+    fit(sae, source(), config(), callbacks=[watcher])
+    again = HierarchicalSAE(16, 20, 28, k_coarse=2, k_fine=3, seed=1)
+    again.load_weights(str(watcher.best / "weights.safetensors"))
+    assert_same_bits(weights(again), weights(sae))
 
 
 def test_keeping_the_best_survives_an_interruption(tmp_path: Path) -> None:

@@ -290,6 +290,8 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
     lm = lm_room.load(record.place("model"))
     named = chosen.get("hook_points") or hook_points_of(options.layer, options.component, None)
     points = tuple(lm.hook_point(point) for point in named)
+    if any(point.site == "attn_pattern" for point in points):
+        raise ValueError("[train] --component must have one width but attn_pattern has as many as keys.")
     several = len(points) > 1
     config = _config(chosen)
     train, data = config.train, config.data

@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxsae.io import arrays, atomic, cross_layer
-from mlxsae.io.rules import FUNCTIONS, function_of, rule_of
+from mlxsae.io.rules import FUNCTIONS, files_know, function_of, rule_of
 from mlxsae.sae import SAE, Crosscoder, CrossLayerTranscoder
 
 WEIGHTS, CONFIG, METADATA = "sae_weights.safetensors", "cfg.json", "metadata.json"
@@ -57,6 +57,12 @@ _SAELENS_METADATA = (
     "dataset_path",
     "neuronpedia_id",
 )
+
+
+def holds(sae: SAE) -> bool:
+    """Whether files know this shape and this rule. What they do not know keeps its weights by ``sae.save_weights``."""
+    rule = cross_layer.one_rule(sae) if isinstance(sae, CrossLayerTranscoder) else sae.rule
+    return type(sae) in (SAE, Crosscoder, CrossLayerTranscoder) and files_know(rule)
 
 
 def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | None = None) -> None:

@@ -50,6 +50,10 @@ FUNCTIONS: dict[str, Function] = {
 }
 
 
+def files_know(rule: Rule) -> bool:
+    return isinstance(rule, (BatchTopK, *(function.rule for function in FUNCTIONS.values())))
+
+
 def function_of(rule: Rule, d_sae: int) -> tuple[str, dict[str, Any], dict[str, mx.array]]:
     """What the rule is in use: the function's name, its keys in ``cfg.json``, its arrays."""
     if isinstance(rule, BatchTopK):

@@ -179,8 +179,8 @@ class CheckpointCallback(_Measured):
 
 
 def export(sae: Any, directory: Path) -> None:
-    """Save an SAE in the native format, any other module as ``weights.safetensors``."""
-    if isinstance(sae, SAE):
+    """Save an SAE in the native format, what that does not hold and any other module as ``weights.safetensors``."""
+    if isinstance(sae, SAE) and native.holds(sae):
         native.save(sae, directory)
     else:
         weights: Any = dict(tree_flatten(sae.parameters()))

@@ -62,6 +62,7 @@ _OURS = ("mlxsae", "mlx", "scipy-openblas32")
 CONTESTANTS: dict[str, Peer] = {
     "ours": Peer("mlxsae, composed of ops", _mlx("Ours"), _OURS, True),
     "trainer": Peer("mlxsae, its trainer's step", _mlx("Trainer"), _OURS, True),
+    "large": Peer("mlxsae, its trainer's step beside NumPy's product", _mlx("Large"), (*_OURS, "numpy"), True),
     "ours-certified": Peer("mlxsae, composed of ops, certified", _mlx("Ours", certified=True), _OURS, True),
     "trainer-certified": Peer(
         "mlxsae, certified bfloat16", _mlx("Trainer", precision="certified"), _OURS, True
@@ -144,7 +145,8 @@ CONTESTANTS: dict[str, Peer] = {
     "probe": Peer("bandwidth probe", _torch("floors", "Probe"), (), True),
 }
 OURS = ("ours", "trainer")
+LARGE = "large"
 MODES = tuple(name for name in CONTESTANTS if name.startswith(tuple(f"{own}-" for own in OURS)))
 """Our own step in its other ways: precision, rule, instruction set, threads."""
 FLOORS = ("torch", "numpy", "probe")
-PEERS = tuple(name for name in CONTESTANTS if name not in OURS + MODES + FLOORS)
+PEERS = tuple(name for name in CONTESTANTS if name not in (*OURS, *MODES, *FLOORS, LARGE))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.peers.contest import CONTESTANTS, MODES, OURS, PEERS
+from benchmarks.peers.contest import CONTESTANTS, LARGE, MODES, OURS, PEERS
 from benchmarks.shapes import SHAPES, Shape, batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,6 +259,35 @@ def scaling_block(threads: int, rounds: int, quiet: float | None, patience: int)
         return {"rounds": rounds, "others_busy_cores": round(busy, 3), "samples": samples, "waited": waited}
 
 
+def large_block(shape: str, threads: int, rounds: int, quiet: float | None, patience: int) -> dict:
+    """A shape that leaves no memory for a second process: the step and the product alone take turns in one."""
+    turns = ("step", "OpenBLAS, in parts")
+    with player(LARGE, shape, threads) as p:
+        made = p("make")
+        p("run", what="step", index=0)
+        made["can_reset_peak"] = p("reset")["can_reset_peak"]  # what was made of the weights is gone
+        p("run", what="step", index=1)
+        memory = p("memory") if made["can_reset_peak"] else {}
+        busy = wait_until_quiet(quiet)
+        samples: dict[str, list[float]] = {what: [] for what in turns}
+        waited: dict[str, list[float]] = {what: [] for what in turns}
+        for index in range(2, 2 + rounds):
+            for what in turns:
+                value, part = turn(p, what, index, patience)
+                samples[what].append(value)
+                waited[what].append(part)
+    return {
+        "shape": SHAPES[shape]._asdict(),
+        "rounds": rounds,
+        "others_busy_cores": round(busy, 3),
+        "date": machine.describe(threads)["date"],
+        "versions": made["versions"],
+        "samples": samples,
+        "waited": waited,
+        "memory": memory,
+    }
+
+
 def gate(peer: str, threads: int) -> dict:
     """At a small shape: is the selection that of exact float32 top-k, and do two runs give the same bits?"""
     with player(peer, GATE_SHAPE, threads) as p:
@@ -292,6 +321,9 @@ def main() -> None:
     parser.add_argument("--modes", action="store_true", help="also our step in its other ways")
     parser.add_argument("--scaling", action="store_true", help="also S1 with 4096 tokens against 1024")
     parser.add_argument(
+        "--large", action="store_true", help="also S3, which takes 18 GB and minutes, against its product"
+    )
+    parser.add_argument(
         "--out", type=Path, default=RESULTS / f"step-cpu-{machine.slug(machine.cpu_name())}.json"
     )
     arguments = parser.parse_args()
@@ -307,6 +339,11 @@ def main() -> None:
     if arguments.scaling:
         results["scaling"] = scaling_block(
             arguments.threads, arguments.rounds, arguments.quiet, arguments.patience
+        )
+        write(arguments.out, results)
+    if arguments.large:
+        results["large"] = large_block(
+            "S3", arguments.threads, min(arguments.rounds, 3), arguments.quiet, min(arguments.patience, 1)
         )
         write(arguments.out, results)
     if arguments.modes:

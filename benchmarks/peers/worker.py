@@ -57,6 +57,9 @@ class Worker:
         bandwidth, _, waited = _timed(self.contestant.bandwidth)
         return {"value": bandwidth / 1e9, "waited": waited}
 
+    def reset(self) -> dict:
+        return {"can_reset_peak": machine.reset_peak_rss()}
+
     def memory(self) -> dict:
         """Peak resident bytes of the steps so far: in all, and beyond libraries, parameters, two moments and the batch."""
         known = self.rss_before + 12 * self.shape.n_params + 4 * self.shape.n * self.shape.d_in

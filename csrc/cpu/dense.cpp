@@ -13,6 +13,7 @@
 namespace mlxsae::cpu {
 namespace {
 
+constexpr int64_t kTile = 6;               // a multiple of the rows of every tile
 constexpr int64_t kBlockFloats = 4 << 20;  // 16 MiB: what is packed at a time of weights, tokens and gradients
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -59,6 +60,11 @@ float* Workspace::get(int64_t floats) {
   return static_cast<float*>(data_);
 }
 
+Workspace& workspace() {
+  static thread_local Workspace own;
+  return own;
+}
+
 bool dense_residual(const Code& code, const float* w, const float* bias, const float* target, int64_t d_sae, int64_t d,
                     float* residual, float* square) {
   int64_t n = code.n, nnz = code.size();
@@ -67,30 +73,36 @@ bool dense_residual(const Code& code, const float* w, const float* bias, const f
   auto row = [&](int64_t t) {
     return code.offsets ? std::pair{code.offsets[t], code.offsets[t + 1]} : std::pair{t * code.k, (t + 1) * code.k};
   };
-  std::vector<std::atomic<uint8_t>> used(d_sae);
+  // Each part marks for itself: a shared line would go back and forth.
+  int64_t parts = std::min(num_threads(), 8);
+  std::vector<uint8_t> used(parts * d_sae);
   std::atomic<int64_t> entries = 0;
-  parallel_ranges(n, 64, [&](int64_t t0, int64_t t1) {
+  parallel_for(parts, [&](int64_t p, int) {
     int64_t found = 0;
-    for (int64_t i = row(t0).first; i < row(t1 - 1).second; ++i)
-      if (values[i] != 0) {
-        ++found;
-        used[code.indices[i]].store(1, std::memory_order_relaxed);
-      }
+    for (int64_t i = row(n * p / parts).first, end = row(n * (p + 1) / parts - 1).second; i < end; ++i) {
+      bool there = values[i] != 0;  // as likely as not, so nothing branches on it
+      found += there;
+      used[p * d_sae + code.indices[i]] |= there;
+    }
     entries += found;
   });
   std::vector<uint32_t> features;
-  for (int64_t j = 0; j < d_sae; ++j)
-    if (used[j].load(std::memory_order_relaxed)) features.push_back(static_cast<uint32_t>(j));
+  for (int64_t j = 0; j < d_sae; ++j) {
+    uint8_t any = 0;
+    for (int64_t p = 0; p < parts; ++p) any |= used[p * d_sae + j];
+    if (any) features.push_back(static_cast<uint32_t>(j));
+  }
   auto count = static_cast<int64_t>(features.size());
   if (!dense_pays(n, count, entries)) return false;
 
   const auto& k = kernels();
   int64_t panels = panels_of(d), per_feature = panels * k.panel;
   int64_t block = block_of(count, per_feature, k.panel);
-  constexpr int64_t kTokens = 96;  // a matrix of them and a panel share the second-level cache
-  int64_t chunks = round_up((n + kTokens - 1) / kTokens, num_threads());
-  static thread_local Workspace memory;
-  float* packed = memory.get(block * per_feature);
+  // As many chunks for each thread, of whole tiles; a matrix of a chunk and a panel share the second-level cache.
+  constexpr int64_t kTokens = 96;
+  int64_t tokens = std::max(kTile, n / round_up((n + kTokens - 1) / kTokens, num_threads()) / kTile * kTile);
+  int64_t chunks = (n + tokens - 1) / tokens;
+  float* packed = workspace().get(block * per_feature + num_threads() * tokens * block);
   std::vector<int32_t> place(d_sae, -1);
   for (int64_t b = 0; b < count; b += block) {
     int64_t m = std::min(block, count - b);
@@ -101,19 +113,20 @@ bool dense_residual(const Code& code, const float* w, const float* bias, const f
       if (!k.panel_of(w, which, m, d, packed, p)) finite = false;
     });
     if (!finite) return false;  // what is not used adds nothing: zero times infinity would
-    parallel_for(chunks, [&](int64_t i, int) {
-      int64_t t0 = n * i / chunks, t1 = n * (i + 1) / chunks;
-      std::vector<float> matrix((t1 - t0) * m, 0.0f);
+    parallel_for(chunks, [&](int64_t i, int worker) {
+      int64_t t0 = i * tokens, t1 = std::min(n, t0 + tokens);
+      float* matrix = packed + block * per_feature + worker * tokens * block;
+      std::memset(matrix, 0, (t1 - t0) * m * sizeof(float));
       for (int64_t t = t0; t < t1; ++t) {
         auto [begin, end] = row(t);
         for (int64_t e = begin; e < end; ++e)
-          if (values[e] != 0 && place[code.indices[e]] >= 0) matrix[(t - t0) * m + place[code.indices[e]]] += values[e];
+          if (int32_t at = place[code.indices[e]]; at >= 0) matrix[(t - t0) * m + at] += values[e];
         if (b == 0 && bias)
           std::memcpy(residual + t * d, bias, d * sizeof(float));
         else if (b == 0)
           std::memset(residual + t * d, 0, d * sizeof(float));
       }
-      Product product{matrix.data(), m, nullptr, packed, m, d, residual + t0 * d, d};
+      Product product{matrix, m, nullptr, packed, m, d, residual + t0 * d, d};
       for (int64_t p = 0; p < panels; ++p) k.product(product, 0, t1 - t0, p);
       if (b + m == count) k.subtract(target, d, residual, square, t0, t1);
     });
@@ -153,8 +166,7 @@ void DenseTerms::update(const Update& u, int64_t n, const std::function<Update(i
   int64_t tokens = block_of(n, 2 * dec_stride + enc_stride, k.panel);
   int64_t width = panels_of(tokens) * k.panel;
   int64_t gradients = block * (dec_stride + enc_stride + 1);
-  static thread_local Workspace workspace;
-  float* memory = workspace.get(round_up(gradients, 16) + width * (2 * dec_stride + enc_stride) + 2 * block * width);
+  float* memory = workspace().get(round_up(gradients, 16) + width * (2 * dec_stride + enc_stride) + 2 * block * width);
   Update sparse = u;
   sparse.terms = sparse_.data(), sparse.n_terms = static_cast<int>(sparse_.size());
   for (int64_t b = 0; b < count; b += block) {

@@ -28,6 +28,9 @@ class Workspace {
   int64_t size_ = 0;
 };
 
+/** That of the calling thread, for one op at a time. */
+Workspace& workspace();
+
 /** residual = code @ w + bias - target, square[t] = |residual[t]|^2, where a dense product pays; else false. */
 bool dense_residual(const Code& code, const float* w, const float* bias, const float* target, int64_t d_sae, int64_t d,
                     float* residual, float* square);

@@ -86,12 +86,15 @@ void check_code(const char* op, const Code& code, int64_t d_sae) {
       throw std::out_of_range(std::string("[") + op + "] offsets must ascend from 0 to at most nnz=" +
                               std::to_string(code.room) + " but do not.");
   }
-  uint32_t largest = 0;
-  int64_t n = code.size();
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, code.indices[i]);
-  if (n > 0 && largest >= d_sae)
+  std::atomic<uint32_t> largest = 0;
+  parallel_ranges(code.size(), 1 << 16, [&](int64_t begin, int64_t end) {
+    uint32_t here = *std::max_element(code.indices + begin, code.indices + end), before = largest;
+    while (here > before && !largest.compare_exchange_weak(before, here)) {
+    }
+  });
+  if (code.size() > 0 && largest >= d_sae)
     throw std::out_of_range(std::string("[") + op + "] indices must be below d_sae=" + std::to_string(d_sae) +
-                            " but got " + std::to_string(largest) + ".");
+                            " but got " + std::to_string(largest.load()) + ".");
 }
 
 namespace {
@@ -120,10 +123,17 @@ Grouped::Grouped(const Code& c, int64_t d_sae, bool positive) : starts_(d_sae + 
   constexpr int64_t kPartEntries = 1 << 16;
   int64_t parts = std::clamp<int64_t>(nnz / kPartEntries, 1, std::min(num_threads(), 8));
   std::vector<int64_t> next(parts * d_sae, 0);
+  const float* plain = c.type == Type::f32 ? static_cast<const float*>(c.values) : nullptr;
   auto each = [&](int64_t p, auto&& take) {
-    for (int64_t t = c.n * p / parts; t < c.n * (p + 1) / parts; ++t)
-      for (int64_t i = row(t); i < row(t + 1); ++i)
-        if (float v = value_at(c, i); !(positive && v <= 0)) take(t, c.indices[i], v);
+    auto walk = [&](auto&& value) {
+      for (int64_t t = c.n * p / parts; t < c.n * (p + 1) / parts; ++t)
+        for (int64_t i = row(t), end = row(t + 1); i < end; ++i)
+          if (float v = value(i); !(positive && v <= 0)) take(t, c.indices[i], v);
+    };
+    if (plain)
+      walk([plain](int64_t i) { return plain[i]; });
+    else
+      walk([&](int64_t i) { return value_at(c, i); });
   };
   parallel_for(parts, [&](int64_t p, int) {
     each(p, [count = next.data() + p * d_sae](int64_t, uint32_t j, float) { ++count[j]; });

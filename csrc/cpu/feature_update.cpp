@@ -101,18 +101,17 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
         pass(clip, true);
 
         std::vector<double> sum(d_out, 0.0);  // db_dec = scale * sum_t residual_t - sum_j db_enc[j] w_enc[j]
-        for (int64_t t = 0; t < n; ++t)
-          for (int64_t c = 0; c < d_out; ++c) sum[c] += terms[0].residual[t * d_out + c];
-        std::vector<float> g(d_out);
+        cpu::parallel_ranges(d_out, 64, [&](int64_t c0, int64_t c1) {
+          for (int64_t t = 0; t < n; ++t)
+            for (int64_t c = c0; c < c1; ++c) sum[c] += terms[0].residual[t * d_out + c];
+          for (int64_t c = c0; c < c1; ++c) sum[c] *= *terms[0].scale;
+          for (int64_t i = 0; i < parts && o.b_dec_to_input; ++i)
+            for (int64_t c = c0; c < c1; ++c) sum[c] -= through[i * d_in + c];
+        });
+        std::vector<float> g(sum.begin(), sum.end());
         double square = 0;
         for (double q : squares) square += q;
-        for (int64_t c = 0; c < d_out; ++c) {
-          double v = sum[c] * *terms[0].scale;
-          if (o.b_dec_to_input)
-            for (int64_t i = 0; i < parts; ++i) v -= through[i * d_in + c];
-          g[c] = static_cast<float>(v);
-          square += v * v;
-        }
+        for (double v : sum) square += v * v;
         double norm = std::sqrt(square);
         *norm_out = static_cast<float>(norm);
         if (clip) {

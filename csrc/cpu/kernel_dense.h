@@ -59,6 +59,8 @@ inline void product(const Product& m, int64_t i0, int64_t i1, int64_t p) {
         next[q] = i + M + q < i1 ? row(i + M + q) + k0 : a[0];
       }
       float* c = m.c + i * m.ldc + p * kPanel;
+      for (int64_t q = M; q < 2 * M && i + q < i1; ++q)  // the next tile begins by reading what it adds to
+        for (int64_t l = 0; l < columns; l += 16) prefetch(c + q * m.ldc + l);
       float edge[M * kPanel];
       int64_t ldc = m.ldc;
       bool whole = columns == kPanel;

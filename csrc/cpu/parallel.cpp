@@ -1,6 +1,7 @@
 #include "cpu/parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -67,6 +68,7 @@ class Team {
     }
     wake_.notify_all();
     work(0);
+    await([this] { return inside_ == 0; });
     std::unique_lock lock(mutex_);
     open_ = false;
     done_.wait(lock, [this] { return inside_ == 0; });
@@ -81,6 +83,16 @@ class Team {
   }
 
  private:
+  /** Looks out for what is about to happen: to sleep and be woken takes as long as a small job. */
+  template <class Happened>
+  static void await(Happened&& happened) {
+    auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+    while (!happened() && std::chrono::steady_clock::now() < end) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
   void work(int worker) {
     busy() = true;
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_;) {
@@ -98,6 +110,9 @@ class Team {
     uint64_t seen = 0;
     std::unique_lock lock(mutex_);
     for (;;) {
+      lock.unlock();
+      await([&] { return stop_ || job_ != seen; });
+      lock.lock();
       wake_.wait(lock, [&] { return stop_ || (open_ && job_ != seen); });
       if (stop_) return;
       seen = job_;
@@ -115,9 +130,10 @@ class Team {
   const std::function<void(int64_t, int)>* task_ = nullptr;
   int64_t n_ = 0;
   std::atomic<int64_t> next_{0};
-  int inside_ = 0;
-  uint64_t job_ = 0;
-  bool open_ = false, stop_ = false;
+  std::atomic<int> inside_ = 0;
+  std::atomic<uint64_t> job_ = 0;
+  bool open_ = false;
+  std::atomic<bool> stop_ = false;
   std::exception_ptr error_;
 };
 

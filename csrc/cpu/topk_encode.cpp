@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/dense.h"
 #include "cpu/screened.h"
 
 namespace mlxsae {
@@ -65,26 +66,32 @@ void encode_masked(const cpu::Encode& e, const float* w) {
   for (int64_t j = 0; j < e.w.n; ++j)
     if (e.mask[j]) features.push_back(static_cast<uint32_t>(j));
   int64_t m = static_cast<int64_t>(features.size()), d = e.w.d, n = e.x.n, k = std::min(e.k_aux, m);
-  auto rows = room_for<float>(m * d + m);
-  float* bias = rows.get() + m * d;
+  float* rows = cpu::workspace().get(m * d + m);
+  float* bias = rows + m * d;
   cpu::parallel_ranges(m, 64, [&](int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; ++i) {
-      std::memcpy(rows.get() + i * d, w + features[i] * d, d * sizeof(float));
+      std::memcpy(rows + i * d, w + features[i] * d, d * sizeof(float));
       bias[i] = e.bias[features[i]];
     }
   });
+  cpu::Encode part{};
+  part.x = e.x;
+  part.w = {rows, cpu::Type::f32, m, d};
+  part.bias = bias;
+  part.k = k;
+  part.out = e.aux;
+  if (k == e.k_aux) {
+    encode_all(part, 0, n);
+    cpu::parallel_ranges(n * k, 1 << 14, [&](int64_t a, int64_t b) {  // back to the numbers of the features
+      for (int64_t i = a; i < b; ++i) e.aux.indices[i] = features[e.aux.indices[i]];
+    });
+    return;
+  }
   auto values = room_for<float>(n * k);
   auto places = room_for<uint32_t>(n * k);
-  if (k > 0) {
-    cpu::Encode part{};
-    part.x = e.x;
-    part.w = {rows.get(), cpu::Type::f32, m, d};
-    part.bias = bias;
-    part.k = k;
-    part.out = {k, values.get(), cpu::Type::f32, places.get(), nullptr, nullptr, nullptr, 0};
-    encode_all(part, 0, n);
-  }
-  // Back to the numbers of the features; as candidates, so that the unused slots are filled like everywhere.
+  part.out = {k, values.get(), cpu::Type::f32, places.get(), nullptr, nullptr, nullptr, 0};
+  if (k > 0) encode_all(part, 0, n);
+  // As candidates, so that the unused slots are filled like everywhere.
   auto memory = room_for<int32_t>(n * (2 * k + 1));
   cpu::Codes to = e.aux;
   to.room = k;

@@ -332,6 +332,10 @@ inline void screen(const Screen& s) {
     }
     s.counts[s.t0 + t] = static_cast<int32_t>(m);
     if (m > 0) std::memcpy(to_ids, lists.ids + t * lists.stride, m * sizeof(int32_t));
+    for (int64_t i = 0; i < m && s.k > 0; ++i) {
+      int64_t at = t * lists.stride + i;
+      s.upper[(s.t0 + t) * s.capacity + i] = from_key(lists.keys[at]) >= bound[t] ? INFINITY : lists.upper[at];
+    }
   }
 }
 

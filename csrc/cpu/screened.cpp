@@ -17,6 +17,7 @@ bool Shadowed::usable() const {
 Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) : e_(e) {
   int64_t n = e.n, d_sae = e.d_sae;
   auto ids = room_for<int32_t>(n * room);
+  auto upper = room_for<float>(k > 0 ? n * room : 0);
   auto counts = room_for<int32_t>(n);
   norms_ = room_for<float>(n);
   int64_t block = kernels().token_block * 2 * 1024 / std::max<int64_t>(1024, e.d);
@@ -24,7 +25,7 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
   int64_t blocks = (n + block - 1) / block;
   parallel_for(blocks, [&](int64_t i, int) {
     kernels().screen({e.x, e.d, d_sae, k, room, floor, e.w16, e.columns, e.bias, n * i / blocks, n * (i + 1) / blocks,
-                      ids.get(), counts.get(), norms_.get()});
+                      ids.get(), upper.get(), counts.get(), norms_.get()});
   });
 
   first_.assign(n + 1, 0);
@@ -34,23 +35,29 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
   }
   size_ = first_[n];
   rows_ = room_for<uint32_t>(size_), features_ = room_for<uint32_t>(size_), slots_ = room_for<uint32_t>(size_);
-  sums_ = room_for<float>(size_);
+  sums_ = room_for<float>(size_), upper_ = room_for<float>(k > 0 ? size_ : 0);
   // A counting sort, as Grouped's: the parts of the rows have places of their own in every feature.
-  int64_t parts = std::clamp<int64_t>(size_ >> 14, 1, std::min(num_threads(), 8));
-  std::vector<int64_t> next(parts * d_sae, 0);
+  int64_t parts = std::clamp<int64_t>(size_ >> 14, 1, std::min(num_threads(), 8)), bins = (k > 0 ? 2 : 1) * d_sae;
+  std::vector<int64_t> next(parts * bins, 0);
   auto each = [&](int64_t p, auto&& take) {
     for (int64_t t = n * p / parts; t < n * (p + 1) / parts; ++t)
-      for (int32_t i = 0; i < counts[t]; ++i) take(t, ids[t * room + i], first_[t] + i);
+      for (int32_t i = 0; i < counts[t]; ++i) {
+        int64_t at = t * room + i;
+        take(t, ids[at], k > 0 && upper[at] < INFINITY ? ids[at] + d_sae : ids[at], at, first_[t] + i);
+      }
   };
   parallel_for(parts, [&](int64_t p, int) {
-    each(p, [count = next.data() + p * d_sae](int64_t, int32_t f, int64_t) { ++count[f]; });
+    each(p, [count = next.data() + p * bins](int64_t, int32_t, int64_t bin, int64_t, int64_t) { ++count[bin]; });
   });
   int64_t place = 0;
-  for (int64_t j = 0; j < d_sae; ++j)
-    for (int64_t p = 0; p < parts; ++p) place += std::exchange(next[p * d_sae + j], place);
+  for (int64_t j = 0; j < bins; ++j) {
+    for (int64_t p = 0; p < parts; ++p) place += std::exchange(next[p * bins + j], place);
+    if (k > 0 && j + 1 == d_sae) leading_ = place;
+  }
   parallel_for(parts, [&](int64_t p, int) {
-    each(p, [&, to = next.data() + p * d_sae](int64_t t, int32_t f, int64_t slot) {
-      int64_t q = to[f]++;
+    each(p, [&, to = next.data() + p * bins](int64_t t, int32_t f, int64_t bin, int64_t at, int64_t slot) {
+      int64_t q = to[bin]++;
+      if (k > 0) upper_[q] = upper[at];
       rows_[q] = static_cast<uint32_t>(t), features_[q] = static_cast<uint32_t>(f);
       slots_[q] = static_cast<uint32_t>(slot);
     });
@@ -58,6 +65,7 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
 }
 
 float Candidates::error(int64_t q) const {
+  if (q < leading_) return 0;
   float gamma = 2 * static_cast<float>(e_.d + 16) * 5.97e-8f, norm = norms_[rows_[q]];
   const float* column = e_.columns + features_[q];
   return 1.0001f * gamma * norm * column[0] + column[2 * e_.d_sae] + 4e-38f * static_cast<float>(e_.d) * norm +
@@ -66,22 +74,36 @@ float Candidates::error(int64_t q) const {
 
 namespace {
 
-/** Ranges in whole groups of eight. */
+/** Ranges of [begin, end) in whole groups of eight. */
 template <class Do>
-void each(int64_t m, Do&& f) {
-  parallel_ranges((m + 7) / 8, 64, [&](int64_t a, int64_t b) { f(a * 8, std::min(m, b * 8)); });
+void each(int64_t begin, int64_t end, Do&& f) {
+  parallel_ranges((end - begin + 7) / 8, 64,
+                  [&](int64_t a, int64_t b) { f(begin + a * 8, std::min(end, begin + b * 8)); });
 }
 
 }  // namespace
 
 void Candidates::estimate() {
+  rescore(0, leading_);
+  if (leading_ > 0) {
+    std::vector<float> bound(e_.n, INFINITY);
+    for (int64_t q = 0; q < leading_; ++q) bound[rows_[q]] = std::min(bound[rows_[q]], sums_[q]);
+    int64_t kept = leading_;
+    for (int64_t q = leading_; q < size_; ++q) {
+      rows_[kept] = rows_[q], features_[kept] = features_[q], slots_[kept] = slots_[q];
+      kept += upper_[q] >= bound[rows_[q]];
+    }
+    size_ = kept;
+  }
   Rescore r{e_.x, e_.w, e_.bias, e_.d, rows_.get(), features_.get(), sums_.get()};
-  each(size_, [&](int64_t a, int64_t b) { kernels().estimate(r, a, b); });
+  each(leading_, size_, [&](int64_t a, int64_t b) { kernels().estimate(r, a, b); });
 }
 
-void Candidates::rescore() {
+void Candidates::rescore(int64_t begin, int64_t end) {
   Rescore r{e_.x, e_.w, e_.bias, e_.d, rows_.get(), features_.get(), sums_.get()};
-  each(size_, [&](int64_t a, int64_t b) { kernels().rescore(r, a, b); });
+  each(begin, end, [&](int64_t a, int64_t b) { kernels().rescore(r, a, b); });
 }
+
+void Candidates::rescore() { rescore(leading_, size_); }
 
 }  // namespace mlxsae::cpu

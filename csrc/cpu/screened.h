@@ -27,7 +27,10 @@ struct Shadowed {
   bool usable() const;
 };
 
-/** What the screen leaves of every token, sorted by feature: a feature's row then serves all its tokens. */
+/**
+ * What the screen leaves of every token, sorted by feature: a feature's row then serves all its tokens. With k > 0 the
+ * likeliest k of every token precede all others.
+ */
 class Candidates {
  public:
   /** What may be among the k largest of its token; with k = 0, what may reach `floor`; `room` candidates a token. */
@@ -42,7 +45,10 @@ class Candidates {
   int64_t first(int64_t t) const { return first_[t]; }
   const std::vector<int64_t>& redo() const { return redo_; }
 
-  /** Fast pre-activations of all candidates, in any order of additions, and how far each may be off. */
+  /**
+   * Fast pre-activations, in any order of additions, and how far each may be off. With k > 0 the likeliest are rescored
+   * at once, as nearly all of them would be in the end, and what cannot reach the least of them is dropped.
+   */
   void estimate();
   float sum(int64_t q) const { return sums_[q]; }
   float error(int64_t q) const;
@@ -53,21 +59,24 @@ class Candidates {
     parallel_ranges(size_, 4096, [&](int64_t a, int64_t b) {
       for (int64_t q = a; q < b; ++q) stays[q] = stay(q);
     });
-    int64_t kept = 0;
+    int64_t kept = 0, leading = 0;
     for (int64_t q = 0; q < size_; ++q) {
-      rows_[kept] = rows_[q], features_[kept] = features_[q], slots_[kept] = slots_[q];
+      rows_[kept] = rows_[q], features_[kept] = features_[q], slots_[kept] = slots_[q], sums_[kept] = sums_[q];
+      leading += stays[q] && q < leading_;
       kept += stays[q];
     }
-    size_ = kept;
+    leading_ = leading, size_ = kept;
   }
   /** Their pre-activations with the bits of the float32 encode kernel. */
   void rescore();
 
  private:
+  void rescore(int64_t begin, int64_t end);
+
   Shadowed e_;
-  int64_t size_ = 0;
+  int64_t size_ = 0, leading_ = 0;  // the leading ones have their sums
   std::unique_ptr<uint32_t[]> rows_, features_, slots_;
-  std::unique_ptr<float[]> sums_, norms_;
+  std::unique_ptr<float[]> sums_, norms_, upper_;
   std::vector<int64_t> first_, redo_;
 };
 

@@ -117,7 +117,8 @@ void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
   // First fast sums, whose order nobody promises: they leave hardly more than k of a token.
   found.estimate();
   auto low = room_for<float>(total), bound = room_for<float>(n);
-  cpu::parallel_ranges(total, 4096, [&](int64_t a, int64_t b) {
+  std::fill_n(low.get(), total, -INFINITY);
+  cpu::parallel_ranges(found.size(), 4096, [&](int64_t a, int64_t b) {
     for (int64_t q = a; q < b; ++q) low[found.slot(q)] = found.sum(q) - found.error(q);
   });
   cpu::parallel_ranges(n, 16, [&](int64_t t0, int64_t t1) {

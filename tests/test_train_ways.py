@@ -345,8 +345,19 @@ def test_modules_that_do_not_fit_are_named() -> None:
 # ---- normalisation -----------------------------------------------------------------------------------------
 
 
+def by_hand(x: np.ndarray, normalize: str, power: float) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of ``x`` and the matrix that what is left of it is multiplied by."""
+    mean, cov = x.mean(0, dtype=np.float64), np.cov(x.T.astype(np.float64), bias=True)
+    if normalize == "mean_std":
+        return mean, np.diag(1 / np.sqrt(np.diag(cov)))
+    values, axes = np.linalg.eigh(cov)
+    matrix = axes @ np.diag(np.maximum(values, 1e-3 * values.max()) ** (-power / 2)) @ axes.T
+    return mean, matrix * np.sqrt(len(mean) / np.trace(matrix @ cov @ matrix))
+
+
+@pytest.mark.parametrize(("normalize", "power"), [("mean_std", 1.0), ("whiten", 1.0), ("whiten", 0.3)])
 @pytest.mark.parametrize("d_out", [None, 9])
-def test_mean_and_deviation_fold_into_the_weights(d_out: int | None) -> None:
+def test_normalisation_folds_into_the_weights(d_out: int | None, normalize: str, power: float) -> None:
     """The SAE that comes out does on raw activations what the trained one did on normalised ones."""
     rng = np.random.default_rng(2)
     stretch = np.exp(rng.normal(size=D)).astype(np.float32)
@@ -359,19 +370,32 @@ def test_mean_and_deviation_fold_into_the_weights(d_out: int | None) -> None:
         def on_step(self, run: Run) -> None:
             states[:] = [run.state]
 
-    settings = config(normalize="mean_std", total_tokens=300 * 64, sample_size=6000)
+    settings = config(normalize=normalize, whitening=power, total_tokens=300 * 64, sample_size=6000)
     fit(sae, ArraySource(x, y, batch_size=64), settings, callbacks=[Keep()])
-    mean, std = x.mean(0), x.std(0)
+    mean, matrix = by_hand(x, normalize, power)
     inside = new_sae(d_out=d_out)
     inside.update(states[0].params)
     rows = x[:200]
-    a, b = sae.encode(mx.array(rows)), inside.encode(mx.array((rows - mean) / std))
-    np.testing.assert_allclose(np.array(sae.to_dense(a)), np.array(inside.to_dense(b)), rtol=2e-3, atol=2e-4)
-    target = x if y is None else y
-    wanted = np.array(inside.decode(b)) * target.std(0) + target.mean(0)
+    seen = mx.array(((rows - mean) @ matrix).astype(np.float32))
+    a, b = sae.encode(mx.array(rows)), inside.encode(seen)
+    np.testing.assert_allclose(np.array(sae.to_dense(a)), np.array(inside.to_dense(b)), rtol=2e-3, atol=5e-4)
+    target_mean, target_matrix = by_hand(x if y is None else y, normalize, power)
+    wanted = np.array(inside.decode(b)) @ np.linalg.inv(target_matrix) + target_mean
     np.testing.assert_allclose(np.array(sae.decode(a)), wanted, rtol=2e-3, atol=2e-2)
     pair = mx.array(x[:2000]) if y is None else (mx.array(x[:2000]), mx.array(y[:2000]))
     assert evaluate(sae, [pair])["fvu"] < 0.5
+
+
+def test_whitening_refuses_what_it_cannot_do() -> None:
+    constant, tied = np.ones((640, D), np.float32), SAE(D, 32, k=4, tied=True)
+    with pytest.raises(ValueError, match="activations must vary to be whitened"):
+        fit(new_sae(), ArraySource(constant, batch_size=64), config(normalize="whiten"))
+    with pytest.raises(ValueError, match="normalize must not be whiten where the loss is end to end"):
+        fit(new_sae(), source(), config(normalize="whiten", loss=LossConfig(end_to_end="kl")))
+    with pytest.raises(ValueError, match="normalize must not be whiten where the decoder is tied"):
+        fit(tied, source(), config(normalize="whiten"))
+    with pytest.raises(ValueError, match="whitening must lie from 0 to 1 but got 1.5"):
+        config(whitening=1.5)
 
 
 def test_layer_norm_is_the_saes_own(tmp_path: Path) -> None:
@@ -476,6 +500,8 @@ def test_several_layers_from_one_batch() -> None:
         Job(SAE(9, 32, k=4, seed=0), config(), (1,)),
         Job(new_sae(d_out=9), config(), (0, 1)),
         Job(new_sae(), config(normalize="mean_std"), (0,)),
+        Job(new_sae(), config(normalize="whiten"), (0,)),
+        Job(new_sae(), config(normalize="whiten", whitening=1.0), (0,)),
     ]
     results = fit_many(jobs, ArraySource(x, y, batch_size=64))
     alone = [
@@ -483,6 +509,8 @@ def test_several_layers_from_one_batch() -> None:
         fit(SAE(9, 32, k=4, seed=0), ArraySource(y, batch_size=64), config()),
         fit(new_sae(d_out=9), ArraySource(x, y, batch_size=64), config()),
         fit(new_sae(), ArraySource(x, batch_size=64), config(normalize="mean_std")),
+        fit(new_sae(), ArraySource(x, batch_size=64), config(normalize="whiten")),
+        fit(new_sae(), ArraySource(x, batch_size=64), config(normalize="whiten", whitening=1.0)),
     ]
     for a, b in zip(results, alone, strict=True):
         assert_same_bits(weights(a.sae), weights(b.sae))

@@ -54,8 +54,9 @@ from mlxsae.report.demo_page import GOOD_F1
 from mlxsae.sae import SAE
 from mlxsae.train import FitResult, LossConfig, OptimizerConfig, SAEConfig, TrainConfig, fit
 
-# Few latents per token: with more, FVU is lower still, but fewer of them stand for one thing.
-K, EXPANSION_FACTOR, BATCH, LEARNING_RATE = 8, 8, 1024, 2e-3
+# Few latents per token: with more, FVU is lower still, but fewer of them stand for one thing. A little whitening keeps
+# latents in use that quiet directions need; with much of it the concepts of loud ones fall apart.
+K, EXPANSION_FACTOR, BATCH, LEARNING_RATE, WHITENING = 6, 8, 1024, 2e-3, 0.3
 _ROWS, _BUFFER = 64, 131_072  # documents per pass of the model, activations held for shuffling
 _SHOWN, _EXAMPLES, _PROMPTS, _CANDIDATES = 10, 4, 16, 32
 _MARKS = [tiny_world.TOKEN_ID[mark] for mark in tiny_world.SPECIALS]
@@ -183,9 +184,10 @@ def _train(
             batch_size=BATCH,
             seed=options.seed,
             log_every=max(1, min(50, options.tokens // (40 * BATCH))),
-            # From rows of data FVU is lower still, but so is the number of concepts that one latent stands for.
-            decoder_init="keep",
-            wake=0.0,
+            normalize="whiten",
+            whitening=WHITENING,
+            decoder_init="data",
+            wake=0.0,  # a risen bias makes a latent fire for more than one thing
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, decay=0.2),
             loss=LossConfig(dead_after=max(1, options.tokens // 40)),
         ),

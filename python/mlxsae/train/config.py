@@ -248,7 +248,9 @@ class TrainConfig(_Config):
     The run is ``total_tokens`` long, or ``epochs`` passes over data that know their length.
 
     ``normalize`` is folded into the weights of the SAE that comes out: ``expected_norm`` scales activations so that
-    their mean norm is ``sqrt(d_in)``, ``mean_std`` brings each coordinate to mean 0 and standard deviation 1. ``layer_norm``
+    their mean norm is ``sqrt(d_in)``, ``mean_std`` brings each coordinate to mean 0 and standard deviation 1, ``whiten``
+    multiplies what is left of the mean by ``C^(-whitening / 2)`` for the covariance ``C``, 1 being full whitening: loud
+    directions then count less in the loss (:meth:`mlxsae.train.initial.Spread.whitening`). ``layer_norm``
     brings each token there; no weights can do that, so the SAE does it in use too (``SAE.normalize_activations``).
     ``b_dec_init`` is ``geometric_median``, ``mean`` or ``keep``; both normalisation and initial ``b_dec`` come from
     ``sample_size`` rows, and so do the dictionary's first directions where ``decoder_init`` is ``pca``, ``data`` or
@@ -289,6 +291,7 @@ class TrainConfig(_Config):
     seed: int = 0
     epochs: float | None = None
     normalize: str = "expected_norm"
+    whitening: float = 0.5
     b_dec_init: str = "geometric_median"
     decoder_init: str | None = None
     sample_size: int = 8192
@@ -324,7 +327,7 @@ class TrainConfig(_Config):
         if self.epochs is not None:
             _require("epochs", self.epochs, self.epochs > 0, "be positive")
         for name, values in (
-            ("normalize", ("expected_norm", "layer_norm", "mean_std", "none")),
+            ("normalize", ("expected_norm", "layer_norm", "mean_std", "none", "whiten")),
             ("b_dec_init", ("geometric_median", "mean", "keep")),
             ("decoder_init", (None, "keep", "data", "pca", "random")),
             ("engine", ("auto", "autodiff", "fused")),
@@ -333,6 +336,7 @@ class TrainConfig(_Config):
             _require(name, getattr(self, name), getattr(self, name) in values, f"be one of {list(values)}")
         if self.k_start is not None:
             _require("k_start", self.k_start, self.k_start > 0, "be positive")
+        _require("whitening", self.whitening, 0 <= self.whitening <= 1, "lie from 0 to 1")
         _require("k_warmup", self.k_warmup, self.k_warmup >= 0, "not be negative")
         _require("wake", self.wake, self.wake is None or self.wake >= 0, "not be negative")
         if self.resample_every is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -64,6 +65,36 @@ def column_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
     mean = x.mean(axis=0)
     std = mx.sqrt(mx.square(x - mean).mean(axis=0))
     return mean, mx.where(std > 0, std, mx.ones_like(std))
+
+
+class Spread(NamedTuple):
+    """How a sample spreads: ``mean [d]``, variances ``[d]`` along orthonormal ``axes [d, d]`` (columns), ascending."""
+
+    mean: mx.array
+    variances: np.ndarray
+    axes: np.ndarray
+
+    def whitening(self, power: float) -> tuple[mx.array, mx.array]:
+        """``W = c C^(-power / 2)`` and its inverse for the covariance ``C``, symmetric, float32 ``[d, d]``.
+
+        ``(x - mean) W`` has mean squared norm ``d``; with ``power`` 1 the variance is 1 along every axis. Variances count
+        as at least a thousandth of the largest: a sample says little about smaller ones, and 1 over them would be noise.
+        """
+        floored = np.maximum(self.variances, 1e-3 * self.variances[-1])
+        c = math.sqrt(len(floored) / np.sum(self.variances * floored**-power))
+        roots = c * floored ** (-power / 2)
+        there, back = ((self.axes * r) @ self.axes.T for r in (roots, 1 / roots))
+        return mx.array(there.astype(np.float32)), mx.array(back.astype(np.float32))
+
+
+def spread(x: mx.array) -> Spread:
+    """The :class:`Spread` of rows ``x [n, d]``, in float64. ValueError where they do not vary."""
+    rows = np.array(x.astype(mx.float32), np.float64)
+    mean = rows.mean(axis=0)
+    variances, axes = np.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+    if not variances[-1] > 0:
+        raise ValueError("[fit] activations must vary to be whitened but all rows of the sample are equal.")
+    return Spread(mx.array(mean.astype(np.float32)), np.maximum(variances, 0), axes)
 
 
 def source_statistics(

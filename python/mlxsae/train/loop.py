@@ -30,6 +30,7 @@ from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
 from mlxsae.train.config import WAKE, TrainConfig, default_learning_rate
 from mlxsae.train.engine import AutodiffEngine, Engine, make_engine, substituted
 from mlxsae.train.initial import (
+    Spread,
     begin,
     column_statistics,
     expected_norm_scale,
@@ -37,6 +38,7 @@ from mlxsae.train.initial import (
     geometric_median,
     initialize,
     source_statistics,
+    spread,
     waits_for_data,
 )
 from mlxsae.train.module_engine import LossFunction, ModuleEngine, forward
@@ -45,7 +47,7 @@ from mlxsae.train.pressure import SparsityController
 from mlxsae.train.randomness import kept_random_state, seed_step
 from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import Schedule, warmup_decay
-from mlxsae.train.state import ACTIVATIONS, TrainState, flat, scaled_params, unnormalized
+from mlxsae.train.state import ACTIVATIONS, TrainState, flat, normalized, scaled_params, unnormalized
 
 _CHECK_EVERY = 10
 """Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run
@@ -608,6 +610,8 @@ class _Batch:
         """What a loss of this run may ask a language model about; None of rows that are no contexts."""
         if not self._context or run.loss is None or not isinstance(run.engine, AutodiffEngine):
             return None
+        if "whiten_in" in run.state.norm:  # no scale of coordinates undoes it
+            return None
         norm, std, mean = run.state.norm, mx.array(1.0), mx.array(0.0)
         if norm:
             which = "out" if "mean_out" in norm else "in"
@@ -621,14 +625,14 @@ class _Batch:
         self, i: int, norm: dict[str, mx.array], scale: float, side: int, by_token: bool = False
     ) -> mx.array:
         # Runs that start from one sample hold the very same statistics.
-        key = i, scale, id(norm["mean_in"]) if norm else None, side if norm else 0, by_token
+        held = tuple(id(norm[name]) for name in ("mean_in", "whiten_in") if name in norm)
+        key = i, scale, held, side if norm else 0, by_token
         if key not in self._made:
             a = self.arrays[i].astype(mx.float32)
             if by_token:
                 a = layer_norm(a)[0]
             if norm:
-                which = "out" if side and "mean_out" in norm else "in"
-                a = (a - norm[f"mean_{which}"]) / norm[f"std_{which}"]
+                a = normalized(a, norm, "out" if side and "mean_out" in norm else "in")
             self._made[key] = a if scale == 1.0 else a * scale
         return self._made[key]
 
@@ -677,11 +681,21 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
         )
     if widths.ours:
         _check_widths(widths, job.fields, start.sample)
+    sides = (("in", 0), ("out", 1))[: len(fields)]
     if config.normalize == "mean_std":
-        for name, which in (("in", 0), *((("out", 1),) if len(fields) > 1 else ())):
+        for name, which in sides:
             norm[f"mean_{name}"], norm[f"std_{name}"] = start.of(column_statistics, fields, which)
+    elif config.normalize == "whiten":
+        for name, which in sides:
+            found: Spread = start.of(spread, fields, which)
+            norm[f"mean_{name}"] = found.mean
+            norm[f"whiten_{name}"], norm[f"unwhiten_{name}"] = found.whitening(config.whitening)
     if norm and "weight" not in sae.parameters().get("decoder", {}):
-        raise ValueError("[fit] normalize must not be mean_std where the decoder is tied to the encoder.")
+        raise ValueError(
+            f"[fit] normalize must not be {config.normalize} where the decoder is tied to the encoder."
+        )
+    if config.normalize == "whiten" and config.loss.end_to_end is not None:
+        raise ValueError("[fit] normalize must not be whiten where the loss is end to end.")
     by_token = config.normalize == "layer_norm"
     if by_token and len(fields) > 1:
         raise ValueError("[fit] normalize must not be layer_norm where the target is not the input.")
@@ -691,7 +705,9 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
         )
     ranked = getattr(sae, "rank_by_decoder_norm", False)
     if norm and ranked:
-        raise ValueError("[fit] normalize must not be mean_std where latents are ranked by decoder norm.")
+        raise ValueError(
+            f"[fit] normalize must not be {config.normalize} where latents are ranked by decoder norm."
+        )
     # Sources of a crosscoder get a scale each. Folding that changes decoder norms, so not where they rank latents.
     apart = getattr(sae, "n_sources", 1) > 1 and not ranked and config.normalize == "expected_norm"
     if apart:
@@ -707,8 +723,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             what = geometric_median if config.b_dec_init == "geometric_median" else _mean
             centre = start.of(what, fields, len(fields) - 1, by_token)
             if norm:
-                which = "out" if "mean_out" in norm else "in"
-                centre = (centre - norm[f"mean_{which}"]) / norm[f"std_{which}"]
+                centre = normalized(centre, norm, "out" if "mean_out" in norm else "in")
     working = copy.deepcopy(sae)
     working.set_dtype(mx.float32)
     if by_token:

@@ -32,7 +32,7 @@ class TrainState:
     auxk_active : whether the step computes AuxK. Read from the device every few steps, a part of the state so
         that a resumed run decides as the uninterrupted one.
     norm : ``mean_in``, ``std_in`` and for a target of its own ``mean_out``, ``std_out`` of a run with
-        ``normalize="mean_std"``; otherwise empty.
+        ``normalize="mean_std"``; ``whiten_*`` and its inverse ``unwhiten_*`` for ``std_*`` with ``"whiten"``; otherwise empty.
     shadow : the encoder's, in a certified or bfloat16 run, once a step has made it. It follows from the parameters, so no
         file holds it.
     """
@@ -122,21 +122,34 @@ def scaled_params(sae: SAE, params: dict[str, Any], s_in: float, s_out: float) -
     return tree_unflatten(list(leaves.items()))
 
 
+def normalized(a: mx.array, norm: dict[str, mx.array], side: str) -> mx.array:
+    """``(a - mean) / std`` or ``(a - mean) W`` of rows ``a [n, d]`` (or one row), by what ``norm`` holds for ``side``."""
+    a = a - norm[f"mean_{side}"]
+    return a @ norm[f"whiten_{side}"] if f"whiten_{side}" in norm else a / norm[f"std_{side}"]
+
+
 def unnormalized(sae: SAE, params: dict[str, Any], norm: dict[str, mx.array]) -> dict[str, Any]:
-    """Parameters for raw activations, of the same function as ``params`` on ``(x - mean_in) / std_in`` with target
-    ``(y - mean_out) / std_out``; latents stay what they are."""
+    """Parameters for raw activations, of the same function as ``params`` on :func:`normalized` input and target; latents
+    stay what they are."""
     if not norm:
         return params
     params = tree_map(lambda p: p, params)
-    mean, std = norm["mean_in"], norm["std_in"]
-    mean_out, std_out = norm.get("mean_out", mean), norm.get("std_out", std)
+    out = "out" if "mean_out" in norm else "in"
+
+    def read(rows: mx.array) -> mx.array:  # rows that read the input
+        return rows @ norm["whiten_in"] if "whiten_in" in norm else rows / norm["std_in"]
+
+    def written(rows: mx.array) -> mx.array:  # rows that are written to the output
+        return rows @ norm[f"unwhiten_{out}"] if f"unwhiten_{out}" in norm else rows * norm[f"std_{out}"]
+
     encoder, decoder = params["encoder"], params["decoder"]
+    encoder["weight"] = read(encoder["weight"])
     if not sae.apply_b_dec_to_input:
-        encoder["bias"] = encoder["bias"] - encoder["weight"] @ (mean / std)
-    encoder["weight"] = encoder["weight"] / std
+        encoder["bias"] = encoder["bias"] - encoder["weight"] @ norm["mean_in"]
     if "W_skip" in params:
-        decoder["bias"] = decoder["bias"] - params["W_skip"] @ (mean / std)
-        params["W_skip"] = params["W_skip"] * std_out[:, None] / std
-    decoder["weight"] = decoder["weight"] * std_out
-    decoder["bias"] = decoder["bias"] * std_out + mean_out
+        skip = read(params["W_skip"])
+        decoder["bias"] = decoder["bias"] - skip @ norm["mean_in"]
+        params["W_skip"] = written(skip.T).T
+    decoder["weight"] = written(decoder["weight"])
+    decoder["bias"] = written(decoder["bias"]) + norm[f"mean_{out}"]
     return params

@@ -453,7 +453,7 @@ def test_dead_latents_are_made_anew(strategy: str, precision: str) -> None:
         log_every=10,
         precision=precision,
         loss=LossConfig(auxk=None, dead_after=640),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
+        optimizer=OptimizerConfig(learning_rate=3e-3, decay=0.2),
     )
     data = dictionary_data()
     plain = fit(never_firing(), ArraySource(data, batch_size=64), config)

@@ -62,7 +62,9 @@ _OURS = ("mlxsae", "mlx", "scipy-openblas32")
 CONTESTANTS: dict[str, Peer] = {
     "ours": Peer("mlxsae, composed of ops", _mlx("Ours"), _OURS, True),
     "trainer": Peer("mlxsae, its trainer's step", _mlx("Trainer"), _OURS, True),
-    "large": Peer("mlxsae, its trainer's step beside NumPy's product", _mlx("Large"), (*_OURS, "numpy"), True),
+    "large": Peer(
+        "mlxsae, its trainer's step beside NumPy's product", _mlx("Large"), (*_OURS, "numpy"), True
+    ),
     "ours-certified": Peer("mlxsae, composed of ops, certified", _mlx("Ours", certified=True), _OURS, True),
     "trainer-certified": Peer(
         "mlxsae, certified bfloat16", _mlx("Trainer", precision="certified"), _OURS, True

@@ -164,7 +164,12 @@ def initialize(sae: SAE, x: mx.array, y: mx.array | None = None, *, how: str = "
 
 def waits_for_data(sae: SAE) -> bool:
     """Whether :func:`begin` has something to do: a rule that chooses by a threshold, in an SAE that was never trained."""
-    return sae.rule.starts_from_data and not any(bool(e.bias.any()) for e in _encoders(sae))
+    return sae.rule.starts_from_data and untrained(sae)
+
+
+def untrained(sae: SAE) -> bool:
+    """Whether no encoder has a bias yet: training gives it one."""
+    return not any(bool(e.bias.any()) for e in _encoders(sae))
 
 
 def begin(sae: SAE, x: mx.array, y: mx.array, l0: float | None) -> SAE:

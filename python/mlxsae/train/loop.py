@@ -39,6 +39,7 @@ from mlxsae.train.initial import (
     initialize,
     source_statistics,
     spread,
+    untrained,
     waits_for_data,
 )
 from mlxsae.train.module_engine import LossFunction, ModuleEngine, forward
@@ -732,7 +733,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
     from_data = widths.ours and waits_for_data(sae)
-    how = config.decoder_init or "keep"
+    how = (config.decoder_init if widths.ours and untrained(sae) else None) or "keep"
     if saved is None and (how != "keep" or from_data):
         batch = _Batch(tuple(start.rows(fields)))
         seen = [batch.scaled(place, norm, scale[place], place, by_token) for place in range(len(fields))]

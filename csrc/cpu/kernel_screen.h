@@ -77,11 +77,16 @@ MLXSAE_INLINE void turn(const float* const* rows, int64_t c, v4* out) {
   out[3] = __builtin_shufflevector(b, f, 2, 3, 6, 7);
 }
 
-/** Eight dot products at once, each one chain over ascending coordinates: the bits of the encode kernel. */
-inline void chains(const float* const* a, const float* const* b, int64_t d, float* out) {
+/**
+ * Eight dot products at once, each one chain over ascending coordinates: the bits of the encode kernel. `next`: sixteen
+ * rows to fetch meanwhile.
+ */
+inline void chains(const float* const* a, const float* const* b, int64_t d, float* out, const float* const* next) {
   v4 s[2] = {};
   int64_t c = 0;
   for (; c + 4 <= d; c += 4) {
+    if (c % 16 == 0)
+      for (int i = 0; i < 16; ++i) prefetch<2>(next[i] + c);
     MLXSAE_UNROLL for (int g = 0; g < 2; ++g) {
       v4 x[4], y[4];
       turn(a + 4 * g, c, x);
@@ -99,15 +104,15 @@ inline void chains(const float* const* a, const float* const* b, int64_t d, floa
 inline void rescore(const Rescore& r, int64_t begin, int64_t end) {
   constexpr int N = 8;
   for (int64_t e = begin; e < end; e += N) {
-    const float *a[N], *b[N];
+    const float *a[N], *b[N], *next[2 * N];
     float out[N];
     int64_t m = end - e < N ? end - e : N;
     for (int i = 0; i < N; ++i) {
-      int64_t q = e + (i < m ? i : 0);
-      a[i] = r.x + int64_t(r.rows[q]) * r.d;
-      b[i] = r.w + int64_t(r.ids[q]) * r.d;
+      int64_t q = e + (i < m ? i : 0), ahead = e + N + i < end ? e + N + i : q;
+      a[i] = r.x + int64_t(r.rows[q]) * r.d, next[i] = r.x + int64_t(r.rows[ahead]) * r.d;
+      b[i] = r.w + int64_t(r.ids[q]) * r.d, next[N + i] = r.w + int64_t(r.ids[ahead]) * r.d;
     }
-    chains(a, b, r.d, out);
+    chains(a, b, r.d, out, next);
     for (int64_t i = 0; i < m; ++i) r.out[e + i] = out[i] + (r.bias ? r.bias[r.ids[e + i]] : 0.0f);
   }
 }
@@ -118,6 +123,8 @@ inline void estimate(const Rescore& r, int64_t begin, int64_t end) {
     if (e + 1 < end) {
       const float* ahead = r.x + int64_t(r.rows[e + 1]) * r.d;
       for (int64_t c = 0; c < r.d; c += 16) prefetch<2>(ahead + c);
+      const float* w = r.w + int64_t(r.ids[e + 1]) * r.d;
+      for (int64_t c = 0; c < r.d && r.ids[e + 1] != r.ids[e]; c += 16) prefetch<2>(w + c);
     }
     float s = dot(r.x + int64_t(r.rows[e]) * r.d, r.w + int64_t(r.ids[e]) * r.d, r.d);
     r.out[e] = s + (r.bias ? r.bias[r.ids[e]] : 0.0f);

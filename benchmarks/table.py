@@ -197,6 +197,10 @@ def bars(results: dict, name: str) -> list[Bar]:
             b / (4 * a) for a, b in zip(scaling["samples"]["S1"], scaling["samples"]["S1x4"], strict=True)
         )
         made.append(Bar("step of 4,096 tokens / 4 steps of 1,024", 1.0, True, ratio))
+    if "large" in results and name == "S1":
+        made.append(
+            Bar("S3: step / its floor", 1.3, True, quotient(results["large"], "step", "OpenBLAS, in parts"))
+        )
     entry = results["shapes"][name]
     if "modes" in entry:
         made += modes_bars(entry, {bar.what: bar.value for bar in made})
@@ -295,6 +299,8 @@ def render(results: dict) -> str:
                 list(rows(results, name)),
             )
         )
+    if (large := results.get("large")) is not None:
+        parts.append(render_large(large))
     if (captured := load_captured(about)) is not None:
         parts.append(render_captured(captured))
     listed = ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
@@ -304,6 +310,19 @@ def render(results: dict) -> str:
         f"parameters, two moments and the batch. Versions: {listed}. `make bench-peers` repeats it."
     )
     return "\n\n".join(parts)
+
+
+def render_large(block: dict) -> str:
+    """The step of a shape that fills the machine, beside the product over the same weights in the same process."""
+    shape = Shape(**block["shape"])
+    memory = block["memory"]
+    peak = f", {memory['peak'] / 2**30:.1f} GiB resident at most" if memory else ""
+    return (
+        f"**S3**: n = {shape.n:,}, d_in = {shape.d_in:,}, d_sae = {shape.d_sae:,}, k = {shape.k}: a step of the trainer takes "
+        f"{median(block, 'step'):.1f} s, the product alone by NumPy (OpenBLAS) {median(block, 'OpenBLAS, in parts'):.1f} s "
+        f"({quotient(block, 'step', 'OpenBLAS, in parts'):.2f} times the floor){peak}; medians of {block['rounds']} rounds "
+        "(`python -m benchmarks.peers.run --large`)."
+    )
 
 
 def render_captured(found: dict) -> str:

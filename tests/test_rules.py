@@ -16,7 +16,7 @@ from mlxsae import loss as L
 from mlxsae.code import DenseCode, SparseCode, between, n_tokens, to_slots
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate, fire_counts, l0
-from mlxsae.sae import SAE, BatchTopK, GroupMax, JumpReLU, calibrate
+from mlxsae.sae import RULES, SAE, BatchTopK, GroupMax, JumpReLU, calibrate
 from mlxsae.sae.straight_through import jump_relu, step
 from mlxsae.train import (
     Callback,
@@ -301,6 +301,20 @@ def test_configuration_builds_rule_and_loss() -> None:
         LossConfig(terms={"l5": 1.0})
     with pytest.raises(ValueError, match=r"\[l0\] the rule must have a learned threshold"):
         L.L0Target(3)(L.Forward(SAE(D, D_SAE, k=2), *[mx.zeros((2, D))] * 2, code=None, y_hat=None))  # type: ignore[arg-type]
+    for (
+        architecture,
+        rule,
+    ) in RULES.items():  # AuxK by default where the largest are kept, else where it is named
+        of = {
+            name: LossConfig(auxk=name).build(SAEConfig(architecture=architecture, d_sae=128).build(D))
+            for name in ("auto", "openai")
+        }
+        assert (
+            (of["auto"].auxk is not None)
+            == rule.takes_auxk
+            == ("topk" in architecture or architecture == "groupmax")
+        )
+        assert of["openai"].auxk is not None
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from mlxsae.lm import Documents, HookPoint
 from mlxsae.loss import AUXK_PRESETS
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
-from mlxsae.train import OPTIMIZERS, Job, LossConfig, SAEConfig, TrainConfig, fit_many
+from mlxsae.train import OPTIMIZERS, Job, SAEConfig, TrainConfig, fit_many
 from mlxsae.train.checkpoint import checkpoints
 from mlxsae.train.config import MOMENTS, PRECISIONS, default_learning_rate
 from mlxsae.train.doors import contexts_per_step, end_to_end_loss, tracking_callbacks
@@ -113,10 +113,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--aux",
         nargs="?",
-        const=LossConfig.auxk,
+        const="dictionary_learning",
         choices=sorted(AUXK_PRESETS),
         metavar="PRESET",
-        help=f"revive dead latents by AuxK: {', '.join(sorted(AUXK_PRESETS))} ({LossConfig.auxk})",
+        help=f"revive dead latents by AuxK: {', '.join(sorted(AUXK_PRESETS))} (dictionary_learning for rules that keep "
+        "the largest)",
     )
     how.add_argument("--no-aux", dest="aux", action="store_const", const="none", help="leave the dead dead")
     how.add_argument(

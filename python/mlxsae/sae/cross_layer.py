@@ -179,6 +179,10 @@ class _PerLayer(Rule):
         return self.layers[0].architecture
 
     @property
+    def takes_auxk(self) -> bool:  # type: ignore[override]
+        return self.layers[0].takes_auxk
+
+    @property
     def k(self) -> int | None:
         """Of each layer."""
         return getattr(self.layers[0], "k", None)

@@ -20,6 +20,7 @@ class ReLU(Rule):
     """
 
     architecture = "relu"
+    takes_auxk = False
     starts_from_data = True  # type: ignore[assignment]
 
     def encode(
@@ -63,6 +64,7 @@ class Gated(Rule):
     """
 
     architecture = "gated"
+    takes_auxk = False
     UNITS: ClassVar[dict[str, int]] = {"b_mag": 1}
     starts_from_data = True  # type: ignore[assignment]
     r_mag: mx.array
@@ -112,6 +114,7 @@ class SigmoidGated(Rule):
     """
 
     architecture = "sigmoid_gated"
+    takes_auxk = False
     UNITS: ClassVar[dict[str, int]] = {"gate_weight": -1}
     starts_from_data = True  # type: ignore[assignment]
 

@@ -42,6 +42,8 @@ class Rule(nn.Module):
     else in the rule depends on a parameter: all that the one-pass update needs to know."""
     certified: ClassVar[bool] = False
     """True where the fused op takes the encoder's shadow, operands of 16 bits, and ``tf32``."""
+    takes_auxk: ClassVar[bool] = True
+    """Whether AuxK is part of the loss unless it says otherwise: not where latents fire by a threshold of their own."""
     tf32 = False
     """Whether the GPU's float32 product decides as it is (:meth:`with_tf32`)."""
     PARAMETERS: ClassVar[tuple[str, ...]] = ()
@@ -284,6 +286,7 @@ class JumpReLU(Rule):
     """
 
     architecture = "jumprelu"
+    takes_auxk = False
     PARAMETERS = ("k", "bandwidth", "initial_threshold", "through_input")
     UNITS: ClassVar[dict[str, int]] = {"threshold": 1}
 

@@ -124,8 +124,10 @@ SPARSITY = frozenset({"l1", "lp", "tanh", "l0", "gate_l1"})
 class LossConfig(_Config):
     """Reconstruction term, AuxK, and what else the architecture needs.
 
-    ``reconstruction`` is ``fvu``, ``mse`` or ``nmse``. ``auxk`` names a preset of :mod:`mlxsae.loss.auxk` or
-    is None; ``auxk_weight`` and ``k_aux`` default to the preset's weight and ``d_in / 2``. A latent is dead
+    ``reconstruction`` is ``fvu``, ``mse`` or ``nmse``. ``auxk`` names a preset of :mod:`mlxsae.loss.auxk`, is None, or
+    ``auto``: ``dictionary_learning`` for rules that keep the largest, None for those that choose by a threshold, which it
+    would carry latents over all at once (no peer has it there; a JumpReLU's FVU doubles). ``auxk_weight`` and ``k_aux``
+    default to the preset's weight and ``d_in / 2``. A latent is dead
     in a batch if it did not fire in the last ``dead_after`` tokens before it, by default a 100th of the run, at
     most 10M.
 
@@ -154,7 +156,7 @@ class LossConfig(_Config):
     target_l0: float | None = None
     prefixes: tuple[float, ...] | None = None
     random_prefixes: int | None = None
-    auxk: str | None = "dictionary_learning"
+    auxk: str | None = "auto"
     auxk_weight: float | None = None
     k_aux: int | None = None
     dead_after: int | None = None
@@ -180,7 +182,7 @@ class LossConfig(_Config):
         if self.prefixes is not None and self.random_prefixes is not None:
             raise ValueError("[config] prefixes and random_prefixes must not both be given but are.")
         self._prefixes()
-        presets = sorted(AUXK_PRESETS)
+        presets = ["auto", *sorted(AUXK_PRESETS)]
         _require("auxk", self.auxk, self.auxk is None or self.auxk in presets, f"be None or one of {presets}")
         if self.auxk_weight is not None:
             _require("auxk_weight", self.auxk_weight, self.auxk_weight >= 0, "not be negative")
@@ -193,6 +195,12 @@ class LossConfig(_Config):
         if self.random_prefixes is not None:
             return RandomPrefixes(self.random_prefixes)
         return None if self.prefixes is None else FixedPrefixes(self.prefixes)
+
+    def preset_for(self, rule: Rule) -> str | None:
+        """The preset of AuxK for an SAE of ``rule``."""
+        if self.auxk != "auto":
+            return self.auxk
+        return "dictionary_learning" if rule.takes_auxk else None
 
     def build(
         self,
@@ -210,9 +218,9 @@ class LossConfig(_Config):
                 "train_sae has them, or give fit a loss."
             )
         auxk, d_in = None, sae.d_in
-        if self.auxk is not None:
-            weight = AUXK_PRESETS[self.auxk].weight if self.auxk_weight is None else self.auxk_weight
-            auxk = weight, AuxK(max(d_in // 2, 1) if self.k_aux is None else self.k_aux, self.auxk)
+        if (preset := self.preset_for(sae.rule)) is not None:
+            weight = AUXK_PRESETS[preset].weight if self.auxk_weight is None else self.auxk_weight
+            auxk = weight, AuxK(max(d_in // 2, 1) if self.k_aux is None else self.k_aux, preset)
         weights = DEFAULT_TERMS.get(sae.rule.architecture, {}) if self.terms is None else self.terms
         if self.target_l0 is not None and not weights.keys() & SPARSITY:
             raise ValueError(

@@ -648,8 +648,9 @@ def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
             )
         config = replace(config, total_tokens=max(1, math.ceil(config.epochs * rows)), epochs=None)
     if config.wake is None:  # decided before the first checkpoint, which a resumed run is held to
-        revives = config.loss if job.loss is None else job.loss
-        wakes = _wakes(job.sae) and getattr(revives, "auxk", None) is not None
+        wakes = _wakes(job.sae) and (
+            config.loss.preset_for(job.sae.rule) if job.loss is None else getattr(job.loss, "auxk", None)
+        )
         config = replace(config, wake=WAKE if wakes else 0.0)
     return replace(job, config=config, name=job.name or ("" if number is None else str(number)))
 

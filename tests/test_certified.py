@@ -119,6 +119,14 @@ def test_not_finite_inputs():
     same_bits(x, w, b, 5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_finite_bias(value: float):
+    rng = np.random.default_rng(0)
+    x, w, b = rng.standard_normal((70, 16)), rng.standard_normal((5000, 16)), np.zeros(5000)
+    b[4321] = value
+    same_bits(x, w, b, 5)
+
+
 def test_masked_selection_with_a_shadow():
     rng = np.random.default_rng(0)
     for n, d_sae, k, k_aux, share in [

@@ -11,7 +11,8 @@ Shadowed Shadowed::of(const Rows& x, const Rows& w, const float* bias, const uin
 
 bool Shadowed::usable() const {
   if (!w16 || !kernels().screen || d_sae >= INT32_MAX / 2) return false;
-  return std::all_of(columns, columns + d_sae, [](float norm) { return norm < 1e18f; });
+  auto small = [](float v) { return std::fabs(v) < 1e18f; };  // not NaN, and no sum of it overflows
+  return std::all_of(columns, columns + d_sae, small) && (!bias || std::all_of(bias, bias + d_sae, small));
 }
 
 Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) : e_(e) {

@@ -337,8 +337,9 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Mean and standard error over seeds; {TOKENS:,} training tokens, the same in the same order for "
-            "all; one evaluator. Peers: the learning rate of least FVU among those that were tried, our schedule, else "
-            f"their defaults. {versions}.",
+            "all; one evaluator, held-out rows on which nothing was tuned. Peers: a warm-up over 5 % and a linear decay over "
+            f"20 % of the steps, for SAELens AuxK for what was silent for {DEAD_STEPS} steps and b_dec from the data's mean; else their "
+            f"defaults. {versions}.",
             "",
             *lines,
         ]

@@ -39,7 +39,7 @@ TOKENS, HELDOUT, BATCH, SEEDS = 2_000_000, 200_000, 1024, (0, 1, 2)
 STEPS = -(-TOKENS // BATCH)
 WARMUP, DECAY = round(0.05 * STEPS), round(0.2 * STEPS)
 DEAD_STEPS = 100
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 """Learning rates that peers are tried at."""
 
 

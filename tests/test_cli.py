@@ -174,6 +174,12 @@ def test_run_json_comes_before_any_other_work(model: str, stories: Path, tmp_pat
     assert run_of(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.parametrize("rule", ["relu", "gated"])
+def test_k_is_the_wanted_l0_of_a_penalty(rule: str, model: str, stories: Path, tmp_path: Path) -> None:
+    assert main(arguments(model, stories, tmp_path, rule=rule, max_tokens=30_000)) == 0
+    assert run_of(tmp_path)["results"]["l0"] == pytest.approx(8, rel=0.25)  # a short run: 118 steps
+
+
 BAD = {
     "missing model": ({"model": "no/such/model/here"}, 1, "model"),
     "layer out of range": ({"layer": 5}, 1, "layer"),

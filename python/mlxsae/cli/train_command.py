@@ -35,12 +35,12 @@ from mlxsae.data.dataset import hook_points_of
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint
-from mlxsae.loss import AUXK_PRESETS
+from mlxsae.loss import AUXK_PRESETS, DEFAULT_TERMS
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
 from mlxsae.train import OPTIMIZERS, Job, SAEConfig, TrainConfig, fit_many
 from mlxsae.train.checkpoint import checkpoints
-from mlxsae.train.config import MOMENTS, PRECISIONS, default_learning_rate
+from mlxsae.train.config import MOMENTS, PRECISIONS, SPARSITY, default_learning_rate
 from mlxsae.train.doors import contexts_per_step, end_to_end_loss, tracking_callbacks
 
 _BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
@@ -82,7 +82,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--heldout-tokens", type=kinds.whole(), help="tokens to evaluate on (50000)")
 
     sae = parser.add_argument_group("the SAE")
-    sae.add_argument("--k", type=kinds.whole(), help=f"latents kept per token ({SAEConfig.k})")
+    sae.add_argument(
+        "--k",
+        type=kinds.whole(),
+        help=f"latents kept per token ({SAEConfig.k}); for relu and gated as --target-l0",
+    )
     sae.add_argument(
         "--target-l0",
         type=kinds.number(above=0),
@@ -398,6 +402,11 @@ def _config(chosen: dict[str, Any]) -> SAEConfig:
         raise ValueError(
             "[train] --end-to-end asks the model at each step: give --dataset, not --activations."
         )
+    loss = config.train.loss
+    if "k" in chosen and loss.target_l0 is None and loss.end_to_end is None and _by_penalty(config):
+        config = replace(
+            config, train=replace(config.train, loss=replace(loss, target_l0=float(chosen["k"])))
+        )
     if not config.data.validation_split:
         raise ValueError(
             "[train] --heldout-fraction must be above 0: the final metrics are taken on that text."
@@ -407,6 +416,13 @@ def _config(chosen: dict[str, Any]) -> SAEConfig:
         every = max(1, min(TrainConfig.log_every, -(-config.train.total_steps // 20)))
         config = replace(config, train=replace(config.train, log_every=every))
     return config
+
+
+def _by_penalty(config: SAEConfig) -> bool:
+    """Whether the rule keeps no ``k`` latents, but has a penalty whose weight can be found for an L0."""
+    terms = config.train.loss.terms
+    found = DEFAULT_TERMS.get(config.architecture, {}) if terms is None else terms
+    return "k" not in RULES[config.architecture].PARAMETERS and not SPARSITY.isdisjoint(found)
 
 
 def _stored(given: dict[str, Any]) -> dict[str, Any]:

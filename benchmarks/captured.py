@@ -57,10 +57,14 @@ def candidates(x: np.ndarray, step: OurStep) -> dict[str, float]:
     assert shadow is not None
     n, d = x.shape
     x = x - np.array(step.params.b_dec)
-    w16, bias = np.array(shadow.w16.astype(mx.float32)), np.array(step.params.b_enc)
-    column = np.array(shadow.columns)
-    low = np.array(mx.array(x).astype(mx.bfloat16).astype(mx.float32))
+    column, bias = np.array(shadow.columns), np.array(step.params.b_enc)
     norm = lambda a: np.linalg.norm(a.astype(np.float64), axis=1).astype(np.float32)[:, None]  # noqa: E731
+    if shadow.w16.dtype == mx.int16:
+        w16 = np.array(shadow.w16) * (column[0] / 2**15)[:, None]
+        low = np.round(x * (2**15 / norm(x))) * (norm(x) / 2**15)
+    else:
+        w16 = np.array(shadow.w16.astype(mx.float32))
+        low = np.array(mx.array(x).astype(mx.bfloat16).astype(mx.float32))
     gamma = 2 * (d + 16) * UNIT
     error = (norm(x - low) + gamma * norm(x)) * column[0] + norm(low) * column[1] + column[2]
 

@@ -102,7 +102,7 @@ def update_bandwidth_share(block: dict, shape: Shape) -> float:
 
 
 def modes_bars(entry: dict, float32: dict[str, float | None]) -> Iterator[Bar]:
-    """The promises for certified bfloat16, BatchTopK and AVX2. A peer was timed beside the float32 step only: its ratio
+    """The promises for certified low precision, BatchTopK and AVX2. A peer was timed beside the float32 step only: its ratio
     to the certified one is that ratio times float32 over certified, taken in the contest of our own ways.
     """
     block = entry["modes"]
@@ -339,7 +339,7 @@ def render_captured(found: dict) -> str:
         body.append([name, *times, f"{counts['screened']:.1f}", f"{counts['rescored']:.1f}"])
     return (
         "The step of S1 on what a language model has at eight sites, at the start and along a training run, beside Gaussian "
-        f"activations; of a token's features, how many the bfloat16 screen leaves and how many of these are computed again in "
+        f"activations; of a token's features, how many the screen in 16 bits leaves and how many of these are computed again in "
         f"float32, for k = {found['shape']['k']} (`python -m benchmarks.captured`).\n\n"
         + markdown(header, body)
     )

@@ -41,8 +41,10 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(),
       nb::sig("def topk_encode(x: " ARRAY ", w_enc: " ARRAY ", b_enc: " ARRAY " | None, *, k: int, " SHADOW ", " TF32
               ", " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
-  m.def("encoder_shadow", &mlxsae::encoder_shadow, "w_enc"_a, nb::kw_only(), "stream"_a = nb::none(),
-        nb::sig("def encoder_shadow(w_enc: " ARRAY ", *, " STREAM ") -> tuple[" ARRAY ", " ARRAY "]"));
+  m.def("encoder_shadow", &mlxsae::encoder_shadow, "w_enc"_a, nb::kw_only(), "dtype"_a = nb::none(),
+        "stream"_a = nb::none(),
+        nb::sig("def encoder_shadow(w_enc: " ARRAY ", *, dtype: mlx.core.Dtype | None = None, " STREAM
+                ") -> tuple[" ARRAY ", " ARRAY "]"));
   m.def(
       "topk_encode_masked",
       [shadow_of](const mx::array& x, const mx::array& w_enc, const std::optional<mx::array>& b_enc,

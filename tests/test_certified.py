@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,32 +12,36 @@ from hypothesis import strategies as st
 
 from mlxsae import ops
 
-SCREENS = "bf16" in ops.backends()["topk_encode"]["cpu"]
+TYPES = (mx.bfloat16, mx.int16)
+KERNEL = ops.backends()["topk_encode"]["cpu"]
 
 
-def same_bits(x, w, b, k):
+def same_bits(x, w, b, k, types=TYPES):
     x, w, b = (mx.array(np.asarray(a, np.float32)) for a in (x, w, b))
-    shadow = ops.encoder_shadow(w)
     want = ops.topk_encode(x, w, b, k=k)
-    got = ops.topk_encode(x, w, b, k=k, shadow=shadow)
-    np.testing.assert_array_equal(np.array(got.indices), np.array(want.indices))
-    np.testing.assert_array_equal(np.array(got.values), np.array(want.values))
-    want, threshold = ops.batch_topk_encode(x, w, b, k=k)
-    for off in (
-        1.0,
-        0.7,
-        1.04,
-        1.5,
-    ):  # a good hint, a low one, one within the margin, one that hides what is wanted
-        got, again = ops.batch_topk_encode(x, w, b, k=k, hint=off * threshold, shadow=shadow)
-        for a, c in zip((*got, again), (*want, threshold), strict=True):
-            np.testing.assert_array_equal(np.array(a), np.array(c))
+    all_want, threshold = ops.batch_topk_encode(x, w, b, k=k)
+    for dtype in types:
+        shadow = ops.encoder_shadow(w, dtype=dtype)
+        got = ops.topk_encode(x, w, b, k=k, shadow=shadow)
+        np.testing.assert_array_equal(np.array(got.indices), np.array(want.indices))
+        np.testing.assert_array_equal(np.array(got.values), np.array(want.values))
+        # a good hint, a low one, one within the margin, one that hides what is wanted
+        for off in (1.0, 0.7, 1.04, 1.5):
+            got, again = ops.batch_topk_encode(x, w, b, k=k, hint=off * threshold, shadow=shadow)
+            for a, c in zip((*got, again), (*all_want, threshold), strict=True):
+                np.testing.assert_array_equal(np.array(a), np.array(c))
 
 
-def test_this_machine():
-    """Everything here holds on every machine; only where the processor multiplies bfloat16 does it test the screen."""
-    if not SCREENS:
-        pytest.skip("this processor has no bfloat16 product: the float32 kernel ran in its place")
+@pytest.mark.parametrize(("dtype", "sets"), [(mx.bfloat16, ("bf16",)), (mx.int16, ("avx2", "avx512"))])
+def test_this_machine(dtype, sets):
+    """Everything here holds on every machine; it tests the screen where the processor has a product for the shadow."""
+    if not any(name in KERNEL for name in sets):
+        pytest.skip(f"this processor screens no shadow of {dtype}: the float32 kernel ran in its place")
+
+
+def test_the_default_is_what_this_processor_screens_with():
+    integers = ("avx2" in KERNEL or "avx512" in KERNEL) and "bf16" not in KERNEL
+    assert ops.encoder_shadow(mx.ones((3, 4))).w16.dtype == (mx.int16 if integers else mx.bfloat16)
 
 
 @settings(max_examples=80, deadline=None)
@@ -54,6 +60,8 @@ def test_this_machine():
             "sparse",
             "integers",
             "near bfloat16",
+            "near integers",
+            "one large",
             "heavy tails",
             "cancelling",
         ]
@@ -78,6 +86,13 @@ def test_same_bits_as_float32(n, d, d_sae, k, kind, seed):
         x, w, b = rng.integers(-2, 3, (n, d)), rng.integers(-2, 3, (d_sae, d)), rng.integers(-1, 2, d_sae)
     elif kind == "near bfloat16":  # halfway between two bfloat16: the largest rounding there is
         x, w = np.sign(x) * (1 + 2.0**-8), np.sign(w) * (1 + 2.0**-8 + 2.0**-20 * rng.random((d_sae, d)))
+    elif kind == "near integers":  # halfway between two integers of the shadow, all roundings the same way
+        x, w = np.sign(x) * (0.5 + np.abs(x).round()), np.sign(w) * (0.5 + np.abs(30 * w).round())
+        x[:, -1], w[:, -1] = (2.0**15 for _ in range(2))
+    elif kind == "one large":  # one coordinate has the whole norm: its integer reaches the end of the range
+        x, w = x * 1e-4, w * 1e-4
+        x[np.arange(n), rng.integers(0, d, n)] = rng.choice([-1.0, 1.0], n)
+        w[np.arange(d_sae), rng.integers(0, d, d_sae)] = rng.choice([-1.0, 1.0], d_sae)
     elif kind == "heavy tails":
         x, w = x * np.exp(4 * rng.standard_normal((n, 1))), w * np.exp(3 * rng.standard_normal((d_sae, 1)))
     elif (
@@ -101,10 +116,20 @@ def test_worst_case_roundings_do_not_hide_the_best_feature():
     same_bits(x, w, np.zeros(d_sae), 5)
 
 
-def test_too_many_candidates_go_to_the_float32_kernel():
-    """Features that differ by less than bfloat16 can tell: nearly all of them are candidates."""
+def test_sums_of_integers_do_not_overflow():
+    """Rows that are parallel: their product is the largest there is, 2^30 in units of the shadow."""
     rng = np.random.default_rng(0)
-    w = 1 + 1e-5 * rng.standard_normal((5000, 32))
+    for d in (1, 2, 33, 1000):
+        direction = rng.choice([-1.0, 1.0], d)
+        w = direction * (1 + 1e-3 * rng.standard_normal((5000, 1))) + 1e-3 * rng.standard_normal((5000, d))
+        w[::2] *= -1
+        same_bits(direction * np.exp(rng.standard_normal((64, 1))), w, np.zeros(5000), 7)
+
+
+def test_too_many_candidates_go_to_the_float32_kernel():
+    """Features that differ by less than 16 bits can tell: nearly all of them are candidates."""
+    rng = np.random.default_rng(0)
+    w = 1 + 1e-7 * rng.standard_normal((5000, 32))
     same_bits(np.abs(rng.standard_normal((70, 32))), w, np.zeros(5000), 9)
 
 
@@ -143,7 +168,8 @@ def test_masked_selection_with_a_shadow():
             assert mx.array_equal(a.values, b.values)
 
 
-def test_shadow_is_renewed_by_the_update():
+@pytest.mark.parametrize("dtype", TYPES)
+def test_shadow_is_renewed_by_the_update(dtype):
     from mlxsae.ops import Params, Term
 
     rng = np.random.default_rng(0)
@@ -151,7 +177,7 @@ def test_shadow_is_renewed_by_the_update():
     w = w / mx.linalg.norm(w, axis=1, keepdims=True)
     p = Params(w * 1.0, mx.zeros(300), w, mx.zeros(33))
     zero = Params(*map(mx.zeros_like, p))
-    shadow = ops.encoder_shadow(p.w_enc)
+    shadow = ops.encoder_shadow(p.w_enc, dtype=dtype)
     x = mx.array(rng.standard_normal((40, 33)).astype(np.float32))
     code = ops.topk_encode(x, p.w_enc, p.b_enc, k=4, shadow=shadow)
     residual, square = ops.decode_residual(code, p.w_dec, x, p.b_dec)
@@ -166,31 +192,36 @@ def test_shadow_is_renewed_by_the_update():
         step=1,
         shadow=shadow,
     )
-    want = ops.encoder_shadow(new.params.w_enc)
+    want = ops.encoder_shadow(new.params.w_enc, dtype=dtype)
+    assert new.shadow.w16.dtype == dtype
     assert mx.array_equal(new.shadow.w16, want.w16)
     assert mx.array_equal(new.shadow.columns, want.columns)
     assert not mx.array_equal(new.shadow.w16, shadow.w16)
 
 
-def test_columns_bound_what_they_name():
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_columns_bound_what_they_name(dtype, kernels):
     rng = np.random.default_rng(0)
     for d in (1, 31, 1000):
         w = (rng.standard_normal((50, d)) * np.exp(5 * rng.standard_normal((50, 1)))).astype(np.float32)
-        for run in (ops.encoder_shadow, lambda a: _plain(a)):
-            w16, columns = run(mx.array(w))
-            low = np.array(w16.astype(mx.float32)).astype(np.float64)
-            np.testing.assert_array_equal(
-                np.array(w16.astype(mx.float32)), np.array(mx.array(w).astype(mx.bfloat16).astype(mx.float32))
-            )
-            full, rest, _ = np.array(columns).astype(np.float64)
-            assert (full >= np.linalg.norm(w.astype(np.float64), axis=1)).all()
-            assert (rest >= np.linalg.norm(w - low, axis=1)).all()
-            assert (full <= 1.01 * np.linalg.norm(w.astype(np.float64), axis=1)).all()
-
-
-def _plain(w):
-    with ops.plain():
-        return ops.encoder_shadow(w)
+        w[7] = 0
+        with contextlib.nullcontext() if kernels else ops.plain():
+            w16, columns = ops.encoder_shadow(mx.array(w), dtype=dtype)
+        full, rest, _ = np.array(columns).astype(np.float64)
+        norm = np.linalg.norm(w.astype(np.float64), axis=1)
+        if dtype == mx.bfloat16:
+            want = np.array(mx.array(w).astype(mx.bfloat16).astype(mx.float32))
+            np.testing.assert_array_equal(np.array(w16.astype(mx.float32)), want)
+            low = want.astype(np.float64)
+        else:
+            whole = np.array(w16).astype(np.float64)
+            low = whole * full[:, None] * 2.0**-15
+            assert (np.linalg.norm(whole, axis=1) <= 2**15 + np.sqrt(d) / 2).all()
+            assert (np.abs(w - low) <= 0.501 * full[:, None] * 2.0**-15 + 1e-5 * np.abs(w)).all()
+        assert (full >= norm).all()
+        assert (rest >= np.linalg.norm(w - low, axis=1)).all()
+        assert (full <= 1.01 * norm + 1e-16).all()
 
 
 @pytest.mark.parametrize(
@@ -209,6 +240,8 @@ def _plain(w):
 )
 def test_malformed(shadow, message):
     w = mx.zeros((20, 4))
+    with pytest.raises(ValueError, match="dtype must be bfloat16 or int16 but got float16"):
+        ops.encoder_shadow(w, dtype=mx.float16)
     with pytest.raises(ValueError) as e:
         ops.topk_encode(mx.zeros((2, 4)), w, k=2, shadow=shadow(w))
     assert message in str(e.value)

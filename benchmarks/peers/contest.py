@@ -66,12 +66,10 @@ CONTESTANTS: dict[str, Peer] = {
         "mlxsae, its trainer's step beside NumPy's product", _mlx("Large"), (*_OURS, "numpy"), True
     ),
     "ours-certified": Peer("mlxsae, composed of ops, certified", _mlx("Ours", certified=True), _OURS, True),
-    "trainer-certified": Peer(
-        "mlxsae, certified bfloat16", _mlx("Trainer", precision="certified"), _OURS, True
-    ),
+    "trainer-certified": Peer("mlxsae, certified", _mlx("Trainer", precision="certified"), _OURS, True),
     "trainer-batchtopk": Peer("mlxsae, BatchTopK", _mlx("batchtopk"), _OURS, True, loss="mse of BatchTopK"),
     "trainer-batchtopk-certified": Peer(
-        "mlxsae, BatchTopK, certified bfloat16",
+        "mlxsae, BatchTopK, certified",
         _mlx("batchtopk", precision="certified"),
         _OURS,
         True,

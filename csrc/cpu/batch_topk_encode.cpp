@@ -91,7 +91,7 @@ cpu::SortedHits collect_counted(Above e, int64_t total, int64_t most) {
 }
 
 /**
- * At least the `total` largest by way of the bfloat16 screen; nothing where they are not all certain to exceed `bound`,
+ * At least the `total` largest by way of the 16-bit screen; nothing where they are not all certain to exceed `bound`,
  * which is > 0.
  */
 std::optional<cpu::SortedHits> collect_screened(Above e, const cpu::Shadowed& by, float bound, int64_t total) {
@@ -152,33 +152,32 @@ cpu::SortedHits candidates(Above e, const cpu::Shadowed& by, int64_t total, floa
 
 void BatchTopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (auto& out : outputs) cpu::allocate(out);
-  bool certified = product_.certified;
-  cpu::dispatch(stream(), inputs, outputs,
-                [e = cpu::above_of(inputs), out = cpu::csr_out(outputs), hint = inputs[3].data<float>(),
-                 w16 = certified ? inputs[4].data<uint16_t>() : nullptr,
-                 columns = certified ? inputs[5].data<float>() : nullptr, threshold = outputs[3].data<float>()] {
-                  auto found = candidates(e, cpu::Shadowed::of(e.x, e.w, e.bias, w16, columns), out.room, *hint);
-                  int64_t m = found.size();
-                  // The key of the last one, and how many that are equal to it are kept.
-                  int32_t last = 0;
-                  int64_t equal = 0;
-                  if (m > out.room) {
-                    auto keys = std::make_unique_for_overwrite<int32_t[]>(m);
-                    for (int64_t i = 0; i < m; ++i) keys[i] = cpu::order_key(found.hits[i].value);
-                    std::nth_element(keys.get(), keys.get() + out.room - 1, keys.get() + m, std::greater<>());
-                    last = keys[out.room - 1];
-                    equal =
-                        out.room - std::count_if(keys.get(), keys.get() + m, [last](int32_t k) { return k > last; });
-                  }
-                  int32_t least = INT32_MAX;
-                  out.write(found, [&](const cpu::Hit& hit) {
-                    int32_t key = cpu::order_key(hit.value);
-                    if (key < last || (key == last && equal-- <= 0)) return false;
-                    least = std::min(least, key);
-                    return true;
-                  });
-                  *threshold = m == 0 || out.room == 0 ? 0.0f : std::bit_cast<float>(least);
-                });
+  auto e = cpu::above_of(inputs);
+  auto by = cpu::Shadowed::of(e.x, e.w, e.bias, product_.certified ? &inputs[4] : nullptr);
+  cpu::dispatch(
+      stream(), inputs, outputs,
+      [e, by, out = cpu::csr_out(outputs), hint = inputs[3].data<float>(), threshold = outputs[3].data<float>()] {
+        auto found = candidates(e, by, out.room, *hint);
+        int64_t m = found.size();
+        // The key of the last one, and how many that are equal to it are kept.
+        int32_t last = 0;
+        int64_t equal = 0;
+        if (m > out.room) {
+          auto keys = std::make_unique_for_overwrite<int32_t[]>(m);
+          for (int64_t i = 0; i < m; ++i) keys[i] = cpu::order_key(found.hits[i].value);
+          std::nth_element(keys.get(), keys.get() + out.room - 1, keys.get() + m, std::greater<>());
+          last = keys[out.room - 1];
+          equal = out.room - std::count_if(keys.get(), keys.get() + m, [last](int32_t k) { return k > last; });
+        }
+        int32_t least = INT32_MAX;
+        out.write(found, [&](const cpu::Hit& hit) {
+          int32_t key = cpu::order_key(hit.value);
+          if (key < last || (key == last && equal-- <= 0)) return false;
+          least = std::min(least, key);
+          return true;
+        });
+        *threshold = m == 0 || out.room == 0 ? 0.0f : std::bit_cast<float>(least);
+      });
 }
 
 }  // namespace mlxsae

@@ -27,7 +27,8 @@ std::vector<const Kernels*> usable() {
 #if defined(MLXSAE_HAS_avx512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512bf16::table());
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+      sets.push_back(&avx512bf16::table());
     sets.push_back(&avx512::table());
   }
 #endif

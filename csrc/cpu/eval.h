@@ -12,6 +12,9 @@ namespace mlxsae::cpu {
 inline Type type_of(const mx::array& a) {
   return a.dtype() == mx::float32 ? Type::f32 : a.dtype() == mx::float16 ? Type::f16 : Type::bf16;
 }
+inline ShadowType shadow_type_of(const mx::array& w16) {
+  return w16.dtype() == mx::int16 ? ShadowType::i16 : ShadowType::bf16;
+}
 inline Rows rows_of(const mx::array& a) { return {a.data<char>(), type_of(a), a.shape(0), a.shape(1)}; }
 inline Code code_of(const mx::array* values, const mx::array& indices, const mx::array* offsets) {
   return {values ? values->data<char>() : nullptr,
@@ -60,6 +63,12 @@ void dispatch(mx::Stream s, const Arrays& inputs, Arrays& outputs, Task task) {
       throw;
     }
   });
+}
+
+/** Where share i of n tokens begins, of `shares` that consist of whole panels of the encode kernel. */
+inline int64_t share_of_tokens(int64_t n, int64_t i, int64_t shares) {
+  int64_t panel = kernels().token_block / 2, panels = (n + panel - 1) / panel;
+  return std::min(n, panel * (panels * i / shares));
 }
 
 /** parallel_for over [0, n) in ranges: several for each thread, of at least `least` items. */

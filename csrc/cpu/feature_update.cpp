@@ -50,7 +50,8 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
        n = int64_t{inputs[0].shape(0)}, d_in = int64_t{inputs[0].shape(1)}, d_sae = int64_t{outputs[0].shape(0)},
        d_out = int64_t{outputs[2].shape(1)}, w_enc = param(0), b_enc = param(1), w_dec = param(2), b_dec = param(3),
        norm_out = outputs[12].data<float>(), w16 = outputs.size() > 13 ? outputs[13].data<uint16_t>() : nullptr,
-       columns = outputs.size() > 13 ? outputs[14].data<float>() : nullptr, o = options_] {
+       columns = outputs.size() > 13 ? outputs[14].data<float>() : nullptr,
+       shadow_type = outputs.size() > 13 ? cpu::shadow_type_of(outputs[13]) : cpu::ShadowType::bf16, o = options_] {
         for (auto& [to, from, size] : copies) std::memcpy(to, from, size);
         for (auto& [data, size] : reused) cpu::settle(data, size);
         *norm_out = NAN;
@@ -80,7 +81,7 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
                   1 / std::sqrt(1 - std::pow(o.beta2, step))};
         u.project = o.project_decoder, u.normalize = o.normalize_decoder;
         u.clip = 1;
-        u.w16 = w16, u.columns = columns, u.d_sae = d_sae;
+        u.w16 = w16, u.columns = columns, u.shadow_type = shadow_type, u.d_sae = d_sae;
         u.apart = dense.apart();
         auto pass = [&](bool norms_only, bool sums) {
           u.norms_only = norms_only;

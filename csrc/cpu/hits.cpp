@@ -17,7 +17,7 @@ Shares::Shares(const Above& e, bool whole_rows) : e_(e) {
 Above Shares::operator[](int64_t i) const {
   int64_t b = i / parts_, p = i % parts_, n = e_.t1 - e_.t0, features = e_.f1 - e_.f0;
   Above share = e_;
-  share.t0 = e_.t0 + n * b / blocks_, share.t1 = e_.t0 + n * (b + 1) / blocks_;
+  share.t0 = e_.t0 + share_of_tokens(n, b, blocks_), share.t1 = e_.t0 + share_of_tokens(n, b + 1, blocks_);
   share.f0 = e_.f0 + features * p / parts_, share.f1 = e_.f0 + features * (p + 1) / parts_;
   return share;
 }

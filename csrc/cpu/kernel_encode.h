@@ -498,7 +498,7 @@ inline void encode_block(const Encode& e) {
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int kTileFeatures = 6, kTileVectors = 4;
 #elif defined(__AVX2__)
-constexpr int kTileFeatures = 6, kTileVectors = 2;
+constexpr int kTileFeatures = 4, kTileVectors = 3;
 #else
 constexpr int kTileFeatures = 3, kTileVectors = 4;
 #endif

@@ -55,7 +55,8 @@ inline void adam_vector(const Param& p, const float* g, float clip, const Adam& 
   adam_row<true>(p, 0, g, clip, a, d);
 }
 
-inline void shadow(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1);
+inline void shadow(const float* w, int64_t d_sae, int64_t d, ShadowType type, uint16_t* out, float* columns, int64_t f0,
+                   int64_t f1);
 
 /** Gradients of one feature while its entries are gathered. */
 struct Gathered {
@@ -158,7 +159,7 @@ inline void finish(const Update& u, int64_t j, const Gathered& g, double& square
   else
     adam_row<false>(u.w_enc, j, nullptr, 1, u.adam, d_in);
   adam_row<true>(u.b_enc, j, &g.bias, u.clip, u.adam, 1);
-  if (u.w16) shadow(u.w_enc.w, u.d_sae, d_in, u.w16, u.columns, j, j + 1);
+  if (u.w16) shadow(u.w_enc.w, u.d_sae, d_in, u.shadow_type, u.w16, u.columns, j, j + 1);
 }
 
 /**

@@ -22,6 +22,7 @@ const Kernels& table() {
       .isa = MLXSAE_STRING(MLXSAE_ISA),
       .panel = kPanel,
       .token_block = 2 * kTileVectors * kLanes,
+      .screen_block = 16 * (kLanes < 16 ? 4 : kLanes),
       .encode = encode,
       .merge = merge,
       .above = above,
@@ -36,9 +37,14 @@ const Kernels& table() {
       .turned_panel_of = turned_panel_of,
       .entries_of = entries_of,
 #if defined(__AVX512BF16__)
-      .screen = screen,
+      .screen = {screen<Bfloats>, screen<Integers>},
+      .shadow_type = ShadowType::bf16,
+#elif defined(__AVX2__)
+      .screen = {nullptr, screen<Integers>},
+      .shadow_type = ShadowType::i16,
 #else
-      .screen = nullptr,
+      .screen = {nullptr, nullptr},
+      .shadow_type = ShadowType::bf16,
 #endif
       .shadow = shadow,
       .estimate = estimate,

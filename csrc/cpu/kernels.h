@@ -8,6 +8,9 @@ namespace mlxsae::cpu {
 
 enum class Type : int { f32, f16, bf16 };
 
+/** What the numbers of an encoder's shadow are (kernel_screen.h). */
+enum class ShadowType : int { bf16, i16 };
+
 /** A row-contiguous matrix of any float type. */
 struct Rows {
   const void* data;
@@ -71,14 +74,14 @@ struct Merge {
 };
 
 /**
- * The bfloat16 screen of the tokens [t0, t1) (kernel_screen.h): features that may be among the k largest, or, where k
+ * The 16-bit screen of the tokens [t0, t1) (kernel_screen.h): features that may be among the k largest, or, where k
  * is 0, that may reach `floor`.
  */
 struct Screen {
   const float* x;  // [n, d]
   int64_t d, d_sae, k, capacity;
   float floor;
-  const uint16_t* w16;   // [d_sae, d] bfloat16
+  const uint16_t* w16;   // [d_sae, d]
   const float* columns;  // [3, d_sae]
   const float* bias;     // [d_sae] or null
   int64_t t0, t1;
@@ -137,8 +140,9 @@ struct Update {
   bool norms_only;  // sums up, but changes nothing
   int64_t f0, f1;
   const uint8_t* apart;  // [d_sae], features that the walk leaves out; or null
-  uint16_t* w16;         // the encoder's new bfloat16 shadow [d_sae, d_in] and columns [3, d_sae], or null
+  uint16_t* w16;         // the encoder's new shadow [d_sae, d_in] and columns [3, d_sae], or null
   float* columns;
+  ShadowType shadow_type;
   int64_t d_sae;
   float* through_input;  // [d_in] += sum_j db_enc[j] * w_enc[j], or null
   double* square;        // += squares of all gradients, before the clip
@@ -165,8 +169,9 @@ struct Apart {
 
 struct Kernels {
   const char* isa;
-  int panel;        // columns of a packed panel of `product`
-  int token_block;  // tokens of one encode task that fill the tile and the cache well, at d_in = 1024
+  int panel;         // columns of a packed panel of `product`
+  int token_block;   // two panels: tokens of one encode task that fill the tile and the cache well, at d_in = 1024
+  int screen_block;  // the same for the screen
 
   void (*encode)(const Encode&);
   void (*merge)(const Merge&);
@@ -186,8 +191,10 @@ struct Kernels {
   bool (*panel_of)(const float* rows, const uint32_t* which, int64_t n, int64_t d, float* out, int64_t p);
   void (*turned_panel_of)(const float* rows, int64_t n, int64_t d, float* out, int64_t p);
   float (*entries_of)(float* values, float* dz, float scale, int64_t n);
-  void (*screen)(const Screen&);  // null where the instruction set has no bfloat16 product
-  void (*shadow)(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1);
+  void (*screen[2])(const Screen&);  // by the ShadowType; null where the instruction set has no product of such numbers
+  ShadowType shadow_type;            // the one that it screens fastest with
+  void (*shadow)(const float* w, int64_t d_sae, int64_t d, ShadowType type, uint16_t* out, float* columns, int64_t f0,
+                 int64_t f1);
   void (*estimate)(const Rescore&, int64_t begin, int64_t end);  // in any order of additions
   void (*rescore)(const Rescore&, int64_t begin, int64_t end);   // in the order of encode: its bits
   /** One Adam step on d numbers with gradient g * clip. */

@@ -5,12 +5,26 @@
 
 namespace mlxsae::cpu {
 
-Shadowed Shadowed::of(const Rows& x, const Rows& w, const float* bias, const uint16_t* w16, const float* columns) {
-  return {static_cast<const float*>(x.data), static_cast<const float*>(w.data), bias, w16, columns, x.n, x.d, w.n};
+Shadowed Shadowed::of(const Rows& x, const Rows& w, const float* bias, const mx::array* shadow) {
+  return {static_cast<const float*>(x.data),
+          static_cast<const float*>(w.data),
+          bias,
+          shadow ? shadow[0].data<uint16_t>() : nullptr,
+          shadow ? shadow[1].data<float>() : nullptr,
+          shadow ? shadow_type_of(shadow[0]) : ShadowType::bf16,
+          x.n,
+          x.d,
+          w.n};
 }
 
+namespace {
+
+auto screen_of(ShadowType type) { return kernels().screen[static_cast<int>(type)]; }
+
+}  // namespace
+
 bool Shadowed::usable() const {
-  if (!w16 || !kernels().screen || d_sae >= INT32_MAX / 2) return false;
+  if (!w16 || !screen_of(type) || d_sae >= INT32_MAX / 2) return false;
   auto small = [](float v) { return std::fabs(v) < 1e18f; };  // not NaN, and no sum of it overflows
   return std::all_of(columns, columns + d_sae, small) && (!bias || std::all_of(bias, bias + d_sae, small));
 }
@@ -21,12 +35,12 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
   auto upper = room_for<float>(k > 0 ? n * room : 0);
   auto counts = room_for<int32_t>(n);
   norms_ = room_for<float>(n);
-  int64_t block = kernels().token_block * 2 * 1024 / std::max<int64_t>(1024, e.d);
+  int64_t block = int64_t{kernels().screen_block} * 1024 / std::max<int64_t>(1024, e.d);
   block = std::clamp<int64_t>(block, 64, std::max<int64_t>(64, n / num_threads()));
   int64_t blocks = (n + block - 1) / block;
   parallel_for(blocks, [&](int64_t i, int) {
-    kernels().screen({e.x, e.d, d_sae, k, room, floor, e.w16, e.columns, e.bias, n * i / blocks, n * (i + 1) / blocks,
-                      ids.get(), upper.get(), counts.get(), norms_.get()});
+    screen_of(e.type)({e.x, e.d, d_sae, k, room, floor, e.w16, e.columns, e.bias, n * i / blocks, n * (i + 1) / blocks,
+                       ids.get(), upper.get(), counts.get(), norms_.get()});
   });
 
   first_.assign(n + 1, 0);

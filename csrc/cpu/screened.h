@@ -1,5 +1,5 @@
 #pragma once
-// The encoders' certified way: a product in bfloat16 leaves candidates, whose float32 pre-activations follow one by
+// The encoders' certified way: a product in 16 bits leaves candidates, whose float32 pre-activations follow one by
 // one.
 
 #include <algorithm>
@@ -20,9 +20,11 @@ struct Shadowed {
   const float *x, *w, *bias;
   const uint16_t* w16;
   const float* columns;  // [3, d_sae]
+  ShadowType type;
   int64_t n, d, d_sae;
 
-  static Shadowed of(const Rows& x, const Rows& w, const float* bias, const uint16_t* w16, const float* columns);
+  /** Where `shadow` is w16 and columns; never usable where it is null. */
+  static Shadowed of(const Rows& x, const Rows& w, const float* bias, const mx::array* shadow);
   /** Whether the screen is there, and the bounds are finite. */
   bool usable() const;
 };

@@ -27,7 +27,7 @@ void encode_all(const cpu::Encode& e, int64_t t0, int64_t t1) {
       blocks >= threads ? 1 : std::clamp<int64_t>(2 * threads / blocks, 1, std::max<int64_t>(1, d_sae / 256));
   auto task = [&](int64_t b, int64_t p) {
     cpu::Encode part = e;
-    part.t0 = t0 + n * b / blocks, part.t1 = t0 + n * (b + 1) / blocks;
+    part.t0 = t0 + cpu::share_of_tokens(n, b, blocks), part.t1 = t0 + cpu::share_of_tokens(n, b + 1, blocks);
     part.f0 = d_sae * p / parts, part.f1 = d_sae * (p + 1) / parts;
     return part;
   };
@@ -108,7 +108,7 @@ void encode_masked(const cpu::Encode& e, const float* w) {
   });
 }
 
-/** Screen in bfloat16, then the float32 pre-activations of what may be among the k largest (cpu/kernel_screen.h). */
+/** Screen in 16 bits, then the float32 pre-activations of what may be among the k largest (cpu/kernel_screen.h). */
 void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
   int64_t n = e.x.n, k = e.k, room = std::min(16 * k + 64, e.w.n + 1);
   cpu::Candidates found(by, k, 0, room);
@@ -192,14 +192,8 @@ void TopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     e.k_aux = k_aux_;
     e.aux = codes(2, k_aux_);
   }
-  const uint16_t* w16 = nullptr;
-  const float* columns = nullptr;
-  if (product_.certified) {
-    w16 = inputs[inputs.size() - 2].data<uint16_t>();
-    columns = inputs[inputs.size() - 1].data<float>();
-  }
-  cpu::dispatch(stream(), inputs, outputs, [e, w16, columns] {
-    auto by = cpu::Shadowed::of(e.x, e.w, e.bias, w16, columns);
+  auto by = cpu::Shadowed::of(e.x, e.w, e.bias, product_.certified ? &inputs[inputs.size() - 2] : nullptr);
+  cpu::dispatch(stream(), inputs, outputs, [e, by] {
     // Few tokens are bound by reading the weights once; and a width or a k that the screen cannot thin out gains
     // nothing.
     if (e.x.n < 32 || 4 * e.k > e.w.n || !by.usable()) return encode_all(e, 0, e.x.n);

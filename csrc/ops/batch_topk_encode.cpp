@@ -60,7 +60,7 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
     fail(op, "k * n must be below 2^31 but got k=", k, " and n=", x.shape(0), ".");
   if (hint && hint->size() != 1) fail(op, "hint must be one number but got shape ", hint->shape(), ".");
   auto product = check_product(op, shadow, tf32);
-  if (shadow) check_shadow(op, *shadow, w_enc);
+  if (shadow) check_shadow(op, *shadow, w_enc, s.device);
   auto define = [k, s](const Arrays& in) { return graph(in, k, s); };
   auto guess = hint ? mx::reshape(mx::astype(mx::stop_gradient(*hint, s), mx::float32, s), {}, s) : mx::array(0.0f);
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s), guess};

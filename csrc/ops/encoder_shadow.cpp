@@ -7,47 +7,65 @@ namespace {
 
 /** The same bound with wider margins: sums in plain ops are not in a known order (cpu/kernel_screen.h has the terms).
  */
-Arrays graph(const Arrays& in, mx::Stream s) {
+Arrays graph(const Arrays& in, mx::Dtype dtype, mx::Stream s) {
   const auto& w = in[0];
   float d = static_cast<float>(w.shape(1)), gamma = 2 * (d + 16) * 5.97e-8f, up = 1 + 1e-4f + d * 1e-6f;
-  auto low = mx::astype(w, mx::bfloat16, s);
-  auto low32 = mx::astype(low, mx::float32, s);
   auto norm = [&](const mx::array& a) {
     return mx::multiply(mx::sqrt(mx::sum(mx::square(a, s), 1, false, s), s), mx::array(up), s);
   };
-  auto full = norm(w);
-  auto rest = mx::add(norm(mx::subtract(w, low32, s)), mx::multiply(norm(low32), mx::array(gamma), s), s);
-  auto tiny = mx::multiply(mx::add(full, mx::array(1.0f), s), mx::array(4e-38f * d), s);
-  return {low, mx::stack({full, mx::multiply(rest, mx::array(1.0001f), s), tiny}, 0, s)};
+  auto times = [s](const mx::array& a, float by) { return mx::multiply(a, mx::array(by), s); };
+  auto full = norm(w), low = w, low32 = w;
+  if (dtype == mx::int16) {
+    full = mx::maximum(full, mx::array(1e-19f), s);  // a row of zeros has a scale too
+    auto scale = times(mx::expand_dims(full, 1, s), 0x1p-15f);
+    auto whole = mx::clip(mx::round(mx::divide(w, scale, s), s), mx::array(-32767.0f), mx::array(32767.0f), s);
+    low = mx::astype(whole, dtype, s), low32 = mx::multiply(whole, scale, s);
+  } else {
+    low = mx::astype(w, dtype, s), low32 = mx::astype(low, mx::float32, s);
+  }
+  auto rest = mx::add(norm(mx::subtract(w, low32, s)), times(norm(low32), gamma), s);
+  auto tiny = times(mx::add(full, mx::array(1.0f), s), 4e-38f * d);
+  return {low, mx::stack({full, times(rest, 1.0001f), tiny}, 0, s)};
+}
+
+void only_on_cpu(const char* op, const char* what, mx::Device device) {
+  if (device != mx::Device::cpu)
+    fail(op, what, " must be bfloat16 on a GPU but is int16: such shadows screen on the CPU only.");
 }
 
 }  // namespace
 
-std::pair<mx::array, mx::array> encoder_shadow(const mx::array& w_enc, mx::StreamOrDevice s_) {
+std::pair<mx::array, mx::array> encoder_shadow(const mx::array& w_enc, std::optional<mx::Dtype> dtype_,
+                                               mx::StreamOrDevice s_) {
   const char* op = "encoder_shadow";
   auto s = mx::to_stream(s_);
   check_matrix(op, "w_enc", w_enc);
+  auto dtype = dtype_.value_or(s.device == mx::Device::cpu ? fastest_shadow() : mx::bfloat16);
+  if (dtype != mx::bfloat16 && dtype != mx::int16) fail(op, "dtype must be bfloat16 or int16 but got ", dtype, ".");
+  if (dtype == mx::int16) only_on_cpu(op, "dtype", s.device);
   auto w = mx::stop_gradient(mx::astype(w_enc, mx::float32, s), s);
-  auto define = [s](const Arrays& in) { return graph(in, s); };
+  auto define = [dtype, s](const Arrays& in) { return graph(in, dtype, s); };
   if (!has_kernel(op, s.device)) {
     auto out = define({w});
     return {out[0], out[1]};
   }
-  auto primitive = std::make_shared<EncoderShadow>(s, define);
+  auto primitive = std::make_shared<EncoderShadow>(s, define, dtype);
   Arrays inputs{normal(w, s)};
-  auto out = mx::array::make_arrays(primitive->output_shapes(inputs), {mx::bfloat16, mx::float32}, primitive, inputs);
+  auto out = mx::array::make_arrays(primitive->output_shapes(inputs), {dtype, mx::float32}, primitive, inputs);
   return {out[0], out[1]};
 }
 
-void check_shadow(const char* op, const Shadow& shadow, const mx::array& w_enc) {
+void check_shadow(const char* op, const Shadow& shadow, const mx::array& w_enc, mx::Device device) {
   int d_sae = w_enc.shape(0);
   if (w_enc.dtype() != mx::float32)
     fail(op, "w_enc must be float32 where a shadow is given but got ", w_enc.dtype(), ".");
-  if (shadow.w16.dtype() != mx::bfloat16 || shadow.w16.shape() != w_enc.shape() ||
+  auto type = shadow.w16.dtype();
+  if ((type != mx::bfloat16 && type != mx::int16) || shadow.w16.shape() != w_enc.shape() ||
       shadow.columns.dtype() != mx::float32 || shadow.columns.shape() != mx::Shape{3, d_sae})
-    fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 ", w_enc.shape(), " and float32 [3, d_sae], but got ",
-         shadow.w16.dtype(), " ", shadow.w16.shape(), " and ", shadow.columns.dtype(), " ", shadow.columns.shape(),
-         ".");
+    fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 or int16 ", w_enc.shape(),
+         " and float32 [3, d_sae], but got ", type, " ", shadow.w16.shape(), " and ", shadow.columns.dtype(), " ",
+         shadow.columns.shape(), ".");
+  if (type == mx::int16) only_on_cpu(op, "shadow", device);
 }
 
 gpu::Plan EncoderShadow::plan(const Arrays& in, const gpu::Device&) {

@@ -4,19 +4,28 @@
 
 namespace mlxsae {
 
-/** Input w_enc (float32); outputs its bfloat16 shadow and the columns of the error bound. No derivative is needed. */
+/** Input w_enc (float32); outputs its shadow, bfloat16 or int16, and the columns of the error bound. No derivative is
+ * needed. */
 class EncoderShadow : public FusedPrimitive {
  public:
-  using FusedPrimitive::FusedPrimitive;
+  EncoderShadow(mx::Stream s, Graph graph, mx::Dtype dtype) : FusedPrimitive(s, std::move(graph)), dtype_(dtype) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   gpu::Plan plan(const Arrays& inputs, const gpu::Device& device) override;
   const char* name() const override { return "EncoderShadow"; }
-  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return dtype_ == static_cast<const EncoderShadow&>(other).dtype_;
+  }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override { return {in[0].shape(), {3, in[0].shape(0)}}; }
+
+ private:
+  mx::Dtype dtype_;
 };
 
-/** Throws std::invalid_argument unless this is a shadow of w_enc by shape and type. */
-void check_shadow(const char* op, const Shadow& shadow, const mx::array& w_enc);
+/** Throws std::invalid_argument unless this is a shadow of w_enc by shape and type, for this device. */
+void check_shadow(const char* op, const Shadow& shadow, const mx::array& w_enc, mx::Device device);
+
+/** The type of shadow with which this processor screens fastest. */
+mx::Dtype fastest_shadow();
 
 }  // namespace mlxsae

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "gpu/feature_update.h"
+#include "ops/encoder_shadow.h"
 
 namespace mlxsae {
 namespace {
@@ -96,7 +97,7 @@ Arrays graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions
   out.insert(out.end(), v.begin(), v.end());
   out.push_back(norm);
   if (p.size() > 12) {
-    auto [w16, columns] = encoder_shadow(w[0], s);
+    auto [w16, columns] = encoder_shadow(w[0], p[12].dtype(), s);
     out.insert(out.end(), {w16, columns});
   }
   return out;
@@ -159,10 +160,7 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
       fail(op, "x, residuals and parameters must be float32 but got ", inputs[i].dtype(), ".");
   }
   if (shadow) {
-    if (shadow->w16.dtype() != mx::bfloat16 || shadow->w16.shape() != params[0].shape() ||
-        shadow->columns.dtype() != mx::float32 || shadow->columns.shape() != mx::Shape{3, d_sae})
-      fail(op, "shadow must be encoder_shadow(w_enc) but got ", shadow->w16.dtype(), " ", shadow->w16.shape(), " and ",
-           shadow->columns.dtype(), " ", shadow->columns.shape(), ".");
+    check_shadow(op, *shadow, params[0], s.device);
     inputs.insert(inputs.end(), {shadow->w16, shadow->columns});
   }
   auto define = [csr, options, s](const Arrays& in) { return graph(in, csr, options, s); };
@@ -171,7 +169,7 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
   auto primitive = std::make_shared<FeatureUpdate>(s, define, csr, options);
   auto shapes = primitive->output_shapes(inputs);
   types.push_back(mx::float32);  // grad_norm
-  if (shadow) types.insert(types.end(), {mx::bfloat16, mx::float32});
+  if (shadow) types.insert(types.end(), {shadow->w16.dtype(), mx::float32});
   return mx::array::make_arrays(shapes, types, primitive, inputs);
 }
 

@@ -53,7 +53,7 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
       fail(op, "k_aux must be in (0, d_sae] but got k_aux=", k_aux, " with d_sae=", d_sae, ".");
   }
   auto product = check_product(op, shadow, tf32);
-  if (shadow) check_shadow(op, *shadow, w_enc);
+  if (shadow) check_shadow(op, *shadow, w_enc, s.device);
   auto define = [k, k_aux, s](const Arrays& in) { return graph(in, k, k_aux, s); };
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s)};
   if (mask) inputs.push_back(*mask);

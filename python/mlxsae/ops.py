@@ -47,15 +47,27 @@ __all__ = [
 
 
 class Shadow(NamedTuple):
-    """A float32 encoder in bfloat16, with what bounds the error of products with it: :func:`encoder_shadow`."""
+    """A float32 encoder in 16 bits, with what bounds the error of products with it: :func:`encoder_shadow`."""
 
-    w16: mx.array  # [d_sae, d_in] bfloat16
+    w16: mx.array  # [d_sae, d_in] bfloat16 or int16
     columns: mx.array  # [3, d_sae] float32: |w|, |w - w16| plus its rounding, an absolute floor
 
 
-def encoder_shadow(w_enc: mx.array, *, stream: Stream = None) -> Shadow:
-    """The shadow of ``w_enc [d_sae, d_in]``, for certified encoding. Make it anew whenever ``w_enc`` changes."""
-    return Shadow(*_ext.encoder_shadow(w_enc, stream=stream))
+def encoder_shadow(w_enc: mx.array, *, dtype: mx.Dtype | None = None, stream: Stream = None) -> Shadow:
+    """The shadow of ``w_enc [d_sae, d_in]``, for certified encoding. Make it anew whenever ``w_enc`` changes.
+
+    Args:
+        w_enc: converted to float32.
+        dtype: bfloat16, or int16 (CPU only): row j is then whole numbers in units of ``columns[0, j] / 2**15``, as
+            ``columns[0]`` is the rows' norms, rounded up. None: what the device screens fastest with, which is int16
+            on x86 processors that do not multiply bfloat16. A processor without a product of such numbers runs
+            the float32 kernel where it is given this shadow.
+        stream: stream or device.
+
+    Raises:
+        ValueError: a ``w_enc`` of another rank or type, another ``dtype``, int16 on a GPU.
+    """
+    return Shadow(*_ext.encoder_shadow(w_enc, dtype=dtype, stream=stream))
 
 
 def topk_encode(
@@ -82,9 +94,9 @@ def topk_encode(
         b_enc: ``[d_sae]`` or None.
         k: entries kept per row, in ``(0, d_sae]``. Always ``k`` slots: where fewer pre-activations are positive, the
             others hold value 0.
-        shadow: ``encoder_shadow(w_enc)`` for certified low precision: the product runs in bfloat16, a proven error bound
+        shadow: ``encoder_shadow(w_enc)`` for certified low precision: the product runs in 16 bits, a proven error bound
             decides which features are computed again in float32, and the result has the same bits as without. Where the
-            processor multiplies no bfloat16 the float32 kernel runs.
+            processor has no product for the shadow's type the float32 kernel runs.
         tf32: on a GPU, and for float32 operands, let MLX's product decide as it is: that of TF32 where MLX multiplies so
             (:func:`products_are_tf32`). Fast, not exact. Changes nothing on the CPU, for eight rows or fewer, or for
             operands of 16 bits, which a GPU never screens: theirs is the result of the product in their type.
@@ -159,7 +171,7 @@ def batch_topk_encode(
         k: mean number of entries per row, in ``(0, d_sae]``.
         hint: one number, a guess of the threshold, such as that of the last batch. A good one saves a sixteenth of the
             product; no result depends on it.
-        shadow: ``encoder_shadow(w_enc)``: with a good hint the product is screened in bfloat16 where the processor has
+        shadow: ``encoder_shadow(w_enc)``: with a good hint the product is screened in 16 bits where the processor has
             one; the result has the same bits.
         tf32: as in :func:`topk_encode`.
 

@@ -31,15 +31,22 @@
 
 namespace mlxsae {
 
-/** A float32 encoder in bfloat16, with what bounds the error of products with it (encoder_shadow). */
+/** A float32 encoder in 16 bits, with what bounds the error of products with it (encoder_shadow). */
 struct Shadow {
-  mlx::core::array w16;      // [d_sae, d_in] bfloat16
+  mlx::core::array w16;      // [d_sae, d_in] bfloat16 or int16
   mlx::core::array columns;  // [3, d_sae] float32
 };
 
-/** The shadow of w_enc, for certified encoding. It must be made anew whenever w_enc changes. */
-MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(const mlx::core::array& w_enc,
-                                                                        mlx::core::StreamOrDevice s = {});
+/**
+ * The shadow of w_enc, for certified encoding. It must be made anew whenever w_enc changes.
+ *
+ * dtype is bfloat16, or int16 (CPU only): row j is then integers in units of columns[0, j] 2^-15, where columns[0] is
+ * |w_enc[j]|, rounded up. By default it is what the device screens fastest with: int16 on x86 without bfloat16
+ * products.
+ */
+MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(
+    const mlx::core::array& w_enc, std::optional<mlx::core::Dtype> dtype = std::nullopt,
+    mlx::core::StreamOrDevice s = {});
 
 /**
  * The k largest pre-activations of each row, then relu.
@@ -53,12 +60,12 @@ MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(const ml
  * of x and w_enc. NaN counts as the largest value and stays NaN. The derivative is that of the selected entries, and
  * zero where the value is not positive.
  *
- * With a shadow the product runs in bfloat16 where the processor has one; a proven bound decides which features are
- * computed again in float32, so that the result has the same bits ("certified"). On a GPU float32 operands are always
- * treated so, with MLX's own product, unless `tf32` lets that product decide as it is: on GPUs where MLX multiplies
- * float32 in TF32 (products_are_tf32) the result is TF32's, on others that of another order of additions. Operands of
- * 16 bits, of more than eight rows, are never screened on a GPU: selection is on MLX's product, which has their type.
- * Both are fast and not exact. On the CPU `tf32` changes nothing.
+ * With a shadow the product runs in 16 bits where the processor has one for the shadow's type; a proven bound decides
+ * which features are computed again in float32, so that the result has the same bits ("certified"). On a GPU float32
+ * operands are always treated so, with MLX's own product, unless `tf32` lets that product decide as it is: on GPUs
+ * where MLX multiplies float32 in TF32 (products_are_tf32) the result is TF32's, on others that of another order of
+ * additions. Operands of 16 bits, of more than eight rows, are never screened on a GPU: selection is on MLX's product,
+ * which has their type. Both are fast and not exact. On the CPU `tf32` changes nothing.
  *
  * Throws std::invalid_argument for other ranks, sizes, types or k.
  */
@@ -91,7 +98,7 @@ struct CsrCode {
  * value kept (one float32 number; 0 where nothing is kept; no derivative).
  *
  * `hint`, one number, is a guess of that threshold, such as the last batch's: a good one saves time, no result depends
- * on it. With a `shadow` of w_enc and a good hint the product is screened in bfloat16, with the same bits. Selection,
+ * on it. With a `shadow` of w_enc and a good hint the product is screened in 16 bits, with the same bits. Selection,
  * values and derivatives otherwise as in topk_encode. Memory is O(n k).
  */
 MLXSAE_API std::pair<CsrCode, mlx::core::array> batch_topk_encode(

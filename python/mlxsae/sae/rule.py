@@ -55,7 +55,7 @@ class Rule(nn.Module):
         """Code of ``x [n, d_in]`` under feature-major ``weight [d_sae, d_in]`` and ``bias [d_sae]``, as the finished SAE
         gives it: that of a token depends on no other token.
 
-        ``shadow = ops.encoder_shadow(weight)`` lets a ``certified`` rule screen in bfloat16; the code has the same bits.
+        ``shadow = ops.encoder_shadow(weight)`` lets a ``certified`` rule screen in 16 bits; the code has the same bits.
         """
         return self.select(mx.addmm(bias, x, weight.T))
 

@@ -272,14 +272,14 @@ class TrainConfig(_Config):
 
     - ``float32``: the float32 result. On a GPU too: where its product is less exact (TF32 on NVIDIA and M5), that only
       screens.
-    - ``certified``: the same bits. Multiplies in bfloat16 and computes again in float32 whatever a proven error bound
+    - ``certified``: the same bits. Multiplies in 16 bits and computes again in float32 whatever a proven error bound
       cannot decide.
     - ``tf32``: what the GPU's float32 product gives, TF32 included: latents and values are not exact. The float32 result
       on the CPU, which has no such product.
     - ``bfloat16``: operands rounded to bfloat16. On a GPU selection and values are those of its bfloat16 product: fast,
       not exact, full of ties. On the CPU selection is exact on the rounded operands.
 
-    ``certified`` and ``bfloat16`` keep a bfloat16 copy of the encoder and want the fused engine. The autodiff engine's
+    ``certified`` and ``bfloat16`` keep a copy of the encoder in 16 bits and want the fused engine. The autodiff engine's
     other products are MLX's, which on NVIDIA are TF32 unless ``MLX_ENABLE_TF32=0``: under ``float32`` it warns.
 
     ``gradient_accumulation_steps``, ``mixed_precision`` (bfloat16 over float32 masters) and

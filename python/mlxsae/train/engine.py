@@ -226,7 +226,8 @@ class FusedEngine:
         config, params = self._config, _rows(arrays["params"])
         shadow = arrays.get("shadow")
         if shadow is None and config.precision in ("certified", "bfloat16"):
-            shadow = ops.encoder_shadow(params.w_enc)
+            dtype = mx.bfloat16 if config.precision == "bfloat16" else None
+            shadow = ops.encoder_shadow(params.w_enc, dtype=dtype)
         rule = _rule_of_step(self._rule, config.k_at(step, self._rule), config)
         scheduled = self._loss.scheduled(step, self._d_sae, config.seed)
         carried = arrays["tokens_since_fired"], arrays.get("rule", {})

@@ -13,7 +13,7 @@
 namespace mlxsae::cpu {
 namespace {
 
-constexpr int64_t kTile = 6;               // a multiple of the rows of every tile
+constexpr int64_t kTile = 12;              // a multiple of the rows of every tile
 constexpr int64_t kBlockFloats = 4 << 20;  // 16 MiB: what is packed at a time of weights, tokens and gradients
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

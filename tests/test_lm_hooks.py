@@ -42,6 +42,28 @@ def test_capture_keeps_the_order_asked_for(model: nn.Module) -> None:
     assert list(found) == [HookPoint(3, "mlp_out"), HookPoint(0, "resid_pre"), HookPoint(2, "attn_out")]
 
 
+def test_batches_side_by_side_are_those_one_by_one(model: nn.Module) -> None:
+    """Bit for bit, of different shapes, in any thread."""
+    batches = [tokens_of(b, t) for b, t in ((1, 5), (3, 8), (2, 3))]
+    points = [HookPoint(1, "resid_post"), HookPoint(0, "mlp_out")]
+    mx.eval(batches, model.parameters())
+    same: list[bool] = []
+
+    def compare() -> None:
+        for tokens, found in zip(batches, lm.capture_each(model, batches, points), strict=True):
+            alone = lm.capture(model, tokens, points)
+            same.append(list(found) == list(alone) == points)
+            same.extend(bool(mx.array_equal(found[point], alone[point])) for point in points)
+
+    compare()
+    thread = threading.Thread(target=compare)
+    thread.start()
+    thread.join()
+    compare()
+    assert same == [True] * 27
+    assert lm.capture_each(model, [], points) == []
+
+
 def test_splices_nest_outer_first_and_capture_sees_the_edited(model: nn.Module) -> None:
     tokens = tokens_of(1, 5)
     clean = lm.capture(model, tokens, POST1)[POST1]

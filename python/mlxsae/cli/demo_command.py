@@ -58,6 +58,7 @@ from mlxsae.train import FitResult, LossConfig, OptimizerConfig, SAEConfig, Trai
 # latents in use that quiet directions need; with much of it the concepts of loud ones fall apart.
 K, EXPANSION_FACTOR, BATCH, LEARNING_RATE, WHITENING = 6, 8, 1024, 2e-3, 0.3
 _ROWS, _BUFFER = 64, 131_072  # documents per pass of the model, activations held for shuffling
+_SORTED = 50_000  # words of documents that are sorted by length, so that little is padded
 _SHOWN, _EXAMPLES, _PROMPTS, _CANDIDATES = 10, 4, 16, 32
 _MARKS = [tiny_world.TOKEN_ID[mark] for mark in tiny_world.SPECIALS]
 _CAUSED = 0.05  # nats: a smaller effect is not worth a word
@@ -192,19 +193,29 @@ def _train(
             loss=LossConfig(dead_after=max(1, options.tokens // 40)),
         ),
     )
-    stream = ModelActivations(lm, hook_point, lambda: _documents(options.seed, seen))
+    needed = config.train.total_steps * BATCH
+    stream = ModelActivations(lm, hook_point, lambda: _documents(needed, options.seed, seen))
     capacity = max(BATCH, min(_BUFFER, options.tokens))
     source = ShuffleBuffer(stream, batch_size=BATCH, capacity=capacity, seed=options.seed)
     return fit(config.build(lm.d_model), source, config.train, progress=not options.quiet)
 
 
-def _documents(seed: int, seen: set[bytes]) -> Iterator[TokenBatch]:
-    """Training documents without end, one a row as the model knows them; ``seen`` remembers them."""
+def _documents(n_words: int, seed: int, seen: set[bytes]) -> Iterator[TokenBatch]:
+    """Training documents of at least ``n_words``, one a row as the model knows them; ``seen`` remembers them."""
     documents = tiny.documents(sys.maxsize, seed)
-    while True:
-        tokens = token_rows(list(itertools.islice(documents, _ROWS)))
+    while n_words > 0:
+        some: list[list[str]] = []
+        wanted = min(_SORTED, n_words)
+        while wanted > 0:
+            some.append(next(documents))
+            wanted -= len(some[-1])
+            n_words -= len(some[-1])
+        some.sort(key=len)
+        tokens = token_rows(some)
         seen.update(row.tobytes() for row in tokens)
-        yield TokenBatch(mx.array(tokens), mx.array(np.isin(tokens, _MARKS, invert=True).tolist()))
+        for i in range(0, len(some), _ROWS):
+            rows = tokens[i : i + _ROWS, : 2 + max(map(len, some[i : i + _ROWS]))]  # marks at both ends
+            yield TokenBatch(mx.array(rows), mx.array(np.isin(rows, _MARKS, invert=True)))
 
 
 def _heldout(n_tokens: int, seed: int, seen: set[bytes]) -> tiny.Labelled:

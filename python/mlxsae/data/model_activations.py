@@ -10,14 +10,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsae.data.source import Chunk
-from mlxsae.lm import HookPoint, LanguageModel, TokenBatch, capture
+from mlxsae.lm import HookPoint, LanguageModel, TokenBatch, capture, capture_each, capture_width
 
 
 class ModelActivations:
     """The activations at one hook point, or several, for batch after batch of tokens, computed when they are asked for.
 
     Each iteration starts where the last position says, at first at the beginning; at any moment one batch of
-    activations exists. To resume, tokens already used are skipped without running the model.
+    activations exists, on a CPU one for each of up to four cores. To resume, tokens already used are skipped without
+    running the model.
 
     Parameters
     ----------
@@ -47,12 +48,16 @@ class ModelActivations:
         self._used = 0
 
     def __iter__(self) -> Iterator[Chunk]:
-        for tokens, valid in itertools.islice(self._batches(), self._used, None):
-            found = capture(self._lm, tokens, self._points)
-            x = tuple(found[point] for point in self._points)
-            del found
-            self._used += 1
-            yield Chunk(x if self._several else x[0], valid=valid)
+        batches = itertools.islice(self._batches(), self._used, None)
+        while group := list(itertools.islice(batches, capture_width())):
+            found = capture_each(self._lm, [tokens for tokens, _ in group], self._points)
+            found.reverse()
+            for _, valid in group:
+                each = found.pop()
+                x = tuple(each[point] for point in self._points)
+                del each
+                self._used += 1
+                yield Chunk(x if self._several else x[0], valid=valid)
 
     def state(self) -> dict[str, Any]:
         """The position: batches used so far, and the hook point."""

@@ -10,7 +10,17 @@ from .evaluation import logits_from, loss, losses_from, token_losses
 from .families import FAMILIES, Family
 from .generation import GeneratedToken, generate, stream_generate
 from .hook_point import SITES, ByPoint, HookPoint, HookPointLike, ModulePoint
-from .hooks import Edit, Edits, capture, capture_codes, only_at, run_with_capture, splice
+from .hooks import (
+    Edit,
+    Edits,
+    capture,
+    capture_codes,
+    capture_each,
+    capture_width,
+    only_at,
+    run_with_capture,
+    splice,
+)
 from .language_model import LanguageModel, load
 from .text import (
     Documents,
@@ -41,6 +51,8 @@ __all__ = [
     "batches_by_length",
     "capture",
     "capture_codes",
+    "capture_each",
+    "capture_width",
     "generate",
     "in_heldout",
     "interventions",

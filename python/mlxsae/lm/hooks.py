@@ -11,8 +11,9 @@ The hooks themselves live in a context variable: they act in the thread or async
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache, partial
@@ -343,6 +344,43 @@ def capture(
     logits, found = _forward(model, tokens, hook_points, cache, stop=cache is None)
     mx.eval(list(found.values()), [] if logits is None else logits)
     return found
+
+
+def capture_each(
+    model: nn.Module | LanguageModel,
+    batches: Sequence[mx.array | tuple[mx.array, ...]],
+    hook_points: HookPointLike | Iterable[HookPointLike],
+) -> list[ByPoint[mx.array]]:
+    """As `capture` of one batch after another, bit for bit, computed side by side on a CPU.
+
+    MLX computes a stream of a CPU on one thread, its products apart; each batch gets a stream of its own. Give as
+    many as `capture_width` says.
+    """
+    found = []
+    for tokens, stream in zip(batches, _side_streams(len(batches)), strict=True):
+        with mx.stream(stream):
+            found.append(_forward(model, tokens, hook_points, None, stop=True)[1])
+    mx.eval([list(each.values()) for each in found])
+    return found
+
+
+def capture_width() -> int:
+    """How many batches `capture_each` computes at a time: one on a GPU, on a CPU at most four, one a core."""
+    if mx.default_device() != mx.cpu:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
+
+
+def _side_streams(n: int) -> list[mx.Stream]:
+    """`n` streams of the default device, the same ones at each call: MLX keeps a thread for each, for good."""
+    device = mx.default_device()
+    streams: list[mx.Stream] = _side.__dict__.setdefault(str(device), [mx.default_stream(device)])
+    streams += (mx.new_stream(device) for _ in range(n - len(streams)))
+    return streams[:n]
+
+
+_side = threading.local()  # a stream serves the thread that made it
 
 
 def capture_codes(

@@ -48,13 +48,15 @@ class Bar(NamedTuple):
         return self.value <= self.limit if self.at_most else self.value >= self.limit
 
 
-def load(path: Path | None = None) -> dict | None:
-    """The newest stored results, or those of ``path``."""
-    stored = sorted(
-        RESULTS.glob("step-cpu-*.json"), key=lambda p: json.loads(p.read_text())["machine"]["date"]
-    )
-    chosen = path or (stored[-1] if stored else None)
-    return json.loads(chosen.read_text()) if chosen else None
+def load(path: Path | None = None) -> list[dict]:
+    """The stored results of every machine, that of the fastest step of S1 first; or those of ``path``."""
+    paths = RESULTS.glob("step-cpu-*.json") if path is None else [path]
+    return sorted((json.loads(p.read_text()) for p in paths), key=_step_of_s1)
+
+
+def _step_of_s1(results: dict) -> float:
+    blocks = results["shapes"].get("S1", {}).get("blocks", {})
+    return over_blocks(blocks, lambda b: median(b, HEADLINE)) or float("inf")
 
 
 def load_captured(about: dict) -> dict | None:
@@ -101,7 +103,7 @@ def update_bandwidth_share(block: dict, shape: Shape) -> float:
     return statistics.median(shares)
 
 
-def modes_bars(entry: dict, float32: dict[str, float | None]) -> Iterator[Bar]:
+def modes_bars(entry: dict, float32: dict[str, float | None], wider: bool) -> Iterator[Bar]:
     """The promises for certified low precision, BatchTopK and AVX2. A peer was timed beside the float32 step only: its ratio
     to the certified one is that ratio times float32 over certified, taken in the contest of our own ways.
     """
@@ -143,7 +145,8 @@ def modes_bars(entry: dict, float32: dict[str, float | None]) -> Iterator[Bar]:
         True,
         quotient(block, "trainer-batchtopk-certified: step", certified),
     )
-    yield Bar("AVX2 step / AVX-512 step", 2.2, True, quotient(block, "trainer-avx2: step", step))
+    if wider:
+        yield Bar("AVX2 step / AVX-512 step", 2.2, True, quotient(block, "trainer-avx2: step", step))
 
 
 def bars(results: dict, name: str) -> list[Bar]:
@@ -203,7 +206,8 @@ def bars(results: dict, name: str) -> list[Bar]:
         )
     entry = results["shapes"][name]
     if "modes" in entry:
-        made += modes_bars(entry, {bar.what: bar.value for bar in made})
+        wider = "avx512" in results["machine"].get("kernels", "avx512")
+        made += modes_bars(entry, {bar.what: bar.value for bar in made}, wider)
     return made
 
 
@@ -219,7 +223,10 @@ def rows(results: dict, name: str) -> Iterator[list[str]]:
     extra = statistics.median(b["memory"]["trainer"]["extra"] for b in blocks.values())
     yield ["**mlxsae**", ms(step), f"{step / floor:.2f}", "1", mebibytes(extra), *gate(gates, "trainer")]
     modes = results["shapes"][name].get("modes")
+    kernels = results["machine"].get("kernels", "avx512")
     for mode in () if modes is None else MODES:
+        if mode == "trainer-avx2" and "avx512" not in kernels:
+            continue  # it is the row above
         if mode.startswith("trainer-"):
             turn = f"{mode}: step"
             # Beside the float32 step of the same contest, and scaled to the time of the row above.
@@ -267,9 +274,22 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def render(results: dict) -> str:
+def render(machines: list[dict]) -> str:
     """The whole block between README's markers."""
-    about, parts = results["machine"], []
+    return "\n\n".join(
+        [render_machine(results) for results in machines]
+        + [
+            "All steps start from the same weights and were checked to compute the same loss, but for BatchTopK's; activations "
+            "are fresh Gaussian ones; ratios compare turns of one round. Memory is what a step takes beyond parameters, two "
+            "moments and the batch. `make bench-peers` repeats it."
+        ]
+    )
+
+
+def render_machine(results: dict) -> str:
+    about = results["machine"]
+    kernels = f", {about['kernels']}" if "kernels" in about else ""
+    parts = [f"### {about['cpu']}, {about['threads']} threads{kernels}"]
     versions: dict[str, str] = {}
     for name in sorted(results["shapes"]):
         entry = results["shapes"][name]
@@ -304,11 +324,7 @@ def render(results: dict) -> str:
     if (captured := load_captured(about)) is not None:
         parts.append(render_captured(captured))
     listed = ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
-    parts.append(
-        f"{about['cpu']}, {about['threads']} threads, {about['date'][:10]}. All steps start from the same weights and "
-        "were checked to compute the same loss, but for BatchTopK's; activations are fresh Gaussian ones; ratios compare turns of one round. Memory is what a step takes beyond "
-        f"parameters, two moments and the batch. Versions: {listed}. `make bench-peers` repeats it."
-    )
+    parts.append(f"{about['date'][:10]}; {listed}.")
     return "\n\n".join(parts)
 
 
@@ -369,17 +385,18 @@ def report(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, help="default: the newest stored")
+    parser.add_argument("--results", type=Path, help="default: all that are stored")
     parser.add_argument("--write", action="store_true", help="write the table between README's markers")
     parser.add_argument("--bars", action="store_true", help="print the promises instead")
     arguments = parser.parse_args()
-    results = load(arguments.results)
-    if results is None:
+    machines = load(arguments.results)
+    if not machines:
         sys.exit("no results are stored: make bench-peers")
     if arguments.bars:
-        print(report(results))
+        for results in machines:
+            print(f"# {results['machine']['cpu']}\n\n{report(results)}\n")
         return
-    table = render(results)
+    table = render(machines)
     if not arguments.write:
         print(table)
         return

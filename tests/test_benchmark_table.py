@@ -64,13 +64,13 @@ def test_ratios_are_medians_over_rounds_and_floors_are_the_fastest_product():
 
 
 def test_rendering_names_every_contestant_with_its_gate():
-    text = table.render(contest())
+    text = table.render([contest()])
     assert "| **mlxsae** | 200 ms | 2.50 | 1 | 1 MiB | yes | yes |" in text
     assert "| sparsify | 1,000 ms | 12.50 | 5.0 | 2 MiB |  |  |" in text
     assert "| SAELens bf16 autocast | 2,000 ms | 25.00 | 10.0 | 2 MiB | no | no |" in text
     other = copy.deepcopy(contest())
     other["shapes"]["S1"]["blocks"]["sparsify"]["samples"]["sparsify: step"] = [3.0] * 3
-    assert table.render(other) != text
+    assert table.render([other]) != text
 
 
 def test_readme_block_is_found_only_between_its_markers():
@@ -82,7 +82,7 @@ def test_readme_holds_what_stored_results_render_to():
     block, results = table.readme_block((ROOT / "README.md").read_text()), table.load()
     if block is None:
         pytest.skip("README.md has no benchmark markers")
-    assert results is not None, "README.md has a benchmark table but no results are stored"
+    assert results, "README.md has a benchmark table but no results are stored"
     assert block == table.render(results), "run python -m benchmarks.table --write"
 
 

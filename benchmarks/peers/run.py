@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.peers.contest import CONTESTANTS, LARGE, MODES, OURS, PEERS
 from benchmarks.shapes import SHAPES, Shape, batch
+from mlxsae import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -332,7 +333,8 @@ def main() -> None:
         print(f"unset for the workers: {', '.join(forced)}", file=sys.stderr)
 
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    results["machine"] = machine.describe(arguments.threads)
+    kernels = ops.backends()["topk_encode"]["cpu"]
+    results["machine"] = machine.describe(arguments.threads) | {"kernels": kernels}
     shapes = results.setdefault("shapes", {})
     here = shapes.setdefault(arguments.shape, {"shape": SHAPES[arguments.shape]._asdict(), "blocks": {}})
     gates = results.setdefault("gate", {"shape": GATE_SHAPE, "peers": {}})["peers"]

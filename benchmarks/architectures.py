@@ -64,6 +64,7 @@ ARCHITECTURES: dict[str, SAEConfig] = {
     "Gated": SAEConfig(architecture="gated", train=TrainConfig(loss=AT_K)),
     "sigmoid-gated": SAEConfig(architecture="sigmoid_gated"),
     "TopK-JumpReLU": SAEConfig(architecture="topk_jumprelu"),
+    "Hierarchical TopK (2 of 1/8, 6 of the rest)": SAEConfig(architecture="hierarchical"),
     "tied TopK": SAEConfig(architecture="topk", tied=True),
 }
 

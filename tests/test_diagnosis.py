@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxsae.metrics import in_model
 from mlxsae.train import Callback, NonFiniteError, OptimizerConfig, diagnose, fit
 from mlxsae.train.diagnosis import bare_tokens_per_s
 from test_train import config, dictionary_data, new_sae, source
@@ -54,6 +55,20 @@ def test_silence_and_death_are_named() -> None:
     found = diagnose(fit(half, source(), config(total_tokens=200 * 64)), bare_rate=1.0)
     assert [f.name for f in found] == ["many_dead"]
     assert "50%" in found[0].says
+
+
+def test_a_reconstruction_that_is_only_watched_is_no_fault() -> None:
+    """End to end the SAE answers for what the model predicts: FVU over 1 alone says nothing."""
+    record = {"loss": 0.1, "fvu": 1.5, "l0": 4.0, "dead_fraction": 0.0}
+    assert names([record, record]) == {"not_learning"}
+    for term in ("kl", "cross_entropy"):
+        assert names([record | {term: 0.1}] * 2) == set()
+    far = {"fvu": 1.5, "l0": 4.0, "dead_fraction": 0.0}
+    (advice,) = in_model.diagnose(far | {"loss_recovered_mean": 0.9})
+    assert "train longer" not in advice
+    assert "end to end" in advice
+    (advice,) = in_model.diagnose(far | {"loss_recovered_mean": 0.1})
+    assert "train longer" in advice
 
 
 def test_outliers_are_named() -> None:

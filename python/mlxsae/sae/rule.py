@@ -42,6 +42,8 @@ class Rule(nn.Module):
     else in the rule depends on a parameter: all that the one-pass update needs to know."""
     certified: ClassVar[bool] = False
     """True where the fused op takes the encoder's shadow, operands of 16 bits, and ``tf32``."""
+    own_sae: ClassVar[str] = ""
+    """The class of SAE that the rule is a part of; empty where any SAE may have it."""
     takes_auxk: ClassVar[bool] = True
     """Whether AuxK is part of the loss unless it says otherwise: not where latents fire by a threshold of their own."""
     tf32 = False

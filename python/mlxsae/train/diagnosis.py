@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxsae.loss import END_TO_END
 from mlxsae.sae import SAE
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.engine import make_engine
@@ -51,7 +52,7 @@ def diagnose(
     run : a result, a run in progress, its history, or the error that ended it.
     data : activations ``[n, d]`` to look for outliers in.
     bare_rate : tokens per second of the step alone, see :func:`bare_tokens_per_s`; the run is slow below half of it.
-        Measured here, with a handful of steps, for a result of an SAE of ours.
+        Measured here, with a handful of steps, for a result of an SAE of ours that was not trained end to end.
     """
     found: list[Finding] = []
     history: list[dict[str, Any]] = []
@@ -85,9 +86,9 @@ def diagnose(
             and isinstance(run, FitResult)
             and "training" in getattr(run.sae, "metadata", {})
         ):
-            bare_rate = bare_tokens_per_s(
-                run.sae, TrainConfig.from_dict(run.sae.metadata["training"]["config"])
-            )
+            config = TrainConfig.from_dict(run.sae.metadata["training"]["config"])
+            if config.loss.end_to_end is None:  # such a step is the model's, which is not here
+                bare_rate = bare_tokens_per_s(run.sae, config)
         rate = statistics.median(rates)
         if bare_rate is not None and rate < SLOW * bare_rate:
             found.append(
@@ -121,7 +122,9 @@ def _of_metrics(history: list[dict[str, Any]]) -> list[Finding]:
                 "(auxk), or resample (resample_every).",
             )
         )
-    if last.get("fvu", 0.0) >= 1 and len(history) > 1:
+    # End to end the reconstruction is only watched: it need not be near the activation.
+    watched = not END_TO_END.keys().isdisjoint(last)
+    if last.get("fvu", 0.0) >= 1 and len(history) > 1 and not watched:
         found.append(
             Finding(
                 "not_learning",

@@ -224,7 +224,8 @@ class LossConfig(_Config):
         weights = DEFAULT_TERMS.get(sae.rule.architecture, {}) if self.terms is None else self.terms
         if self.target_l0 is not None and not weights.keys() & SPARSITY:
             raise ValueError(
-                f"[config] target_l0 must come with a term among {sorted(SPARSITY)} but got {sorted(weights)}."
+                f"[config] target_l0 must come with a term among {sorted(SPARSITY)} but got {sorted(weights)}; rules with "
+                "a k, and l0_target, aim at that."
             )
         rising = in_steps(self.warmup, total_steps)
 
@@ -603,9 +604,26 @@ C = TypeVar("C", bound=SAEConfig)
 
 
 def overruled(config: C, options: dict[str, Any]) -> C:
-    """``config`` with ``options`` in place of what it says: its own fields, or flat names."""
+    """``config`` with ``options`` in place of what it says: its own fields, or flat names. A ``k`` among them is an L0 to
+    reach where a penalty makes the SAE sparse and no weight of it is given (:func:`wanting_l0`).
+    """
     names = [f.name for f in dataclasses.fields(config)]
-    return type(config)(**({name: getattr(config, name) for name in names} | options))
+    made = type(config)(**({name: getattr(config, name) for name in names} | options))
+    weighed = made.train.loss.terms is not None or isinstance(made, CrossLayerConfig)  # whose k is a layer's
+    return made if options.get("k") is None or weighed else wanting_l0(made, options["k"])
+
+
+def wanting_l0(config: C, k: float) -> C:
+    """``config`` with ``train.loss.target_l0 = k`` where nothing else can say how many latents fire: the rule has no ``k``
+    and the loss has a term of :data:`SPARSITY`. Any other as it is, also one that wants an L0 already.
+    """
+    loss = config.train.loss
+    terms = DEFAULT_TERMS.get(config.architecture, {}) if loss.terms is None else loss.terms
+    settled = loss.target_l0 is not None or loss.end_to_end is not None
+    if settled or "k" in RULES[config.architecture].PARAMETERS or SPARSITY.isdisjoint(terms):
+        return config
+    train = dataclasses.replace(config.train, loss=dataclasses.replace(loss, target_l0=float(k)))
+    return dataclasses.replace(config, train=train)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -452,6 +452,11 @@ def test_auxk_where_pre_activations_are_not_one_product(preset: str) -> None:
         term.dense_code(plain, x, dead).values, to_dense(term.code(plain, x, dead), 48), atol=1e-5
     )
     hierarchical.encoder.bias = 0.1 * mx.random.normal((48,), key=mx.random.key(0))
+    np.testing.assert_allclose(
+        to_dense(term.code(hierarchical, x, dead), 48),
+        term.dense_code(hierarchical, x, dead).values,
+        atol=1e-5,
+    )
     code = to_dense(hierarchical.learn(x, {}).code, 48)
     pre_acts = np.array(hierarchical.pre_acts(x))
     np.testing.assert_allclose(code, np.where(np.array(code) > 0, pre_acts, 0), atol=1e-5)

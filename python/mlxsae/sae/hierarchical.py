@@ -88,10 +88,12 @@ class HierarchicalSAE(SAE):
 
     def pre_acts(self, x: mx.array) -> mx.array:
         """Of both levels, ``[n, d_sae]`` for ``x [n, d_in]``: the fine level's after what the coarse one explains."""
+        return mx.concatenate([mx.addmm(b, inner, w.T) for inner, w, b in self.products(x)], axis=-1)
+
+    def products(self, x: mx.array) -> list[tuple[mx.array, mx.array, mx.array]]:
         inner, _, left = self._coarse(x, self.levels)
         cut, w, b = self.d_coarse, self.encoder.weight, self.encoder.bias
-        each = [mx.addmm(b[:cut], inner, w[:cut].T), mx.addmm(b[cut:], left, w[cut:].T)]
-        return mx.concatenate(each, axis=-1)
+        return [(inner, w[:cut], b[:cut]), (left, w[cut:], b[cut:])]
 
     def _coarse(self, x: mx.array, levels: Hierarchical) -> tuple[mx.array, Code, mx.array]:
         """What the coarse level sees, its code, and what that leaves to the fine level."""

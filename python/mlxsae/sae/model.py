@@ -261,6 +261,12 @@ class SAE(nn.Module):
             **{f"rule.{name}": (power, 0) for name, power in self.rule.UNITS.items()},
         }
 
+    def products(self, x: mx.array) -> list[tuple[mx.array, mx.array, mx.array]]:
+        """What the pre-activations of ``x [n, d_in]`` are products of, in the order of latents: input, weight ``[m, d]``,
+        bias ``[m]``. Empty where no one decoder writes for all latents.
+        """
+        return [(self.encoder_input(x), self.encoder.weight, self.encoder.bias)]
+
     def pre_acts(self, x: mx.array) -> mx.array:
         """Dense pre-activations ``[..., d_sae]``, before the rule. This is the array that :meth:`encode`
         avoids.

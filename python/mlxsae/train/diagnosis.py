@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -16,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlxsae.loss import END_TO_END
 from mlxsae.sae import SAE
+from mlxsae.sae.copying import copied
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.engine import make_engine
 from mlxsae.train.loop import FitResult, NonFiniteError, Run
@@ -166,7 +166,7 @@ def _of_data(data: Any) -> list[Finding]:
 
 def bare_tokens_per_s(sae: SAE, config: TrainConfig, steps: int = 5) -> float:
     """Tokens per second of the training step alone: normal activations at hand, nobody watching, on a copy of ``sae``."""
-    working = copy.deepcopy(sae)
+    working = copied(sae)
     working.set_dtype(mx.float32)
     working.normalize_activations = "none"
     params = working.trainable_parameters()

@@ -61,6 +61,7 @@ class CrossLayerTranscoder(SAE):
         self.W_decs = [mx.zeros((d_layer, (n_layers - layer) * d), dtype) for layer in range(n_layers)]
         self.decoder = _Bias(mx.zeros(n_layers * d, dtype))  # type: ignore[assignment]
         one = TopK(k) if rule is None else rule  # type: ignore[arg-type]
+        one.must_be_for(type(self))
         self.rule = _PerLayer([copied(one) for _ in range(n_layers)])
         self.rule.prepare(d, d_layer)
         self.metadata = {}

@@ -165,10 +165,7 @@ class SAE(nn.Module):
         self.metadata = {}
         self.rank_by_decoder_norm = False
         self.transcoder = transcoder or self.d_in != self.d_out
-        if rule.own_sae not in ("", type(self).__name__):
-            raise ValueError(
-                f"[SAE] the rule {type(rule).__name__} must be in a {rule.own_sae} but is in a {type(self).__name__}."
-            )
+        rule.must_be_for(type(self))
         rule.prepare(self.d_in, self.d_sae)
         if apply_b_dec_to_input and self.d_in != self.d_out:
             raise ValueError(

@@ -135,6 +135,13 @@ class Rule(nn.Module):
         other.tf32 = True
         return other
 
+    def must_be_for(self, sae: type) -> None:
+        """Raise ``ValueError`` where the rule is a part of another class of SAE."""
+        if self.own_sae not in ("", sae.__name__):
+            raise ValueError(
+                f"[SAE] the rule {type(self).__name__} must be in a {self.own_sae} but is in a {sae.__name__}."
+            )
+
     def prepare(self, d_in: int, d_sae: int) -> None:
         """Make the parameters for ``d_sae`` latents of ``d_in`` inputs; raise ``ValueError`` where the rule does not fit them."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlxsae.metrics import in_model
+from mlxsae.sae import SAE, CrossLayerTranscoder, HierarchicalSAE
 from mlxsae.train import Callback, NonFiniteError, OptimizerConfig, diagnose, fit
 from mlxsae.train.diagnosis import bare_tokens_per_s
 from test_train import config, dictionary_data, new_sae, source
@@ -98,3 +99,16 @@ def test_measuring_the_bare_rate_changes_nothing(engine: str) -> None:
     before = np.array(sae.W_dec)
     assert bare_tokens_per_s(sae, config(engine=engine)) > 0
     np.testing.assert_array_equal(np.array(sae.W_dec), before)
+
+
+@pytest.mark.parametrize(
+    "sae",
+    [
+        HierarchicalSAE(16, 20, 28, k_coarse=2, k_fine=3, seed=0),
+        SAE(16, 48, k=4, d_out=16, skip=True, seed=0),
+        CrossLayerTranscoder(8, 2, 24, k=3, seed=0),
+    ],
+    ids=lambda sae: type(sae).__name__,
+)
+def test_the_bare_rate_of_every_shape(sae: SAE) -> None:
+    assert bare_tokens_per_s(sae, config(), steps=2) > 0

@@ -170,6 +170,14 @@ def test_mixed_precision_computes_low_and_keeps_masters() -> None:
     assert low.history[-1]["fvu"] < 1.5 * full.history[-1]["fvu"] + 0.02
 
 
+@pytest.mark.parametrize("architecture", sorted(RULES))
+def test_every_rule_trains_in_mixed_precision(architecture: str) -> None:
+    sae = SAEConfig(d_sae=D_SAE, architecture=architecture, k=4).build(D)
+    history = fit(sae, source(), config(mixed_precision=True, engine="auto")).history
+    assert history[-1]["fvu"] < history[0]["fvu"]
+    assert all(a.dtype == mx.float32 for _, a in tree_flatten(sae.parameters()))
+
+
 def test_checkpointing_saves_memory_and_changes_no_bit() -> None:
     found = {}
     for active in (False, True):

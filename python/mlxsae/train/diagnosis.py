@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxsae.loss import END_TO_END
 from mlxsae.sae import SAE
@@ -169,11 +169,12 @@ def bare_tokens_per_s(sae: SAE, config: TrainConfig, steps: int = 5) -> float:
     working = copied(sae)
     working.set_dtype(mx.float32)
     working.normalize_activations = "none"
-    params = working.trainable_parameters()
+    # Without empty branches, as a run keeps them.
+    params: Any = tree_unflatten(tree_flatten(working.trainable_parameters()))
     engine = make_engine(config.engine, working, config.loss.build(working, config.total_steps), config)
     state = TrainState(
-        params={name: branch for name, branch in params.items() if branch},
-        optimizer=engine.optimizer_state({name: branch for name, branch in params.items() if branch}),
+        params=params,
+        optimizer=engine.optimizer_state(params),
         tokens_since_fired=mx.zeros(sae.d_sae, mx.int32),
         failed=mx.array([-1, 0], mx.int32),
         rule=working.rule.initial_state(),

@@ -62,8 +62,9 @@ ARCHITECTURES: dict[str, SAEConfig] = {
     "JumpReLU": SAEConfig(architecture="jumprelu", rule={"k": K}),
     "ReLU, L1": SAEConfig(architecture="relu", train=TrainConfig(loss=AT_K)),
     "Gated": SAEConfig(architecture="gated", train=TrainConfig(loss=AT_K)),
-    "sigmoid-gated": SAEConfig(architecture="sigmoid_gated"),
+    "sigmoid-gated": SAEConfig(architecture="sigmoid_gated", train=TrainConfig(loss=AT_K)),
     "TopK-JumpReLU": SAEConfig(architecture="topk_jumprelu"),
+    "Hierarchical TopK (2 of 1/8, 6 of the rest)": SAEConfig(architecture="hierarchical"),
     "tied TopK": SAEConfig(architecture="topk", tied=True),
 }
 

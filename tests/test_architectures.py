@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mlxsae.sae import (
     CrossLayerTranscoder,
     Gated,
     GroupMax,
+    Hierarchical,
     HierarchicalSAE,
     JumpReLU,
     ReLU,
@@ -36,6 +38,7 @@ from mlxsae.train import (
     CrossLayerConfig,
     LossConfig,
     SAEConfig,
+    TranscoderConfig,
     directions,
     fit,
     initialize_decoder_from_pca,
@@ -68,7 +71,8 @@ def definition(sae: SAE) -> np.ndarray:
         return (z > 0) * relu(inner @ (w * np.exp(r)) + m)
     if isinstance(rule, SigmoidGated):
         g, c = as64(rule.gate_weight, rule.gate_bias)
-        return relu(z) / (1 + np.exp(-(inner @ g.T + c)))
+        openness = 1 / (1 + np.exp(-(inner @ g.T + c)))
+        return np.where(openness > rule.cut, relu(z) * openness, 0)
     if isinstance(rule, GroupMax):
         groups = z.reshape(len(z), rule.k, -1)
         return relu(np.where(groups == groups.max(axis=-1, keepdims=True), groups, 0).reshape(z.shape))
@@ -86,6 +90,7 @@ def definition(sae: SAE) -> np.ndarray:
         ReLU(),
         Gated(),
         SigmoidGated(),
+        SigmoidGated(cut=0),
         GroupMax(6),
         TopKJumpReLU(6),
         Activation(lambda z: nn.softplus(z) - 0.5),
@@ -249,6 +254,78 @@ def test_hierarchical_learns(rules: dict) -> None:
     assert result.history[-1]["prefixes"] >= result.history[-1]["fvu"]
 
 
+def test_a_hierarchy_by_configuration_round_trips_through_json_and_files(tmp_path: Path) -> None:
+    made = SAEConfig(d_sae=48, architecture="hierarchical", k=8, rule={"d_coarse": 0.25}, train=settings(20))
+    assert SAEConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    sae, x = made.build(D), mx.array(X)
+    assert isinstance(sae, HierarchicalSAE)
+    assert sae.rule.config() == {"k": 8, "k_coarse": 2, "d_coarse": 12}
+    fit(sae, source(), made.train)
+    code = np.array(to_dense(sae.encode(x), 48)) > 0
+    assert code[:, :12].sum(axis=1).max() <= 2
+    assert code[:, 12:].sum(axis=1).max() <= 6
+    io.save(sae, tmp_path)
+    again = io.load(tmp_path)
+    assert isinstance(again, HierarchicalSAE)
+    assert again.rule.config() == sae.rule.config()
+    np.testing.assert_array_equal(again(x), sae(x))
+    assert repr(again.rule) == "Hierarchical(k=8, k_coarse=2, d_coarse=12)"
+    tied = replace(made, tied=True).build(D)
+    fit(tied, source(), made.train)
+    np.testing.assert_array_equal(tied.W_dec, tied.W_enc.T)
+
+
+def test_both_levels_of_a_hierarchy_are_annealed() -> None:
+    made = SAEConfig(d_sae=48, architecture="hierarchical", k=8, rule={"d_coarse": 16})
+    rule = made.build(D).rule.with_k(24)
+    assert (rule.k, rule.coarse.k, rule.fine.k) == (24, 6, 18)
+    assert made.build(D).rule.with_k(2).coarse.k == 1
+    train = settings(8, k_start=24, k_warmup=4, log_every=1, loss=LossConfig(auxk=None))
+    l0 = [record["l0"] for record in fit(made.build(D), source(), train).history]
+    assert l0 == pytest.approx([24, 20, 16, 12, 8, 8, 8, 8], rel=0.2)  # not all of the largest are positive
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Hierarchical(1), r"k must be over k_coarse but got k=1 with k_coarse=1"),
+        (lambda: Hierarchical(8, k_coarse=8), r"k must be over k_coarse but got k=8 with k_coarse=8"),
+        (lambda: Hierarchical(8, d_coarse=2.5), r"d_coarse must be a positive whole number or a share .* 2.5"),
+        (lambda: Hierarchical(8, d_coarse=48).prepare(D, 48), r"d_coarse must be below d_sae but got d_coarse=48"),
+        (lambda: Hierarchical(8).prepare(D, 8), r"k_coarse must be in \(0, d_coarse\] but got k_coarse=2 with d_coarse=1"),
+        (lambda: CrossLayerTranscoder(D, 2, 48, rule=Hierarchical(8)), r"but is in a CrossLayerTranscoder"),
+        (lambda: SAE(D, 48, rule=Hierarchical(8)), r"Hierarchical must be in a HierarchicalSAE but is in a SAE"),
+        (lambda: HierarchicalSAE(D, 9, 9, coarse=BatchTopK(2), fine=TopK(2)), r"must carry no state but BatchTopK"),
+        (lambda: TranscoderConfig(architecture="hierarchical"), r"architecture must be a rule that a transcoder can"),
+        (lambda: SigmoidGated(cut=1.0), r"\[SigmoidGated\] cut must be in \[0, 1\) but got 1.0"),
+    ],
+)  # fmt: skip
+def test_rules_that_cannot_be(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_closed_sigmoid_gate_learns_and_what_is_behind_it_does_not() -> None:
+    """The gradient of f = relu(m) g [g > cut]: with m and g free where the gate is open, of g alone where it is closed."""
+    sae = made(SigmoidGated())
+    w = mx.random.normal((len(X), D_SAE), key=mx.random.key(3))
+
+    def of(sae: SAE) -> mx.array:
+        return (sae.learn(mx.array(X), {}).code.values * w).sum()
+
+    _, grads = nn.value_and_grad(sae, of)(sae)
+    inner = X - np.array(sae.b_dec, np.float64) if sae.apply_b_dec_to_input else X.astype(np.float64)
+    m = inner @ as64(sae.W_enc)[0] + as64(sae.b_enc)[0]
+    g = 1 / (1 + np.exp(-(inner @ as64(sae.rule.gate_weight)[0].T + as64(sae.rule.gate_bias)[0])))
+    up = np.array(w, np.float64)
+    assert 0.1 < (g > 0.5).mean() < 0.9
+    np.testing.assert_allclose(
+        grads["rule"]["gate_bias"], (up * relu(m) * g * (1 - g)).sum(axis=0), rtol=1e-3, atol=1e-3
+    )
+    want = (up * (m > 0) * (g > 0.5) * g).sum(axis=0)
+    np.testing.assert_allclose(grads["encoder"]["bias"], want, rtol=1e-3, atol=1e-3)
+
+
 def test_bad_hierarchies() -> None:
     with pytest.raises(ValueError, match=r"give either k_coarse or coarse"):
         HierarchicalSAE(D, 10, 38, k_fine=3)
@@ -376,6 +453,11 @@ def test_auxk_where_pre_activations_are_not_one_product(preset: str) -> None:
         term.dense_code(plain, x, dead).values, to_dense(term.code(plain, x, dead), 48), atol=1e-5
     )
     hierarchical.encoder.bias = 0.1 * mx.random.normal((48,), key=mx.random.key(0))
+    np.testing.assert_allclose(
+        to_dense(term.code(hierarchical, x, dead), 48),
+        term.dense_code(hierarchical, x, dead).values,
+        atol=1e-5,
+    )
     code = to_dense(hierarchical.learn(x, {}).code, 48)
     pre_acts = np.array(hierarchical.pre_acts(x))
     np.testing.assert_allclose(code, np.where(np.array(code) > 0, pre_acts, 0), atol=1e-5)
@@ -533,7 +615,7 @@ def test_files_of_every_shape(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "shape", [{}, {"d_out": D}, {"d_out": D, "skip": True}], ids=["sae", "square", "skip"]
 )
-@pytest.mark.parametrize("architecture", sorted(RULES))
+@pytest.mark.parametrize("architecture", sorted(RULES.keys() - {"hierarchical"}))  # no transcoder
 def test_files_of_every_rule(tmp_path: Path, architecture: str, shape: dict[str, Any]) -> None:
     """A transcoder whose target has the width of its input stays one."""
     rule = RULES[architecture](**({"k": 6} if "k" in RULES[architecture].PARAMETERS else {}))
@@ -561,7 +643,7 @@ def cross_layer(rule: Any, n_layers: int = 3) -> CrossLayerTranscoder:
     return clt
 
 
-@pytest.mark.parametrize("architecture", sorted(RULES.keys() - {"batchtopk"}))
+@pytest.mark.parametrize("architecture", sorted(RULES.keys() - {"batchtopk", "hierarchical"}))
 def test_files_of_cross_layer_transcoders(tmp_path: Path, architecture: str) -> None:
     clt = cross_layer(RULES[architecture](**({"k": 4} if "k" in RULES[architecture].PARAMETERS else {})))
     if architecture == "jumprelu":
@@ -616,7 +698,7 @@ def test_files_of_cross_layer_transcoders_that_are_damaged_or_replaced(tmp_path:
 
 def test_files_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\[save\] "):
-        io.save(HierarchicalSAE(D, 10, 38, k_coarse=2, k_fine=3), tmp_path)
+        io.save(HierarchicalSAE(D, 10, 38, coarse=ReLU(), fine=ReLU()), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,6 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxsae.metrics import in_model
+from mlxsae.sae import SAE, CrossLayerTranscoder, HierarchicalSAE
 from mlxsae.train import Callback, NonFiniteError, OptimizerConfig, diagnose, fit
 from mlxsae.train.diagnosis import bare_tokens_per_s
 from test_train import config, dictionary_data, new_sae, source
@@ -56,6 +58,20 @@ def test_silence_and_death_are_named() -> None:
     assert "50%" in found[0].says
 
 
+def test_a_reconstruction_that_is_only_watched_is_no_fault() -> None:
+    """End to end the SAE answers for what the model predicts: FVU over 1 alone says nothing."""
+    record = {"loss": 0.1, "fvu": 1.5, "l0": 4.0, "dead_fraction": 0.0}
+    assert names([record, record]) == {"not_learning"}
+    for term in ("kl", "cross_entropy"):
+        assert names([record | {term: 0.1}] * 2) == set()
+    far = {"fvu": 1.5, "l0": 4.0, "dead_fraction": 0.0}
+    (advice,) = in_model.diagnose(far | {"loss_recovered_mean": 0.9})
+    assert "train longer" not in advice
+    assert "end to end" in advice
+    (advice,) = in_model.diagnose(far | {"loss_recovered_mean": 0.1})
+    assert "train longer" in advice
+
+
 def test_outliers_are_named() -> None:
     x = dictionary_data(1000)
     assert names(data=x) == set()
@@ -83,3 +99,16 @@ def test_measuring_the_bare_rate_changes_nothing(engine: str) -> None:
     before = np.array(sae.W_dec)
     assert bare_tokens_per_s(sae, config(engine=engine)) > 0
     np.testing.assert_array_equal(np.array(sae.W_dec), before)
+
+
+@pytest.mark.parametrize(
+    "sae",
+    [
+        HierarchicalSAE(16, 20, 28, k_coarse=2, k_fine=3, seed=0),
+        SAE(16, 48, k=4, d_out=16, skip=True, seed=0),
+        CrossLayerTranscoder(8, 2, 24, k=3, seed=0),
+    ],
+    ids=lambda sae: type(sae).__name__,
+)
+def test_the_bare_rate_of_every_shape(sae: SAE) -> None:
+    assert bare_tokens_per_s(sae, config(), steps=2) > 0

@@ -110,6 +110,25 @@ def test_flat_names_build_nested_configurations() -> None:
     assert {"learning_rate", "use_wandb", "lr_scheduler"} <= set(FLAT_NAMES)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "more", "wanted"),
+    [
+        ("relu", {}, 6.0),
+        ("gated", {}, 6.0),
+        ("sigmoid_gated", {}, 6.0),
+        ("relu", {"target_l0": 9.0}, 9.0),
+        ("relu", {"lambda_sparse": 1e-2}, None),  # a weight is a weight
+        ("relu", {"end_to_end": "kl"}, None),
+        ("topk", {}, None),
+        ("jumprelu", {}, None),
+    ],
+)
+def test_a_k_for_a_rule_without_one_is_the_l0_to_reach(architecture: str, more: dict, wanted: float) -> None:
+    config = overruled(SAEConfig(architecture=architecture), {"k": 6} | more)
+    assert config.train.loss.target_l0 == wanted
+    assert overruled(SAEConfig(architecture=architecture), more).train.loss.target_l0 == more.get("target_l0")
+
+
 @pytest.mark.parametrize("kind", [SAEConfig, TranscoderConfig, CrosscoderConfig])
 def test_every_configuration_goes_through_json_and_refuses_what_it_does_not_know(kind: type) -> None:
     config = kind(k=7, learning_rate=1e-3)

@@ -159,7 +159,8 @@ def test_batches_from_any_iterable() -> None:
     assert_same_bits(weights(a), weights(b))
     short = fit(new_sae(), batches[:7], config())  # the data ends before the plan
     assert (short.state.step, short.state.tokens) == (7, 7 * 64)
-    assert short.history == []
+    assert [record["step"] for record in short.history] == [7]
+    assert short.stopped == "the data ended after 7 of 60 steps"
 
 
 def test_frozen_parameters_stay() -> None:

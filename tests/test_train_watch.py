@@ -14,7 +14,7 @@ import pytest
 from mlxsae.data import ArraySource
 from mlxsae.io import load
 from mlxsae.metrics import evaluate
-from mlxsae.sae import HierarchicalSAE
+from mlxsae.sae import HierarchicalSAE, ReLU
 from mlxsae.train import (
     Callback,
     CheckpointCallback,
@@ -210,10 +210,10 @@ def test_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_best_of_what_files_do_not_hold_keeps_its_weights(tmp_path: Path) -> None:
-    sae = HierarchicalSAE(16, 20, 28, k_coarse=2, k_fine=3, seed=0)
+    sae = HierarchicalSAE(16, 20, 28, coarse=ReLU(), fine=ReLU(), seed=0)
     watcher = CheckpointCallback(20, directory=tmp_path)
     fit(sae, source(), config(total_tokens=20 * 64), callbacks=[watcher])  # looks once, at the end
-    again = HierarchicalSAE(16, 20, 28, k_coarse=2, k_fine=3, seed=1)
+    again = HierarchicalSAE(16, 20, 28, coarse=ReLU(), fine=ReLU(), seed=1)
     again.load_weights(str(watcher.best / "weights.safetensors"))
     assert_same_bits(weights(again), weights(sae))
 

@@ -20,7 +20,7 @@ from mlxsae import loss as L
 from mlxsae.analysis import steer
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate
-from mlxsae.sae import SAE, Crosscoder
+from mlxsae.sae import RULES, SAE, Activation, Crosscoder, CrossLayerTranscoder
 from mlxsae.train import (
     OPTIMIZERS,
     Callback,
@@ -28,6 +28,7 @@ from mlxsae.train import (
     LossConfig,
     OptimizerConfig,
     Run,
+    SAEConfig,
     TrainConfig,
     fit,
     fit_many,
@@ -36,6 +37,8 @@ from mlxsae.train.gradients import recomputed
 from mlxsae.train.optimizers import Signum, split_schedule
 from mlxsae.train.randomness import kept_random_state, seed_step
 from test_train import D_SAE, D, StopAt, assert_same_bits, config, dictionary_data, new_sae, source, weights
+
+HELD_OUT = dictionary_data(300, seed=5)
 
 # ---- optimisers --------------------------------------------------------------------------------------------
 
@@ -165,6 +168,14 @@ def test_mixed_precision_computes_low_and_keeps_masters() -> None:
     assert sae.metadata["training"]["engine"] == "autodiff"
     full = fit(new_sae(), source(), config(total_tokens=400 * 64))
     assert low.history[-1]["fvu"] < 1.5 * full.history[-1]["fvu"] + 0.02
+
+
+@pytest.mark.parametrize("architecture", sorted(RULES))
+def test_every_rule_trains_in_mixed_precision(architecture: str) -> None:
+    sae = SAEConfig(d_sae=D_SAE, architecture=architecture, k=4).build(D)
+    history = fit(sae, source(), config(mixed_precision=True, engine="auto")).history
+    assert history[-1]["fvu"] < history[0]["fvu"]
+    assert all(a.dtype == mx.float32 for _, a in tree_flatten(sae.parameters()))
 
 
 def test_checkpointing_saves_memory_and_changes_no_bit() -> None:
@@ -308,6 +319,81 @@ def test_a_loss_of_ones_own_on_our_sae() -> None:
     assert result.history[-1]["recon"] < 0.4 * result.history[0]["recon"]
     np.testing.assert_allclose(np.linalg.norm(np.array(sae.W_dec), axis=1), 1, atol=1e-5)
     assert result.history[-1]["l0"] <= 4
+
+
+def squares(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> mx.array:
+    return mx.square(x - x_recon).sum(axis=-1).mean() + 1e-3 * z.sum(axis=-1).mean()
+
+
+@pytest.mark.parametrize("architecture", sorted(RULES))
+def test_a_loss_of_ones_own_trains_all_of_every_rule(architecture: str, tmp_path: Path) -> None:
+    """As our own losses do: thresholds move and stay in range, a BatchTopK ends with one, the SAE can be saved."""
+    sae = SAEConfig(d_sae=D_SAE, architecture=architecture, k=4).build(D)
+    before = weights(sae)
+    settings = config(total_tokens=60 * 64, wake=0.0, log_every=10)
+    history = fit(sae, source(), settings, loss=squares).history
+    assert history[-1]["loss"] < history[0]["loss"]
+    # A gate has no gradient but from terms of its own.
+    blind = {"encoder.bias"} if architecture == "gated" else set()
+    after = weights(sae)
+    assert {name for name in after if np.array_equal(after[name], before[name])} <= blind
+    if "rule.threshold" in after:
+        assert after["rule.threshold"].min() >= 0
+    io.save(sae, tmp_path)
+    np.testing.assert_array_equal(io.load(tmp_path)(mx.array(HELD_OUT)), sae(mx.array(HELD_OUT)))
+    if architecture == "batchtopk":
+        assert history[-1]["threshold"] > 0
+        assert evaluate(sae, [mx.array(HELD_OUT)])["l0"] == pytest.approx(4, rel=0.25)
+
+
+def test_a_loss_of_ones_own_sees_the_gate() -> None:
+    sae = SAEConfig(d_sae=D_SAE, architecture="gated").build(D)
+
+    def loss(x: mx.array, x_recon: mx.array, z: mx.array, step: int, extra: tuple = ()) -> mx.array:
+        (gate,) = extra
+        return squares(x, x_recon, z, step) + 1e-2 * nn.relu(gate).sum(axis=-1).mean()
+
+    before = weights(sae)["encoder.bias"]
+    fit(sae, source(), config(), loss=loss)
+    assert (weights(sae)["encoder.bias"] < before).mean() > 0.9
+
+
+@pytest.mark.parametrize("fn", [nn.relu, nn.gelu, nn.GELU()], ids=["relu", "gelu", "GELU"])
+def test_functions_that_mlx_has_compiled_are_activations(fn: Any) -> None:
+    history = fit(SAE(D, 40, rule=Activation(fn), seed=0), source(), config(log_every=30)).history
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert CrossLayerTranscoder(8, 2, 20, rule=Activation(fn)).rule.layers[1].fn is not None
+
+    class Own(Wide):
+        def __init__(self) -> None:
+            super().__init__(D, 40)
+            self.fn = fn
+
+        def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+            z = self.fn(self.encoder(x))
+            return self.decoder(z), z
+
+    assert fit(Own(), source(), own(total_tokens=128)).state.step == 2
+
+
+def test_a_run_whose_data_end_says_so_and_has_its_last_record(tmp_path: Path) -> None:
+    batches = [mx.array(dictionary_data(64, seed=i)) for i in range(3)]
+    settings = own(total_tokens=10 * 64, log_every=100, validate_every=100)
+    result = fit(Wide(D, 40), batches, settings, validation=HELD_OUT, checkpoint_dir=tmp_path)
+    assert result.stopped == "the data ended after 3 of 10 steps"
+    assert [r["step"] for r in result.history] == [r["step"] for r in result.validations] == [3]
+    again = fit(Wide(D, 40), batches, settings, validation=HELD_OUT, checkpoint_dir=tmp_path, resume=True)
+    assert (again.state.step, again.stopped, again.history) == (3, result.stopped, result.history)
+    assert not fit(Wide(D, 40), batches, own(total_tokens=3 * 64)).stopped
+
+
+def test_k_is_annealed_under_a_loss_of_ones_own() -> None:
+    settings = config(total_tokens=20 * 64, k_start=12, k_warmup=10, log_every=1)
+    l0 = [r["l0"] for r in fit(new_sae(), source(), settings, loss=squares).history]
+    assert l0[0] > 2 * l0[-1]
+    assert l0[-1] <= 4
+    with pytest.raises(ValueError, match="k_start must be None for a module of your own but got k_start=12"):
+        fit(Wide(D, 40), source(), own(k_start=12))
 
 
 def test_further_outputs_reach_the_loss() -> None:

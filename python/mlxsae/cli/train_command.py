@@ -35,12 +35,12 @@ from mlxsae.data.dataset import hook_points_of
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint
-from mlxsae.loss import AUXK_PRESETS, DEFAULT_TERMS
+from mlxsae.loss import AUXK_PRESETS
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
 from mlxsae.train import OPTIMIZERS, Job, SAEConfig, TrainConfig, fit_many
 from mlxsae.train.checkpoint import checkpoints
-from mlxsae.train.config import MOMENTS, PRECISIONS, SPARSITY, default_learning_rate
+from mlxsae.train.config import MOMENTS, PRECISIONS, default_learning_rate, wanting_l0
 from mlxsae.train.doors import contexts_per_step, end_to_end_loss, tracking_callbacks
 
 _BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
@@ -85,12 +85,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     sae.add_argument(
         "--k",
         type=kinds.whole(),
-        help=f"latents kept per token ({SAEConfig.k}); for relu and gated as --target-l0",
+        help=f"latents kept per token ({SAEConfig.k}); for relu, gated and sigmoid_gated as --target-l0",
     )
     sae.add_argument(
         "--target-l0",
         type=kinds.number(above=0),
-        help="latents that shall fire per token where a penalty decides that (relu, gated): its weight is found",
+        help="latents that shall fire per token where a penalty decides that (relu, gated, sigmoid_gated): its weight is found",
     )
     sae.add_argument(
         "--expansion-factor", type=kinds.whole(), help=f"d_sae / d_in ({SAEConfig.expansion_factor})"
@@ -402,11 +402,8 @@ def _config(chosen: dict[str, Any]) -> SAEConfig:
         raise ValueError(
             "[train] --end-to-end asks the model at each step: give --dataset, not --activations."
         )
-    loss = config.train.loss
-    if "k" in chosen and loss.target_l0 is None and loss.end_to_end is None and _by_penalty(config):
-        config = replace(
-            config, train=replace(config.train, loss=replace(loss, target_l0=float(chosen["k"])))
-        )
+    if "k" in chosen:
+        config = wanting_l0(config, chosen["k"])
     if not config.data.validation_split:
         raise ValueError(
             "[train] --heldout-fraction must be above 0: the final metrics are taken on that text."
@@ -416,13 +413,6 @@ def _config(chosen: dict[str, Any]) -> SAEConfig:
         every = max(1, min(TrainConfig.log_every, -(-config.train.total_steps // 20)))
         config = replace(config, train=replace(config.train, log_every=every))
     return config
-
-
-def _by_penalty(config: SAEConfig) -> bool:
-    """Whether the rule keeps no ``k`` latents, but has a penalty whose weight can be found for an L0."""
-    terms = config.train.loss.terms
-    found = DEFAULT_TERMS.get(config.architecture, {}) if terms is None else terms
-    return "k" not in RULES[config.architecture].PARAMETERS and not SPARSITY.isdisjoint(found)
 
 
 def _stored(given: dict[str, Any]) -> dict[str, Any]:

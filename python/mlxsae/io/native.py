@@ -24,7 +24,7 @@ import mlx.core as mx
 
 from mlxsae.io import arrays, atomic, cross_layer
 from mlxsae.io.rules import FUNCTIONS, files_know, function_of, rule_of
-from mlxsae.sae import SAE, Crosscoder, CrossLayerTranscoder
+from mlxsae.sae import SAE, Crosscoder, CrossLayerTranscoder, HierarchicalSAE
 
 WEIGHTS, CONFIG, METADATA = "sae_weights.safetensors", "cfg.json", "metadata.json"
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ _SAELENS_METADATA = (
 def holds(sae: SAE) -> bool:
     """Whether files know this shape and this rule. What they do not know keeps its weights by ``sae.save_weights``."""
     rule = cross_layer.one_rule(sae) if isinstance(sae, CrossLayerTranscoder) else sae.rule
-    return type(sae) in (SAE, Crosscoder, CrossLayerTranscoder) and files_know(rule)
+    return type(sae) in (SAE, HierarchicalSAE, Crosscoder, CrossLayerTranscoder) and files_know(rule)
 
 
 def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | None = None) -> None:
@@ -161,7 +161,8 @@ def load(directory: str | os.PathLike) -> SAE:
         # Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms
         # folded in.
         weights = _with_norms_folded(weights, bias)
-    sae = (Crosscoder if kind == "crosscoder" else SAE).from_weights(
+    made = Crosscoder if kind == "crosscoder" else HierarchicalSAE if function == "hierarchical" else SAE
+    sae = made.from_weights(
         *(weights[key].astype(dtype) for key in ("W_enc", "W_dec", bias, "b_dec")),
         rule=rule_of(function, config, weights, ours.get("rule", {})),
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
@@ -203,7 +204,7 @@ def _shape(sae: SAE) -> str:
     named = {Crosscoder: "crosscoder", CrossLayerTranscoder: "cross_layer_transcoder"}
     if type(sae) in named:
         return named[type(sae)]
-    if type(sae) is not SAE:
+    if type(sae) not in (SAE, HierarchicalSAE):
         raise ValueError(
             f"[save] the SAE must be a plain one, a transcoder or a crosscoder but is a {type(sae).__name__}; "
             "save its parameters with sae.save_weights."

@@ -13,6 +13,7 @@ from mlxsae.sae import (
     BatchTopK,
     Gated,
     GroupMax,
+    Hierarchical,
     JumpReLU,
     ReLU,
     Rule,
@@ -47,10 +48,13 @@ FUNCTIONS: dict[str, Function] = {
     "sigmoid_gated": Function(SigmoidGated, (), {"gate_weight": "fd", "gate_bias": "f"}),
     "topk_jumprelu": Function(TopKJumpReLU, ("k",), {"threshold": "f"}),
     "groupmax": Function(GroupMax, ("k",)),
+    "hierarchical": Function(Hierarchical, ("k", "k_coarse", "d_coarse")),
 }
 
 
 def files_know(rule: Rule) -> bool:
+    if isinstance(rule, Hierarchical):
+        return type(rule.coarse) is TopK and type(rule.fine) is TopK
     return isinstance(rule, (BatchTopK, *(function.rule for function in FUNCTIONS.values())))
 
 
@@ -62,12 +66,12 @@ def function_of(rule: Rule, d_sae: int) -> tuple[str, dict[str, Any], dict[str, 
                 "[save] a BatchTopK rule must have a threshold but has none: train the SAE, or mlxsae.sae.calibrate it."
             )
         return "jumprelu", {}, {"threshold": mx.full(d_sae, rule.threshold, mx.float32)}
-    for name, function in FUNCTIONS.items():
+    for name, function in FUNCTIONS.items() if files_know(rule) else ():
         if isinstance(rule, function.rule):
             arguments = {argument: getattr(rule, argument) for argument in function.arguments}
             return name, arguments, {array: rule[array] for array in function.arrays}
     raise ValueError(
-        f"[save] rule must be one of {sorted(RULES)} but got {type(rule).__name__}; "
+        f"[save] rule must be one of {sorted(RULES)}, a hierarchical one of two TopK, but got {rule}; "
         "save its parameters with sae.save_weights."
     )
 

@@ -92,7 +92,7 @@ class AuxK:
 
     def __call__(self, forward: Forward) -> mx.array:
         sae, dead = forward.sae, _dead(forward)
-        if sae.one_product:
+        if sae.products(forward.x):
             aux_hat = ops.sparse_decode(self.code(sae, forward.x, dead), sae.decoder.weight)
         else:
             aux_hat = sae.written(self.dense_code(sae, forward.x, dead))
@@ -105,20 +105,35 @@ class AuxK:
         """The ``k_aux`` largest pre-activations among ``dead [d_sae]`` of each token; slots past their number
         are inert.
         """
-        x = sae.encoder_input(x)
-        weight, bias = sae.encoder.weight, sae.encoder.bias
+        parts, first = [], 0
+        for inner, weight, bias in sae.products(x):
+            own = dead[first : first + weight.shape[0]]
+            code = self._of_product(inner, weight, bias, own)
+            parts.append((code.values, code.indices + first if first else code.indices))
+            first += weight.shape[0]
+        if len(parts) == 1:
+            return SparseCode(*parts[0])
+        values, indices = (mx.concatenate(list(each), axis=-1) for each in zip(*parts, strict=True))
+        if (k := min(self.k_aux, sae.d_sae)) < indices.shape[-1]:
+            ranked = mx.where(dead[indices], mx.stop_gradient(values), -mx.inf)
+            places = mx.sort(mx.argpartition(-ranked, k - 1, axis=-1)[..., :k], axis=-1)
+            values, indices = (mx.take_along_axis(a, places, axis=-1) for a in (values, indices))
+        return SparseCode(values, indices)
+
+    def _of_product(self, inner: mx.array, weight: mx.array, bias: mx.array, dead: mx.array) -> SparseCode:
         # A bias at the bottom of the range keeps the living out of the selection and leaves the product as it
         # is.
         lowest = mx.array(mx.finfo(bias.dtype).min, bias.dtype)
-        code = ops.topk_encode(x, weight, mx.where(dead, bias, lowest), k=min(self.k_aux, sae.d_sae))
+        k = min(self.k_aux, weight.shape[0])
+        code = ops.topk_encode(inner, weight, mx.where(dead, bias, lowest), k=k)
         if not AUXK_PRESETS[self.preset].signed:
             return code
         indices = mx.stop_gradient(code.indices)
-        pre_acts = ops.gather_dot(x, weight, indices) + bias[indices]
+        pre_acts = ops.gather_dot(inner, weight, indices) + bias[indices]
         return SparseCode(mx.where(dead[indices], pre_acts, mx.zeros_like(pre_acts)), indices)
 
     def dense_code(self, sae: SAE, x: mx.array, dead: mx.array) -> DenseCode:
-        """:meth:`code` for an SAE whose pre-activations are not one product, from dense ones."""
+        """:meth:`code` for an SAE whose decoder is not one matrix, from dense pre-activations."""
         pre_acts = sae.pre_acts(x)
         k = min(self.k_aux, sae.d_sae)
         ranked = mx.stop_gradient(mx.where(dead, pre_acts, -mx.inf))

@@ -181,6 +181,10 @@ class GateReconstruction:
     relative: bool = False
 
     def __call__(self, forward: Forward) -> mx.array:
+        if not forward.sae.products(forward.x):
+            raise ValueError(
+                f"[gate_reconstruction] the SAE must have one decoder but is a {type(forward.sae).__name__}."
+            )
         weight, bias = forward.sae.decoder.weight, forward.sae.decoder.bias
         if self.detach:
             weight, bias = mx.stop_gradient(weight), mx.stop_gradient(bias)

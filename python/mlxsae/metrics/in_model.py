@@ -105,8 +105,16 @@ def diagnose(metrics: dict[str, float]) -> Sequence[str]:
             f"{metrics['dead_fraction']:.0%} of the latents never fired here: train longer, lower the "
             "expansion factor or the learning rate, or switch AuxK on."
         )
-    if metrics.get("fvu", 0.0) >= 1:
-        found.append("The reconstruction is no better than the mean activation (FVU >= 1): train longer.")
+    if metrics.get("fvu", 0.0) >= 1 and metrics.get("loss_recovered_mean", 0.0) >= 0.5:
+        found.append(
+            "The reconstruction is further from the activation than the mean (FVU >= 1), but the model predicts well from "
+            "it: training end to end gives such SAEs. For faithful reconstructions train without --end-to-end."
+        )
+    elif metrics.get("fvu", 0.0) >= 1:
+        found.append(
+            "The reconstruction is no better than the mean activation (FVU >= 1): train longer or change the learning "
+            "rate."
+        )
     if metrics.get("loss_recovered_mean", 1.0) < 0:
         found.append("The model predicts worse with this SAE than with the mean activation in its place.")
     return found

@@ -7,14 +7,14 @@ from mlxsae.sae.crosscoder import Crosscoder
 from mlxsae.sae.decoder import Decoder, TiedDecoder
 from mlxsae.sae.encoder import Encoder
 from mlxsae.sae.gates import Activation, Gated, ReLU, SigmoidGated
-from mlxsae.sae.hierarchical import HierarchicalSAE
+from mlxsae.sae.hierarchical import Hierarchical, HierarchicalSAE
 from mlxsae.sae.model import SAE, calibrate
-from mlxsae.sae.presets import sae, transcoder
+from mlxsae.sae.presets import of_rule, sae, transcoder
 from mlxsae.sae.rule import BatchTopK, Encoded, GroupMax, JumpReLU, Rule, TopK, TopKJumpReLU
 
 RULES: dict[str, type[Rule]] = {
     rule.architecture: rule
-    for rule in (TopK, BatchTopK, JumpReLU, ReLU, Gated, SigmoidGated, TopKJumpReLU, GroupMax)
+    for rule in (TopK, BatchTopK, JumpReLU, ReLU, Gated, SigmoidGated, TopKJumpReLU, GroupMax, Hierarchical)
 }
 """The rules that configurations know, by architecture."""
 
@@ -30,6 +30,7 @@ __all__ = [
     "Encoder",
     "Gated",
     "GroupMax",
+    "Hierarchical",
     "HierarchicalSAE",
     "JumpReLU",
     "ReLU",
@@ -39,6 +40,7 @@ __all__ = [
     "TopK",
     "TopKJumpReLU",
     "calibrate",
+    "of_rule",
     "sae",
     "transcoder",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +9,7 @@ import mlx.nn as nn
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCode
+from mlxsae.sae.copying import copied
 from mlxsae.sae.encoder import Encoder
 from mlxsae.sae.model import SAE, row_norms, unit_rows
 from mlxsae.sae.rule import Encoded, Rule, State, TopK
@@ -61,7 +61,8 @@ class CrossLayerTranscoder(SAE):
         self.W_decs = [mx.zeros((d_layer, (n_layers - layer) * d), dtype) for layer in range(n_layers)]
         self.decoder = _Bias(mx.zeros(n_layers * d, dtype))  # type: ignore[assignment]
         one = TopK(k) if rule is None else rule  # type: ignore[arg-type]
-        self.rule = _PerLayer([copy.deepcopy(one) for _ in range(n_layers)])
+        one.must_be_for(type(self))
+        self.rule = _PerLayer([copied(one) for _ in range(n_layers)])
         self.rule.prepare(d, d_layer)
         self.metadata = {}
         self.apply_b_dec_to_input = False
@@ -135,6 +136,9 @@ class CrossLayerTranscoder(SAE):
     def __call__(self, x: mx.array) -> mx.array:
         """Targets in the shape of ``x``."""
         return self.decode(self.encode(x)).reshape(x.shape)
+
+    def products(self, x: mx.array) -> list[tuple[mx.array, mx.array, mx.array]]:
+        return []
 
     def pre_acts(self, x: mx.array) -> mx.array:
         d = self.d_in // self.n_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -106,17 +107,27 @@ def _bias(pre_acts: mx.array, l0: float | None) -> mx.array | None:
 
 
 class SigmoidGated(Rule):
-    r"""A soft gate with an encoder of its own, ``gate_weight [d_sae, d_in]`` and ``gate_bias [d_sae]``:
+    r"""A soft gate with an encoder of its own, ``gate_weight [d_sae, d_in]`` and ``gate_bias [d_sae]``, that counts where it
+    is over ``cut``:
 
-    .. math:: f = \mathrm{relu}(x W_{enc} + b_{enc}) \; \sigma(x W_{gate} + b_{gate})
+    .. math:: g = \sigma(x W_{gate} + b_{gate}), \qquad f = \mathrm{relu}(x W_{enc} + b_{enc}) \; g \; [g > cut]
 
-    Nothing is ever quite closed; :class:`~mlxsae.loss.GateMean` pushes gates down. Dense in training and in use.
+    A sigmoid is never 0: without the cut (``cut=0``) about half of all latents fire for every token, however small most of
+    them are. The step has no derivative, so a closed gate learns as if it were not cut, by :math:`\sigma'`, and the
+    magnitude behind it does not; :class:`~mlxsae.loss.GateMean` pushes gates down. Dense in training and in use.
     """
 
     architecture = "sigmoid_gated"
     takes_auxk = False
+    PARAMETERS = ("cut",)
     UNITS: ClassVar[dict[str, int]] = {"gate_weight": -1}
     starts_from_data = True  # type: ignore[assignment]
+
+    def __init__(self, cut: float = 0.5):
+        super().__init__()
+        if not 0 <= cut < 1:
+            raise ValueError(f"[SigmoidGated] cut must be in [0, 1) but got {cut}.")
+        self.cut = cut
 
     def encode(self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None) -> Code:
         return self.learn(x, weight, bias, {}).code
@@ -125,8 +136,16 @@ class SigmoidGated(Rule):
         self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
     ) -> Encoded:
         gate = mx.addmm(self.gate_bias, x, self.gate_weight.T)
-        acts = nn.relu(mx.addmm(bias, x, weight.T)) * mx.sigmoid(gate)
-        return Encoded(DenseCode(acts), state, gate)
+        acts, openness = nn.relu(mx.addmm(bias, x, weight.T)), mx.sigmoid(gate)
+        behind = mx.stop_gradient(acts) * openness
+        closed = behind - mx.stop_gradient(behind)  # 0, with the gate's gradient
+        return Encoded(DenseCode(mx.where(openness > self.cut, acts * openness, closed)), state, gate)
+
+    def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
+        if l0 is not None:  # the gate reads what the encoder reads: begin sees to that
+            over = math.log(self.cut / (1 - self.cut)) if self.cut else 0.0
+            self.gate_bias = mx.broadcast_to(over - quantile(pre_acts, l0), self.gate_bias.shape)
+        return None
 
     def prepare(self, d_in: int, d_sae: int) -> None:
         if "gate_weight" not in self:

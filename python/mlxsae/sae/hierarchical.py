@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import mlx.core as mx
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCode
 from mlxsae.sae.model import SAE
-from mlxsae.sae.rule import Encoded, Rule, State, TopK
+from mlxsae.sae.rule import Encoded, Rule, State, TopK, positive_int
 
 
 class HierarchicalSAE(SAE):
@@ -25,7 +26,10 @@ class HierarchicalSAE(SAE):
     Parameters
     ----------
     d_in, d_coarse, d_fine : widths. k_coarse, k_fine : latents a token of each level; short for two TopK rules.
-    coarse, fine : rules, both with codes of one kind.
+    coarse, fine : rules, both with codes of one kind. tied : the decoder's rows are the encoder's.
+
+    By configuration it is ``SAEConfig(architecture="hierarchical", k=32, rule={"k_coarse": 8, "d_coarse": 1 / 8})``, see
+    :class:`Hierarchical`. Files hold it where both rules are TopK.
     """
 
     one_product = False
@@ -40,24 +44,41 @@ class HierarchicalSAE(SAE):
         k_fine: int | None = None,
         coarse: Rule | None = None,
         fine: Rule | None = None,
+        tied: bool = False,
         dtype: mx.Dtype = mx.float32,
         seed: int | None = None,
     ):
         levels = []
-        for name, k, rule, width in (
-            ("coarse", k_coarse, coarse, d_coarse),
-            ("fine", k_fine, fine, d_fine),
-        ):
+        for name, k, rule in (("coarse", k_coarse, coarse), ("fine", k_fine, fine)):
             if (k is None) == (rule is None):
                 raise ValueError(f"[HierarchicalSAE] give either k_{name} or {name} but got {k} and {rule}.")
             levels.append(TopK(k) if rule is None else rule)  # type: ignore[arg-type]
-            levels[-1].prepare(d_in, width)
-        super().__init__(d_in, d_coarse + d_fine, rule=_Levels(*levels), dtype=dtype, seed=seed)
-        self.d_coarse = d_coarse
+        rule = Hierarchical.of(*levels, d_coarse=d_coarse)
+        super().__init__(d_in, d_coarse + d_fine, rule=rule, tied=tied, dtype=dtype, seed=seed)
+
+    @classmethod
+    def with_rule(
+        cls,
+        d_in: int,
+        d_sae: int,
+        *,
+        rule: Hierarchical,
+        tied: bool = False,
+        dtype: mx.Dtype = mx.float32,
+        seed: int | None = None,
+    ) -> HierarchicalSAE:
+        """One of ``d_sae`` latents in all, split as ``rule`` says."""
+        rule.prepare(d_in, d_sae)
+        widths = rule.d_coarse, d_sae - rule.d_coarse
+        return cls(d_in, *widths, coarse=rule.coarse, fine=rule.fine, tied=tied, dtype=dtype, seed=seed)
 
     @property
-    def levels(self) -> _Levels:
-        assert isinstance(self.rule, _Levels)
+    def d_coarse(self) -> int:
+        return self.levels.d_coarse
+
+    @property
+    def levels(self) -> Hierarchical:
+        assert isinstance(self.rule, Hierarchical)
         return self.rule
 
     def encode(self, x: mx.array) -> Code:
@@ -67,38 +88,122 @@ class HierarchicalSAE(SAE):
 
     def pre_acts(self, x: mx.array) -> mx.array:
         """Of both levels, ``[n, d_sae]`` for ``x [n, d_in]``: the fine level's after what the coarse one explains."""
-        inner, _, left = self._coarse(x)
-        cut, w, b = self.d_coarse, self.encoder.weight, self.encoder.bias
-        each = [mx.addmm(b[:cut], inner, w[:cut].T), mx.addmm(b[cut:], left, w[cut:].T)]
-        return mx.concatenate(each, axis=-1)
+        return mx.concatenate([mx.addmm(b, inner, w.T) for inner, w, b in self.products(x)], axis=-1)
 
-    def _coarse(self, x: mx.array) -> tuple[mx.array, Code, mx.array]:
+    def products(self, x: mx.array) -> list[tuple[mx.array, mx.array, mx.array]]:
+        inner, _, left = self._coarse(x, self.levels)
+        cut, w, b = self.d_coarse, self.encoder.weight, self.encoder.bias
+        return [(inner, w[:cut], b[:cut]), (left, w[cut:], b[cut:])]
+
+    def _coarse(self, x: mx.array, levels: Hierarchical) -> tuple[mx.array, Code, mx.array]:
         """What the coarse level sees, its code, and what that leaves to the fine level."""
         cut, inner = self.d_coarse, self.encoder_input(x)
         w_dec = self.decoder.weight
-        coarse = self.levels.coarse.learn(inner, self.encoder.weight[:cut], self.encoder.bias[:cut], {}).code
+        coarse = levels.coarse.learn(inner, self.encoder.weight[:cut], self.encoder.bias[:cut], {}).code
         known = (
             coarse.values @ w_dec[:cut] if isinstance(coarse, DenseCode) else ops.sparse_decode(coarse, w_dec)
         )
         return inner, coarse, inner - known
 
     def learn(self, x: mx.array, state: State, *, rule: Rule | None = None) -> Encoded:
+        levels = self.levels if rule is None else rule
+        assert isinstance(levels, Hierarchical)
         cut, w, b = self.d_coarse, self.encoder.weight, self.encoder.bias
-        _, coarse, left = self._coarse(x)
-        fine = self.levels.fine.learn(left, w[cut:], b[cut:], {}).code
+        _, coarse, left = self._coarse(x, levels)
+        fine = levels.fine.learn(left, w[cut:], b[cut:], {}).code
         return Encoded(_joined(coarse, fine, cut), state)
 
 
-class _Levels(Rule):
-    """The two rules, as one module."""
+class Hierarchical(Rule):
+    """The rules of the two levels of a :class:`HierarchicalSAE`, as one module: the ``k_coarse`` largest of the first
+    ``d_coarse`` latents, the ``k - k_coarse`` largest of the others. :meth:`of` takes other rules.
 
+    Parameters
+    ----------
+    k : latents a token of both levels together, at least 2.
+    k_coarse : how many of them are coarse; by default a quarter, at least 1.
+    d_coarse : number of coarse latents or, below 1, their share of ``d_sae``.
+
+    Raises
+    ------
+    ValueError, TypeError : a level without latents, or with fewer than it shall keep.
+    """
+
+    architecture = "hierarchical"
+    own_sae = "HierarchicalSAE"
+    PARAMETERS = ("k", "k_coarse", "d_coarse")
     coarse: Rule
     fine: Rule
 
-    def __init__(self, coarse: Rule, fine: Rule):
+    def __init__(self, k: int, k_coarse: int | None = None, d_coarse: float = 1 / 8):
         super().__init__()
-        self.coarse = coarse
-        self.fine = fine
+        k = positive_int("Hierarchical", "k", k)
+        self.k = k
+        self.k_coarse = (
+            max(k // 4, 1) if k_coarse is None else positive_int("Hierarchical", "k_coarse", k_coarse)
+        )
+        if self.k_coarse >= k:
+            raise ValueError(
+                f"[Hierarchical] k must be over k_coarse but got k={k} with k_coarse={self.k_coarse}."
+            )
+        self._split(d_coarse)
+        self.coarse, self.fine = TopK(self.k_coarse), TopK(k - self.k_coarse)
+
+    @classmethod
+    def of(cls, coarse: Rule, fine: Rule, *, d_coarse: int) -> Self:
+        """Of any two rules that carry no state from step to step."""
+        for rule in (coarse, fine):
+            if rule.initial_state():
+                raise ValueError(
+                    f"[Hierarchical] a level's rule must carry no state but {type(rule).__name__} does."
+                )
+        made = cls.__new__(cls)
+        Rule.__init__(made)
+        made._split(d_coarse)
+        made.coarse, made.fine = coarse, fine
+        k = getattr(coarse, "k", None), getattr(fine, "k", None)
+        made.k, made.k_coarse = None if None in k else sum(k), k[0]  # type: ignore[arg-type]
+        return made
+
+    def _split(self, d_coarse: float) -> None:
+        if isinstance(d_coarse, bool) or not d_coarse > 0 or (d_coarse >= 1 and d_coarse != int(d_coarse)):
+            raise ValueError(
+                f"[Hierarchical] d_coarse must be a positive whole number or a share below 1 but got {d_coarse}."
+            )
+        self.d_coarse: Any = int(d_coarse) if d_coarse >= 1 else d_coarse
+
+    def prepare(self, d_in: int, d_sae: int) -> None:
+        if self.d_coarse < 1:
+            self.d_coarse = max(1, round(self.d_coarse * d_sae))
+        if self.d_coarse >= d_sae:
+            raise ValueError(
+                f"[Hierarchical] d_coarse must be below d_sae but got d_coarse={self.d_coarse} with d_sae={d_sae}."
+            )
+        for name, width in (("coarse", self.d_coarse), ("fine", d_sae - self.d_coarse)):
+            if (k := getattr(self[name], "k", None)) is not None and k > width:
+                raise ValueError(
+                    f"[Hierarchical] k_{name} must be in (0, d_{name}] but got k_{name}={k} with d_{name}={width}."
+                )
+            self[name].prepare(d_in, width)
+
+    def with_k(self, k: int) -> Hierarchical:
+        """Both levels with their shares of another ``k``."""
+        other = copy.copy(self)
+        other.k_coarse = min(max(1, round(self.k_coarse * k / self.k)), max(k - 1, 1), self.d_coarse)
+        other.k = k
+        other.coarse = self.coarse.with_k(other.k_coarse)
+        other.fine = self.fine.with_k(max(k - other.k_coarse, 1))
+        return other
+
+    def with_tf32(self) -> Hierarchical:
+        other = copy.copy(self)
+        other.coarse, other.fine = self.coarse.with_tf32(), self.fine.with_tf32()
+        return other
+
+    def __repr__(self) -> str:
+        if type(self.coarse) is TopK and type(self.fine) is TopK:
+            return f"Hierarchical({self._extra_repr()})"
+        return f"Hierarchical(coarse={self.coarse}, fine={self.fine}, d_coarse={self.d_coarse})"
 
     @property
     def UNITS(self) -> dict[str, int]:  # type: ignore[override]

@@ -165,6 +165,7 @@ class SAE(nn.Module):
         self.metadata = {}
         self.rank_by_decoder_norm = False
         self.transcoder = transcoder or self.d_in != self.d_out
+        rule.must_be_for(type(self))
         rule.prepare(self.d_in, self.d_sae)
         if apply_b_dec_to_input and self.d_in != self.d_out:
             raise ValueError(
@@ -256,6 +257,12 @@ class SAE(nn.Module):
             "W_skip": (-1, 1),
             **{f"rule.{name}": (power, 0) for name, power in self.rule.UNITS.items()},
         }
+
+    def products(self, x: mx.array) -> list[tuple[mx.array, mx.array, mx.array]]:
+        """What the pre-activations of ``x [n, d_in]`` are products of, in the order of latents: input, weight ``[m, d]``,
+        bias ``[m]``. Empty where no one decoder writes for all latents.
+        """
+        return [(self.encoder_input(x), self.encoder.weight, self.encoder.bias)]
 
     def pre_acts(self, x: mx.array) -> mx.array:
         """Dense pre-activations ``[..., d_sae]``, before the rule. This is the array that :meth:`encode`

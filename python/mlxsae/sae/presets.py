@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
+from mlxsae.sae.hierarchical import Hierarchical, HierarchicalSAE
 from mlxsae.sae.model import SAE
+from mlxsae.sae.rule import Rule
 
 
 def sae(
@@ -28,3 +32,12 @@ def transcoder(
     ``d_sae = expansion_factor * d_in``; ``b_dec`` belongs to the target and is not subtracted from the input.
     """
     return SAE(d_in, expansion_factor * d_in, k=k, d_out=d_out, dtype=dtype, seed=seed)
+
+
+def of_rule(d_in: int, d_sae: int, *, rule: Rule, **options: Any) -> SAE:
+    """The SAE of ``d_sae`` latents that ``rule`` is for: a :class:`HierarchicalSAE` for :class:`Hierarchical`, else a plain
+    one. ``options`` are those of its constructor: ``tied``, ``dtype``, ``seed``.
+    """
+    if isinstance(rule, Hierarchical):
+        return HierarchicalSAE.with_rule(d_in, d_sae, rule=rule, **options)
+    return SAE(d_in, d_sae, rule=rule, **options)

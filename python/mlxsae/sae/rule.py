@@ -42,6 +42,8 @@ class Rule(nn.Module):
     else in the rule depends on a parameter: all that the one-pass update needs to know."""
     certified: ClassVar[bool] = False
     """True where the fused op takes the encoder's shadow, operands of 16 bits, and ``tf32``."""
+    own_sae: ClassVar[str] = ""
+    """The class of SAE that the rule is a part of; empty where any SAE may have it."""
     takes_auxk: ClassVar[bool] = True
     """Whether AuxK is part of the loss unless it says otherwise: not where latents fire by a threshold of their own."""
     tf32 = False
@@ -132,6 +134,13 @@ class Rule(nn.Module):
         other = copy.copy(self)
         other.tf32 = True
         return other
+
+    def must_be_for(self, sae: type) -> None:
+        """Raise ``ValueError`` where the rule is a part of another class of SAE."""
+        if self.own_sae not in ("", sae.__name__):
+            raise ValueError(
+                f"[SAE] the rule {type(self).__name__} must be in a {self.own_sae} but is in a {sae.__name__}."
+            )
 
     def prepare(self, d_in: int, d_sae: int) -> None:
         """Make the parameters for ``d_sae`` latents of ``d_in`` inputs; raise ``ValueError`` where the rule does not fit them."""

@@ -65,6 +65,8 @@ def _stepped(
         jump = cotangent * height(_near(z, t, bandwidth), t)
         dz = cotangent * (z > t) if slope else mx.zeros_like(z)
         per_latent = t.ndim < z.ndim
-        return (dz + jump if through_input else dz), -(jump.sum(axis=0) if per_latent else jump)
+        dt = -(jump.sum(axis=0) if per_latent else jump)
+        # Thresholds are float32 where the rest of a step is bfloat16 (mixed precision).
+        return (dz + jump if through_input else dz).astype(z.dtype), dt.astype(t.dtype)
 
     return f  # type: ignore[return-value]

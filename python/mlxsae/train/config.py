@@ -29,7 +29,7 @@ from mlxsae.loss import (
     anneal,
 )
 from mlxsae.loss.compose import Weight
-from mlxsae.sae import RULES, SAE, Crosscoder, CrossLayerTranscoder, Rule
+from mlxsae.sae import RULES, SAE, Crosscoder, CrossLayerTranscoder, Rule, of_rule
 from mlxsae.train.flat_names import nested
 from mlxsae.train.optimizers import OPTIMIZERS, WITH_WEIGHT_DECAY
 from mlxsae.train.schedules import in_steps
@@ -116,7 +116,7 @@ class OptimizerConfig(_Config):
             _require("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "be positive or None")
 
 
-SPARSITY = frozenset({"l1", "lp", "tanh", "l0", "gate_l1"})
+SPARSITY = frozenset({"l1", "lp", "tanh", "l0", "gate_l1", "gate_mean"})
 """Terms whose weight decides how many latents fire, and nothing else does."""
 
 
@@ -224,7 +224,8 @@ class LossConfig(_Config):
         weights = DEFAULT_TERMS.get(sae.rule.architecture, {}) if self.terms is None else self.terms
         if self.target_l0 is not None and not weights.keys() & SPARSITY:
             raise ValueError(
-                f"[config] target_l0 must come with a term among {sorted(SPARSITY)} but got {sorted(weights)}."
+                f"[config] target_l0 must come with a term among {sorted(SPARSITY)} but got {sorted(weights)}; rules with "
+                "a k, and l0_target, aim at that."
             )
         rising = in_steps(self.warmup, total_steps)
 
@@ -486,6 +487,12 @@ class SAEConfig(_Config):
         dtypes = ("float32", "float16", "bfloat16")
         _require("dtype", self.dtype, self.dtype in dtypes, f"be one of {list(dtypes)}")
 
+    def _require_any_shape(self, what: str) -> None:
+        """What only an SAE can be."""
+        _require("tied", self.tied, not self.tied, f"be False for {what}")
+        fits = not RULES[self.architecture].own_sae
+        _require("architecture", self.architecture, fits, f"be a rule that {what} can have")
+
     @classmethod
     def from_model(cls, model: Any, layer: int, **options: Any) -> Self:
         """For the stream after block ``layer`` of a model (a ``LanguageModel`` or a facade with one in ``lm``)."""
@@ -494,9 +501,7 @@ class SAEConfig(_Config):
 
     def build(self, d_in: int) -> SAE:
         """The untrained SAE for activations of width ``d_in``."""
-        return SAE(
-            d_in, self._width(d_in), **self._arguments(), **(dict[str, Any](tied=True) if self.tied else {})
-        )
+        return of_rule(d_in, self._width(d_in), **self._arguments(), tied=self.tied)
 
     def _width(self, d_in: int) -> int:
         if self.d_in is not None and self.d_in != d_in:
@@ -525,7 +530,7 @@ class TranscoderConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("tied", self.tied, not self.tied, "be False for a transcoder")
+        self._require_any_shape("a transcoder")
 
     def build(self, d_in: int, d_out: int | None = None) -> SAE:
         """The untrained transcoder from width ``d_in`` to ``d_out``."""
@@ -551,7 +556,7 @@ class CrosscoderConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("tied", self.tied, not self.tied, "be False for a crosscoder")
+        self._require_any_shape("a crosscoder")
         weights = self.source_weights
         _require("source_weights", weights, weights is None or min(weights, default=0) > 0, "be positive")
 
@@ -588,7 +593,7 @@ class CrossLayerConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("tied", self.tied, not self.tied, "be False for a cross-layer transcoder")
+        self._require_any_shape("a cross-layer transcoder")
 
     def build(self, d_in: int, n_layers: int = 2) -> SAE:
         """The untrained transcoder of ``n_layers`` layers of width ``d_in``."""
@@ -599,9 +604,26 @@ C = TypeVar("C", bound=SAEConfig)
 
 
 def overruled(config: C, options: dict[str, Any]) -> C:
-    """``config`` with ``options`` in place of what it says: its own fields, or flat names."""
+    """``config`` with ``options`` in place of what it says: its own fields, or flat names. A ``k`` among them is an L0 to
+    reach where a penalty makes the SAE sparse and no weight of it is given (:func:`wanting_l0`).
+    """
     names = [f.name for f in dataclasses.fields(config)]
-    return type(config)(**({name: getattr(config, name) for name in names} | options))
+    made = type(config)(**({name: getattr(config, name) for name in names} | options))
+    weighed = made.train.loss.terms is not None or isinstance(made, CrossLayerConfig)  # whose k is a layer's
+    return made if options.get("k") is None or weighed else wanting_l0(made, options["k"])
+
+
+def wanting_l0(config: C, k: float) -> C:
+    """``config`` with ``train.loss.target_l0 = k`` where nothing else can say how many latents fire: the rule has no ``k``
+    and the loss has a term of :data:`SPARSITY`. Any other as it is, also one that wants an L0 already.
+    """
+    loss = config.train.loss
+    terms = DEFAULT_TERMS.get(config.architecture, {}) if loss.terms is None else loss.terms
+    settled = loss.target_l0 is not None or loss.end_to_end is not None
+    if settled or "k" in RULES[config.architecture].PARAMETERS or SPARSITY.isdisjoint(terms):
+        return config
+    train = dataclasses.replace(config.train, loss=dataclasses.replace(loss, target_l0=float(k)))
+    return dataclasses.replace(config, train=train)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

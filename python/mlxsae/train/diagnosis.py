@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -12,9 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxsae.loss import END_TO_END
 from mlxsae.sae import SAE
+from mlxsae.sae.copying import copied
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.engine import make_engine
 from mlxsae.train.loop import FitResult, NonFiniteError, Run
@@ -51,7 +52,7 @@ def diagnose(
     run : a result, a run in progress, its history, or the error that ended it.
     data : activations ``[n, d]`` to look for outliers in.
     bare_rate : tokens per second of the step alone, see :func:`bare_tokens_per_s`; the run is slow below half of it.
-        Measured here, with a handful of steps, for a result of an SAE of ours.
+        Measured here, with a handful of steps, for a result of an SAE of ours that was not trained end to end.
     """
     found: list[Finding] = []
     history: list[dict[str, Any]] = []
@@ -85,9 +86,9 @@ def diagnose(
             and isinstance(run, FitResult)
             and "training" in getattr(run.sae, "metadata", {})
         ):
-            bare_rate = bare_tokens_per_s(
-                run.sae, TrainConfig.from_dict(run.sae.metadata["training"]["config"])
-            )
+            config = TrainConfig.from_dict(run.sae.metadata["training"]["config"])
+            if config.loss.end_to_end is None:  # such a step is the model's, which is not here
+                bare_rate = bare_tokens_per_s(run.sae, config)
         rate = statistics.median(rates)
         if bare_rate is not None and rate < SLOW * bare_rate:
             found.append(
@@ -121,7 +122,9 @@ def _of_metrics(history: list[dict[str, Any]]) -> list[Finding]:
                 "(auxk), or resample (resample_every).",
             )
         )
-    if last.get("fvu", 0.0) >= 1 and len(history) > 1:
+    # End to end the reconstruction is only watched: it need not be near the activation.
+    watched = not END_TO_END.keys().isdisjoint(last)
+    if last.get("fvu", 0.0) >= 1 and len(history) > 1 and not watched:
         found.append(
             Finding(
                 "not_learning",
@@ -163,14 +166,15 @@ def _of_data(data: Any) -> list[Finding]:
 
 def bare_tokens_per_s(sae: SAE, config: TrainConfig, steps: int = 5) -> float:
     """Tokens per second of the training step alone: normal activations at hand, nobody watching, on a copy of ``sae``."""
-    working = copy.deepcopy(sae)
+    working = copied(sae)
     working.set_dtype(mx.float32)
     working.normalize_activations = "none"
-    params = working.trainable_parameters()
+    # Without empty branches, as a run keeps them.
+    params: Any = tree_unflatten(tree_flatten(working.trainable_parameters()))
     engine = make_engine(config.engine, working, config.loss.build(working, config.total_steps), config)
     state = TrainState(
-        params={name: branch for name, branch in params.items() if branch},
-        optimizer=engine.optimizer_state({name: branch for name, branch in params.items() if branch}),
+        params=params,
+        optimizer=engine.optimizer_state(params),
         tokens_since_fired=mx.zeros(sae.d_sae, mx.int32),
         failed=mx.array([-1, 0], mx.int32),
         rule=working.rule.initial_state(),

@@ -120,7 +120,7 @@ class AutodiffEngine:
                 substituted(self._sae, frozen, params) as sae,
                 recomputed(sae, config.gradient_checkpointing),
             ):
-                rule = _rule_of_step(sae.rule, k, config)
+                rule = rule_of_step(sae.rule, k, config)
                 code, state, pre_acts = sae.learn(x, carried["rule"], rule=rule)
                 dead = silent >= config.dead_after if auxk else None
                 forward = Forward(sae, x, y, code, sae.decode(code, x), dead, pre_acts, scheduled)
@@ -154,7 +154,7 @@ class AutodiffEngine:
             if constrained:
                 updated["decoder"]["weight"] = unit_rows(updated["decoder"]["weight"])
             if auxk and config.wake:
-                bias = _woken(updated["encoder"]["bias"], arrays["tokens_since_fired"], config)
+                bias = woken(updated["encoder"]["bias"], arrays["tokens_since_fired"], config)
                 updated["encoder"] = updated["encoder"] | {"bias": bias}
             if "rule" in updated:
                 updated["rule"] = self._sae.rule.constrain(updated["rule"])
@@ -228,7 +228,7 @@ class FusedEngine:
         if shadow is None and config.precision in ("certified", "bfloat16"):
             dtype = mx.bfloat16 if config.precision == "bfloat16" else None
             shadow = ops.encoder_shadow(params.w_enc, dtype=dtype)
-        rule = _rule_of_step(self._rule, config.k_at(step, self._rule), config)
+        rule = rule_of_step(self._rule, config.k_at(step, self._rule), config)
         scheduled = self._loss.scheduled(step, self._d_sae, config.seed)
         carried = arrays["tokens_since_fired"], arrays.get("rule", {})
         f = self._forward(params, shadow, rule, *carried, x, y, auxk, scheduled.get("prefixes"))
@@ -267,7 +267,7 @@ class FusedEngine:
         moments = _tree([{"m": a, "v": b} for a, b in zip(updated.m, updated.v, strict=True)])
         after = updated.params
         if auxk and config.wake:
-            after = after._replace(b_enc=_woken(after.b_enc, arrays["tokens_since_fired"], config))
+            after = after._replace(b_enc=woken(after.b_enc, arrays["tokens_since_fired"], config))
         new = {
             "params": _tree(after),
             "optimizer": moments | {"step": adam["step"] + 1, "learning_rate": mx.array(lr, mx.float32)},
@@ -375,7 +375,8 @@ def make_engine(
     return (FusedEngine if name == "fused" else AutodiffEngine)(sae, loss, config)
 
 
-def _rule_of_step(rule: Rule, k: int | None, config: TrainConfig) -> Rule:
+def rule_of_step(rule: Rule, k: int | None, config: TrainConfig) -> Rule:
+    """``rule`` as a step of a run takes it: with the ``k`` of the step, at the run's precision."""
     rule = rule if k is None else rule.with_k(k)
     return rule.with_tf32() if config.precision == "tf32" else rule
 
@@ -418,7 +419,7 @@ def _fault(total: mx.array, x: mx.array, y: mx.array) -> int:
     return 0 if mx.isfinite(total).item() else LOSS
 
 
-def _woken(bias: mx.array, tokens_since_fired: mx.array, config: TrainConfig) -> mx.array:
+def woken(bias: mx.array, tokens_since_fired: mx.array, config: TrainConfig) -> mx.array:
     """The encoder's bias, risen by ``wake`` where a latent was dead before the batch."""
     assert config.wake is not None  # the run has decided
     return bias + config.wake * (tokens_since_fired >= config.dead_after).astype(bias.dtype)

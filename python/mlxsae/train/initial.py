@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxsae.sae import SAE, CrossLayerTranscoder, Decoder, Encoder, Gated
+from mlxsae.sae import SAE, CrossLayerTranscoder, Decoder, Encoder, Gated, SigmoidGated
 
 
 def geometric_median(x: mx.array, *, iterations: int = 100, tolerance: float = 1e-6) -> mx.array:
@@ -181,6 +181,8 @@ def begin(sae: SAE, x: mx.array, y: mx.array, l0: float | None) -> SAE:
     a short run ends before the penalty has made up for that. The size is left alone where the decoder does not read
     backwards what the encoder reads: transcoders, tied weights.
     """
+    if isinstance(sae.rule, SigmoidGated) and l0 is not None:
+        sae.rule.gate_weight = sae.encoder.weight
     bias = sae.rule.start(sae.pre_acts(x), l0)
     if bias is not None:
         encoders = _encoders(sae)

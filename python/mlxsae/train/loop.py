@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from mlxsae.data import ActivationSource, as_source
 from mlxsae.loss import Context, Forward, Loss
 from mlxsae.metrics import Throughput, fire_counts, l0
 from mlxsae.sae import SAE
+from mlxsae.sae.copying import copied
 from mlxsae.sae.model import layer_norm
 from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
@@ -77,11 +77,11 @@ class FitResult:
     ----------
     sae : the one given, its weights folded to raw activations.
     state : the last state.
-    history : metrics, a record each ``log_every`` steps: ``step``, ``tokens``, ``loss``, each term, ``l0``,
+    history : metrics, a record each ``log_every`` steps and of the last: ``step``, ``tokens``, ``loss``, each term, ``l0``,
         ``dead_fraction``, ``lr``, ``tokens_per_s``.
     validations : a record each ``validate_every`` steps: ``step``, ``val_loss``, each term as ``val_...``, ``val_l0``,
         ``val_dead_fraction``.
-    stopped : why the run ended before its plan; empty if it did not.
+    stopped : why the run ended before its plan, the end of the data included; empty if it did not.
     profile : with ``profile=True``, seconds spent by part (``data``, ``step``, ``log``, ``callbacks``,
         ``validation``, ``checkpoint``), ``steps``, ``tokens_per_s`` and ``peak_bytes`` of MLX's memory.
     """
@@ -160,7 +160,7 @@ class Run:
 
     def export(self) -> Any:
         """A copy of the SAE with the current weights, for raw activations."""
-        sae = copy.deepcopy(self.sae)
+        sae = copied(self.sae)
         self.write_back(sae)
         return sae
 
@@ -458,6 +458,11 @@ class _Session:
         config, rows = run.config, source_rows(self.source)
         if over:
             run.finished = True
+            run.stopped = f"the data ended after {run.state.step} of {config.total_steps} steps"
+            if run.metrics and (not run.history or run.history[-1]["step"] != run.state.step):
+                _tell(run, "on_log", _record(run, clock))
+            if run.state.step and self.validation is not None:
+                self._validated(run)
             if rows is None and run.state.step:
                 _tell(run, "on_epoch", 1)
             return
@@ -471,10 +476,7 @@ class _Session:
             if step % config.log_every == 0 or run.finished:
                 record = _record(run, clock)
         if self.validation is not None and (step % config.validate_every == 0 or run.finished):
-            with self._timed("validation"):
-                found = self._validate(run)
-                run.validations.append(found)
-            _tell(run, "on_validation", found)
+            self._validated(run)
         with self._timed("callbacks"):
             if record is not None:
                 _tell(run, "on_log", record)
@@ -482,6 +484,14 @@ class _Session:
             for epoch in range(before // rows + 1, run.state.tokens // rows + 1) if rows else ():
                 _tell(run, "on_epoch", epoch)
         run.finished = run.finished or bool(run.stopped)
+
+    def _validated(self, run: Run) -> None:
+        if run.validations and run.validations[-1]["step"] == run.state.step:
+            return
+        with self._timed("validation"):
+            found = self._validate(run)
+            run.validations.append(found)
+        _tell(run, "on_validation", found)
 
     @property
     def _step(self) -> int:
@@ -726,7 +736,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             centre = start.of(what, fields, len(fields) - 1, by_token)
             if norm:
                 centre = normalized(centre, norm, "out" if "mean_out" in norm else "in")
-    working = copy.deepcopy(sae)
+    working = copied(sae)
     working.set_dtype(mx.float32)
     if by_token:
         working.normalize_activations = "layer_norm"  # refuses what cannot

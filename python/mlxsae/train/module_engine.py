@@ -12,24 +12,22 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_unflatten
 
 from mlxsae.sae import SAE
+from mlxsae.sae.rule import State
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.constraints import unit_rows, without_parallel
-from mlxsae.train.engine import Arrays, guard, substituted
+from mlxsae.train.engine import Arrays, guard, rule_of_step, substituted, woken
 from mlxsae.train.gradients import recomputed, value_and_grad
 from mlxsae.train.optimizers import OPTIMIZERS, emptied, set_learning_rate
 from mlxsae.train.state import flat
 
 LossFunction = Callable[..., Any]
 """``loss_fn(x, x_recon, z, step) -> total`` or ``(total, {name: value})``; ``z [n, d_sae]`` dense, ``step`` an int from
-0. Further outputs of the module follow ``z`` as ``extra=`` if the function takes that name."""
+0. Further outputs of the module follow ``z`` as ``extra=`` if the function takes that name; of an SAE of ours that is
+``(pre_acts,)`` where its rule makes them."""
 
 
 def forward(module: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, tuple]:
-    """``(x_recon [n, d_out], z [n, d_sae], rest)`` of any module that returns ``(x_recon, z, ...)``, and of an SAE of
-    ours, whose ``z`` is its code made dense."""
-    if isinstance(module, SAE):
-        code = module.encode(x)
-        return module.decode(code, x), module.to_dense(code), ()
+    """``(x_recon [n, d_out], z [n, d_sae], rest)`` of any module that returns ``(x_recon, z, ...)``."""
     out = module(x)  # type: ignore[operator]
     if not isinstance(out, (tuple, list)) or len(out) < 2:
         raise ValueError(f"[fit] the module must return (x_recon, z) but returned {type(out).__name__}.")
@@ -69,6 +67,10 @@ class ModuleEngine:
                 "[fit] moments must be float32 for a module or loss of your own but got "
                 f"{config.optimizer.moments}."
             )
+        if config.k_start is not None and not isinstance(module, SAE):
+            raise ValueError(
+                f"[fit] k_start must be None for a module of your own but got k_start={config.k_start}."
+            )
         self._module = module
         self._loss_fn = loss_fn or own_loss
         names = inspect.signature(self._loss_fn).parameters.values()
@@ -89,8 +91,9 @@ class ModuleEngine:
     ) -> tuple[Arrays, dict[str, mx.array]]:
         config, params = self._config, arrays["params"]
         self._step = step
-        (total, metrics, fired), gradients = self._gradient(
-            params, self._module.parameters(), x, y, arrays["tokens_since_fired"]
+        carried = {key: arrays.get(key, {}) for key in ("tokens_since_fired", "rule")}
+        (total, metrics, carried), gradients = self._gradient(
+            params, self._module.parameters(), x, y, carried
         )
         constrained = isinstance(self._module, SAE) and config.normalize_decoder
         constrained = constrained and "weight" in params.get("decoder", {})
@@ -106,32 +109,47 @@ class ModuleEngine:
         optimizer, self._optimizer.state = self._optimizer.state, emptied(self._optimizer)
         if constrained:
             updated["decoder"]["weight"] = unit_rows(updated["decoder"]["weight"])
+        if auxk and config.wake:
+            bias = woken(updated["encoder"]["bias"], arrays["tokens_since_fired"], config)
+            updated["encoder"] = updated["encoder"] | {"bias": bias}
+        if isinstance(self._module, SAE) and "rule" in updated:
+            updated["rule"] = self._module.rule.constrain(updated["rule"])
         failed, good = guard(arrays["failed"], total, x, y, mx.array(step, mx.int32))
-        new = {"params": updated, "optimizer": optimizer, "tokens_since_fired": fired}
-        new = tree_map(lambda a, b: mx.where(good, a, b), new, {key: arrays[key] for key in new})
-        dead = (fired >= config.dead_after).astype(mx.float32).mean()
+        new = {"params": updated, "optimizer": optimizer} | carried
+        new = tree_map(lambda a, b: mx.where(good, a, b), new, {key: arrays.get(key, {}) for key in new})
+        dead = (new["tokens_since_fired"] >= config.dead_after).astype(mx.float32).mean()
         return new | {"failed": failed}, metrics | {"loss": total, "dead_fraction": dead}
 
     def evaluate(self, arrays: Arrays, x: mx.array, y: mx.array, *, step: int) -> tuple[dict, mx.array]:
         """``loss``, its named parts and ``l0`` of one batch without a step, and how often each unit fired."""
         self._step = step
         with substituted(self._module, arrays["params"]) as module:
-            total, terms, _, z = self._measured(module, x, y)
+            total, terms, _, z = self._measured(module, x, y, arrays.get("rule", {}))
         return terms | {"loss": total}, (z > 0).sum(axis=0)
 
-    def _loss_of(
-        self, params: Arrays, frozen: Arrays, x: mx.array, y: mx.array, tokens_since_fired: mx.array
-    ) -> tuple:
+    def _loss_of(self, params: Arrays, frozen: Arrays, x: mx.array, y: mx.array, carried: Arrays) -> tuple:
         with substituted(self._module, frozen, params) as module:
             with recomputed(module, self._config.gradient_checkpointing):
-                total, terms, n, z = self._measured(module, x, y)
+                total, terms, state, z = self._measured(module, x, y, carried["rule"])
             fires = mx.stop_gradient((z > 0).any(axis=0))
-        return total, terms, mx.where(fires, 0, tokens_since_fired + n)
+        silent = mx.where(fires, 0, carried["tokens_since_fired"] + x.shape[0])
+        return total, terms, {"tokens_since_fired": silent, "rule": state}
 
-    def _measured(self, module: Any, x: mx.array, y: mx.array) -> tuple[mx.array, dict, int, mx.array]:
-        x_recon, z, rest = forward(module, x)
+    def _measured(
+        self, module: Any, x: mx.array, y: mx.array, state: State
+    ) -> tuple[mx.array, dict, State, mx.array]:
+        watched: dict[str, mx.array] = {}
+        if isinstance(module, SAE):
+            # As in training: in use a threshold has no gradient, and a BatchTopK has one only once it is trained.
+            rule = rule_of_step(module.rule, self._config.k_at(self._step, module.rule), self._config)
+            code, state, pre_acts = module.learn(x, state, rule=rule)
+            x_recon, z, rest = module.decode(code, x), module.to_dense(code), (pre_acts,)
+            rest, watched = rest if pre_acts is not None else (), rule.metrics(state)
+        else:
+            x_recon, z, rest = forward(module, x)
         found = self._loss_fn(y, x_recon, z, self._step, **({"extra": rest} if self._wants_extra else {}))
         total, terms = found if isinstance(found, (tuple, list)) else (found, {})
         # float32 by name: a loss may count or give Python numbers.
         named = {name: mx.array(value).astype(mx.float32) for name, value in terms.items()}
-        return total, {"l0": (z > 0).sum(axis=-1).astype(mx.float32).mean()} | named, x.shape[0], z
+        l0 = {"l0": (z > 0).sum(axis=-1).astype(mx.float32).mean()}
+        return total, l0 | watched | named, state, z

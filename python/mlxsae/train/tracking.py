@@ -358,6 +358,8 @@ class Experiment:
     def compare_runs(self, metric: str = "loss", mode: str = "min") -> Comparison:
         """All runs that logged ``metric`` (``recon_loss`` finds ``train/recon_loss``), the best value first. Runs of
         earlier processes count where they were tracked locally."""
+        if mode not in ("min", "max"):
+            raise ValueError(f"[Experiment] mode must be min or max but got {mode!r}.")
         runs = dict(self._records)
         local = self.directory / "local"
         if "local" in self._backends and local.is_dir():

@@ -112,3 +112,11 @@ def test_measuring_the_bare_rate_changes_nothing(engine: str) -> None:
 )
 def test_the_bare_rate_of_every_shape(sae: SAE) -> None:
     assert bare_tokens_per_s(sae, config(), steps=2) > 0
+
+
+@pytest.mark.parametrize(
+    ("data", "got"), [((mx.zeros((3, 2)), mx.zeros((3, 2))), "tuple"), (np.zeros(3), r"shape \(3,\)")]
+)
+def test_data_must_be_one_array_of_rows(data: object, got: str) -> None:
+    with pytest.raises(ValueError, match=rf"data must be an array \[..., d\] of activations but got {got}"):
+        diagnose(data=data)

@@ -341,6 +341,8 @@ def test_experiment_with_runs_metrics_figures_and_a_comparison(tmp_path: Path) -
     assert compared.best == "k 8"
     assert str(compared).splitlines()[0].split() == ["run", "best", "recon_loss", "at", "step", "last"]
     assert [row["run"] for row in experiment.compare_runs("l0", mode="max").rows] == ["k 8", "k 4", "k 1"]
+    with pytest.raises(ValueError, match="mode must be min or max but got 'least'"):
+        experiment.compare_runs("l0", mode="least")
     folder = tmp_path / "k_sweep" / "local" / "k_4"
     assert json.loads((folder / "run.json").read_text())["config"] == {"layer": 3, "k": 4}
     assert json.loads((folder / "training.json").read_text())["engine"] == "fused"

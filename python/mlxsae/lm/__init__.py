@@ -5,6 +5,9 @@ mlx-lm is imported by `load` and by generation, never by importing this package.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import interventions
 from .evaluation import logits_from, loss, losses_from, token_losses
 from .families import FAMILIES, Family
@@ -33,6 +36,9 @@ from .text import (
     valid_rows,
     without_outliers,
 )
+
+if TYPE_CHECKING:
+    from . import tiny
 
 __all__ = [
     "FAMILIES",
@@ -65,9 +71,17 @@ __all__ = [
     "run_with_capture",
     "splice",
     "stream_generate",
+    "tiny",
     "token_batches",
     "token_losses",
     "tokenize",
     "valid_rows",
     "without_outliers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The bundled model and its language, imported on first use."""
+    if name == "tiny":
+        return importlib.import_module(".tiny", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import http.server
-import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -215,7 +214,7 @@ def _documents(n_words: int, seed: int, seen: set[bytes]) -> Iterator[TokenBatch
         seen.update(row.tobytes() for row in tokens)
         for i in range(0, len(some), _ROWS):
             rows = tokens[i : i + _ROWS, : 2 + max(map(len, some[i : i + _ROWS]))]  # marks at both ends
-            yield TokenBatch(mx.array(rows), mx.array(np.isin(rows, _MARKS, invert=True)))
+            yield TokenBatch(mx.array(rows), mx.array(np.isin(rows, _MARKS, invert=True).tolist()))
 
 
 def _heldout(n_tokens: int, seed: int, seen: set[bytes]) -> tiny.Labelled:

@@ -138,7 +138,9 @@ def _of_metrics(history: list[dict[str, Any]]) -> list[Finding]:
 def _of_data(data: Any) -> list[Finding]:
     if not hasattr(data, "shape") or len(data.shape) < 2:
         got = f"shape {tuple(data.shape)}" if hasattr(data, "shape") else type(data).__name__
-        raise ValueError(f"[diagnose] data must be an array [..., d] of activations but got {got}; give x and y one by one.")
+        raise ValueError(
+            f"[diagnose] data must be an array [..., d] of activations but got {got}; give x and y one by one."
+        )
     x = mx.array(data).astype(mx.float32)
     norms = np.array(mx.linalg.norm(x.reshape(-1, x.shape[-1]), axis=-1), np.float64)
     bad = ~np.isfinite(norms)

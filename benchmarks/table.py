@@ -288,7 +288,7 @@ def render(machines: list[dict]) -> str:
 
 def render_machine(results: dict) -> str:
     about = results["machine"]
-    kernels = f", {about['kernels']}" if "kernels" in about else ""
+    kernels = f", {about['kernels'].removeprefix('kernel (').rstrip(')')}" if "kernels" in about else ""
     parts = [f"### {about['cpu']}, {about['threads']} threads{kernels}"]
     versions: dict[str, str] = {}
     for name in sorted(results["shapes"]):

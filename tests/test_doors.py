@@ -199,8 +199,12 @@ def test_several_layers_from_one_forward_pass(
     from mlxsae.data import model_activations
 
     passes: list[int] = []
-    capture = model_activations.capture
-    monkeypatch.setattr(model_activations, "capture", lambda *a: passes.append(len(a[2])) or capture(*a))
+    capture_each = model_activations.capture_each
+    monkeypatch.setattr(
+        model_activations,
+        "capture_each",
+        lambda *a: passes.extend(len(a[2]) for _ in a[1]) or capture_each(*a),
+    )
     options = SMALL | {"total_tokens": 3000, "validation_split": 0.2}
     made = train_saes(model, [0, 2], "residual", texts, tmp_path, **options)
     together = len(passes)

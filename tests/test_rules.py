@@ -312,7 +312,7 @@ def test_configuration_builds_rule_and_loss() -> None:
         assert (
             (of["auto"].auxk is not None)
             == rule.takes_auxk
-            == ("topk" in architecture or architecture == "groupmax")
+            == ("topk" in architecture or architecture in ("groupmax", "hierarchical"))
         )
         assert of["openai"].auxk is not None
 

@@ -595,7 +595,7 @@ def test_named_inexact_products_train(rule: type[TopK | BatchTopK]) -> None:
     assert final_fvu(low) == pytest.approx(final_fvu(exact), rel=0.02)
     assert final_fvu(low) != final_fvu(exact)
     assert low.state.shadow is not None
-    fresh = ops.encoder_shadow(low.state.params["encoder"]["weight"])
+    fresh = ops.encoder_shadow(low.state.params["encoder"]["weight"], dtype=mx.bfloat16)
     for kept, made in zip(low.state.shadow, fresh, strict=True):
         np.testing.assert_array_equal(np.array(kept.astype(mx.float32)), np.array(made.astype(mx.float32)))
     assert all(a.dtype == mx.float32 for _, a in tree_flatten(low.sae.parameters()))

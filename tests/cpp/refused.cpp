@@ -32,7 +32,7 @@ static bool same(const std::string& op, const mx::array& result, double toleranc
 int main() {
   if (mx::is_available(mx::Device::gpu)) return 77;
   auto x = mx::random::normal({40, 16}), w = mx::random::normal({300, 16}), b = mx::random::normal({300});
-  auto w16 = mlxsae::encoder_shadow(w);
+  auto w16 = mlxsae::encoder_shadow(w, mx::bfloat16);
   auto mask = mx::greater(b, mx::array(0.0f));
   bool good = mlxsae::kernel_for("topk_encode", mx::Device::gpu) == "fallback";
   good &= same("encoder_shadow", w16.first, 0.01);  // its bounds need not be the tightest

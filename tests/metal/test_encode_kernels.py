@@ -115,7 +115,7 @@ def same_codes(ours: list, theirs: list) -> None:
 
 
 def shadow_of(w: np.ndarray) -> list[np.ndarray]:
-    w16, columns = _ext.encoder_shadow(mx.array(w), stream=mx.cpu)
+    w16, columns = _ext.encoder_shadow(mx.array(w), dtype=mx.bfloat16, stream=mx.cpu)
     return [np.array(w16.view(mx.uint16)), np.array(columns)]
 
 

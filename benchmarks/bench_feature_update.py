@@ -1,4 +1,8 @@
-"""The backward-and-update pass alone, against the bandwidth of an in-place walk over weights and moments."""
+"""The backward-and-update pass alone, against the bandwidth of an in-place walk over weights and moments.
+
+Zen 3, S1: without entries the walk runs at 0.88 of the probe's bandwidth (25 ms); the 32 thousand gathered rows of x and of the
+residual take the other 14 ms. Fetching the next rows past the caches (prefetchnta) made no difference in three turns.
+"""
 
 from __future__ import annotations
 

@@ -64,19 +64,16 @@ MLXSAE_INLINE uint32_t not_le(vf a, vf b) {
 #endif
 }
 
-/** Bit i is set where a[i] >= b[i]: not where either one is NaN. */
+#if defined(__AVX2__)
+/** Bit i is set where a[i] >= b[i]: not where either one is NaN. For the screens, which only x86 has. */
 MLXSAE_INLINE uint32_t at_least(vf a, vf b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
 #else
-  vi ge = a >= b;  // -1 where true
-  uint32_t m = 0;
-  for (int i = 0; i < kLanes; ++i) m |= static_cast<uint32_t>(ge[i] != 0) << i;
-  return m;
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
 #endif
 }
+#endif
 
 /** Is a[i] <= b[i] false anywhere? */
 MLXSAE_INLINE bool any_not_le(vf a, vf b) {

@@ -15,10 +15,10 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/mlxsae demo
 
-# Each process takes whole files, so that what a module sets up is set up once.
+# Which process takes what: tests/conftest.py.
 JOBS ?= auto
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

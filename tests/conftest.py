@@ -25,7 +25,12 @@ ON_THE_DEFAULT_DEVICE = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m gpu` runs these on a GPU, where there is one."""
+    """`-m gpu` runs some on a GPU, where there is one. Processes take whole files (``--dist loadgroup``), so that what a
+    module sets up is set up once, but for the Metal harness, which keeps what it compiles on disk: its long files are shared."""
+    harness = Path(__file__).parent / "metal"
+    for item in items:
+        if harness not in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if mx.default_device() == mx.gpu:
         for item in items:
             if item.path.stem in ON_THE_DEFAULT_DEVICE:

@@ -1,5 +1,6 @@
 #include <bit>
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -57,6 +58,8 @@ const Kernels& choose() {
 }
 
 }  // namespace
+
+void throw_bad_alloc() { throw std::bad_alloc(); }
 
 int32_t order_key(float v) {
   if (v != v) return INT32_MAX;

@@ -36,7 +36,6 @@ class Scratch {
     }
     return static_cast<T*>(data_);
   }
-  [[noreturn]] static void throw_bad_alloc();
 
  private:
   void* data_ = nullptr;

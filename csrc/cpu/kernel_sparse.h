@@ -50,13 +50,42 @@ MLXSAE_INLINE float dot(const float* a, const float* b, int64_t d) {
   return r;
 }
 
-template <class T>
-MLXSAE_INLINE void store_row(T* out, const float* row, int64_t d) {
-  if constexpr (sizeof(T) == 4) {
-    std::memcpy(out, row, d * 4);
-  } else {
-    for (int64_t c = 0; c < d; ++c) out[c] = from_float<T>(row[c]);
+/** Entry `i` of an array of any float type. */
+MLXSAE_INLINE float number_at(const void* data, Type type, int64_t i) {
+  float v = 0;
+  with_type(type, [&]<class T>(T) { v = to_float(static_cast<const T*>(data)[i]); });
+  return v;
+}
+
+/** out[at, at + d) = row, in the type of `out`. */
+inline void store_row(void* out, Type type, int64_t at, const float* row, int64_t d) {
+  with_type(type, [&]<class T>(T) {
+    T* to = static_cast<T*>(out) + at;
+    if constexpr (sizeof(T) == 4) {
+      std::memcpy(to, row, d * 4);
+    } else {
+      for (int64_t c = 0; c < d; ++c) to[c] = from_float<T>(row[c]);
+    }
+  });
+}
+
+/** Where row `i` lies. */
+MLXSAE_INLINE const char* place_of(const Rows& m, int64_t i) {
+  return static_cast<const char*>(m.data) + i * m.d * (m.type == Type::f32 ? 4 : 2);
+}
+
+/** Row `i` as float32: the row itself, or its conversion in `scratch`. */
+MLXSAE_INLINE const float* row_of(const Rows& m, int64_t i, float* scratch) {
+  const char* row = place_of(m, i);
+  switch (m.type) {
+    case Type::f32:
+      return reinterpret_cast<const float*>(row);
+    case Type::f16:
+      return as_float(reinterpret_cast<const f16*>(row), scratch, m.d);
+    case Type::bf16:
+      return as_float(reinterpret_cast<const bf16*>(row), scratch, m.d);
   }
+  __builtin_unreachable();
 }
 
 inline void decode(const Code& code, const Rows& w, const void* bias, Type bias_type, void* out, Type out_type,
@@ -66,79 +95,55 @@ inline void decode(const Code& code, const Rows& w, const void* bias, Type bias_
   float* sum_row = mem.get<float>(6 * d);
   float* bias_row = sum_row + d;
   float* converted = sum_row + 2 * d;
-  for (int64_t c = 0; c < d; ++c) bias_row[c] = 0;
-  if (bias)
-    with_type(bias_type, [&]<class T>(T) {
-      const float* b = as_float(static_cast<const T*>(bias), bias_row, d);
-      if (b != bias_row) std::memcpy(bias_row, b, d * 4);
-    });
-  with_type(w.type, [&]<class TW>(TW) {
-    with_type(code.type, [&]<class TV>(TV) {
-      with_type(out_type, [&]<class TO>(TO) {
-        const TW* weights = static_cast<const TW*>(w.data);
-        const TV* values = static_cast<const TV*>(code.values);
-        for (int64_t t = t0; t < t1; ++t) {
-          // Where nothing has to be converted, the row grows in place.
-          float* o = sizeof(TO) == 4 ? reinterpret_cast<float*>(static_cast<TO*>(out) + t * d) : sum_row;
-          std::memcpy(o, bias_row, d * 4);
-          auto [begin, end] = entries(code, t);
-          float v[4];
-          int64_t id[4];
-          int m = 0;
-          auto flush = [&](int64_t ahead) {
-            const float *rows[4], *next[4];
-            for (int q = 0; q < 4; ++q) {
-              if (q >= m) v[q] = 0, id[q] = id[0];
-              rows[q] = as_float(weights + id[q] * d, converted + q * d, d);
-              next[q] = ahead + q < end ? reinterpret_cast<const float*>(weights + int64_t(code.indices[ahead + q]) * d)
-                                        : rows[q];
-            }
-            if (m == 4)
-              add_scaled4(o, v, rows, next, d);
-            else
-              for (int q = 0; q < m; ++q) add_scaled(o, v[q], rows[q], d);
-            m = 0;
-          };
-          for (int64_t i = begin; i < end; ++i) {
-            float value = values ? to_float(values[i]) : 1.0f;
-            if (value == 0) continue;  // an unused slot: whatever its row holds, it adds nothing
-            v[m] = value;
-            id[m++] = code.indices[i];
-            if (m == 4) flush(i + 1);
-          }
-          if (m) flush(end);
-          if (sizeof(TO) != 4) store_row(static_cast<TO*>(out) + t * d, o, d);
-        }
-      });
-    });
-  });
+  for (int64_t c = 0; c < d; ++c) bias_row[c] = bias ? number_at(bias, bias_type, c) : 0.0f;
+  for (int64_t t = t0; t < t1; ++t) {
+    // Where nothing has to be converted, the row grows in place.
+    float* o = out_type == Type::f32 ? static_cast<float*>(out) + t * d : sum_row;
+    std::memcpy(o, bias_row, d * 4);
+    auto [begin, end] = entries(code, t);
+    float v[4];
+    int64_t id[4];
+    int m = 0;
+    auto flush = [&](int64_t ahead) {
+      const float *rows[4], *next[4];
+      for (int q = 0; q < 4; ++q) {
+        if (q >= m) v[q] = 0, id[q] = id[0];
+        rows[q] = row_of(w, id[q], converted + q * d);
+        next[q] = ahead + q < end ? reinterpret_cast<const float*>(place_of(w, code.indices[ahead + q])) : rows[q];
+      }
+      if (m == 4)
+        add_scaled4(o, v, rows, next, d);
+      else
+        for (int q = 0; q < m; ++q) add_scaled(o, v[q], rows[q], d);
+      m = 0;
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      float value = code.values ? number_at(code.values, code.type, i) : 1.0f;
+      if (value == 0) continue;  // an unused slot: whatever its row holds, it adds nothing
+      v[m] = value;
+      id[m++] = code.indices[i];
+      if (m == 4) flush(i + 1);
+    }
+    if (m) flush(end);
+    if (o == sum_row) store_row(out, out_type, t * d, o, d);
+  }
 }
 
 inline void gather_dot(const Rows& rows, const Rows& w, const Code& code, void* out, Type out_type, int64_t t0,
                        int64_t t1) {
   static thread_local Scratch mem;
-  int64_t d = w.d;
+  int64_t d = w.d, bytes = place_of(w, 1) - place_of(w, 0);
   float* row_f = mem.get<float>(2 * d);
   float* weight_f = row_f + d;
-  with_type(rows.type, [&]<class TR>(TR) {
-    with_type(w.type, [&]<class TW>(TW) {
-      with_type(out_type, [&]<class TO>(TO) {
-        const TW* weights = static_cast<const TW*>(w.data);
-        for (int64_t t = t0; t < t1; ++t) {
-          const float* r = as_float(static_cast<const TR*>(rows.data) + t * d, row_f, d);
-          auto [begin, end] = entries(code, t);
-          for (int64_t i = begin; i < end; ++i) {
-            if (i + 1 < end) {
-              const char* ahead = reinterpret_cast<const char*>(weights + int64_t(code.indices[i + 1]) * d);
-              for (int64_t b = 0; b < d * int64_t(sizeof(TW)); b += 64) prefetch(ahead + b);
-            }
-            const float* weight = as_float(weights + int64_t(code.indices[i]) * d, weight_f, d);
-            static_cast<TO*>(out)[i] = from_float<TO>(dot(r, weight, d));
-          }
-        }
-      });
-    });
-  });
+  for (int64_t t = t0; t < t1; ++t) {
+    const float* r = row_of(rows, t, row_f);
+    auto [begin, end] = entries(code, t);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t b = 0; i + 1 < end && b < bytes; b += 64) prefetch(place_of(w, code.indices[i + 1]) + b);
+      float v = dot(r, row_of(w, code.indices[i], weight_f), d);
+      store_row(out, out_type, i, &v, 1);
+    }
+  }
 }
 
 inline void outer(const ByFeature& by, const Rows& rows, void* out, Type out_type, int64_t f0, int64_t f1) {
@@ -146,20 +151,13 @@ inline void outer(const ByFeature& by, const Rows& rows, void* out, Type out_typ
   int64_t d = rows.d;
   float* sum_row = mem.get<float>(2 * d);
   float* converted = sum_row + d;
-  with_type(rows.type, [&]<class TR>(TR) {
-    with_type(out_type, [&]<class TO>(TO) {
-      for (int64_t j = f0; j < f1; ++j) {
-        float* o = sizeof(TO) == 4 ? reinterpret_cast<float*>(static_cast<TO*>(out) + j * d) : sum_row;
-        std::memset(o, 0, d * 4);
-        for (int64_t e = by.starts[j]; e < by.starts[j + 1]; ++e) {
-          if (by.values[e] == 0) continue;
-          add_scaled(o, by.values[e],
-                     as_float(static_cast<const TR*>(rows.data) + int64_t(by.rows[e]) * d, converted, d), d);
-        }
-        if (sizeof(TO) != 4) store_row(static_cast<TO*>(out) + j * d, o, d);
-      }
-    });
-  });
+  for (int64_t j = f0; j < f1; ++j) {
+    float* o = out_type == Type::f32 ? static_cast<float*>(out) + j * d : sum_row;
+    std::memset(o, 0, d * 4);
+    for (int64_t e = by.starts[j]; e < by.starts[j + 1]; ++e)
+      if (by.values[e] != 0) add_scaled(o, by.values[e], row_of(rows, by.rows[e], converted), d);
+    if (o == sum_row) store_row(out, out_type, j * d, o, d);
+  }
 }
 
 }  // namespace mlxsae::cpu::MLXSAE_ISA

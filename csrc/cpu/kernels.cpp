@@ -1,7 +1,5 @@
-// The kernels of one instruction set; compiled once for each (CMakeLists.txt, mlxsae_kernels).
+// The kernels of one instruction set; compiled once for each but avx512bf16 (CMakeLists.txt, mlxsae_kernels).
 #include "cpu/kernels.h"
-
-#include <new>
 
 #include "cpu/kernel_dense.h"
 #include "cpu/kernel_encode.h"
@@ -13,8 +11,6 @@
 #define MLXSAE_STRING(x) MLXSAE_STRING_(x)
 
 namespace mlxsae::cpu::MLXSAE_ISA {
-
-void Scratch::throw_bad_alloc() { throw std::bad_alloc(); }
 
 const Kernels& table();
 const Kernels& table() {
@@ -36,10 +32,7 @@ const Kernels& table() {
       .panel_of = panel_of,
       .turned_panel_of = turned_panel_of,
       .entries_of = entries_of,
-#if defined(__AVX512BF16__)
-      .screen = {screen<Bfloats>, screen<Integers>},
-      .shadow_type = ShadowType::bf16,
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
       .screen = {nullptr, screen<Integers>},
       .shadow_type = ShadowType::i16,
 #else

@@ -8,6 +8,9 @@ namespace mlxsae::cpu {
 
 enum class Type : int { f32, f16, bf16 };
 
+/** Throws std::bad_alloc; out of line, so that no instruction set's file emits code of the standard library. */
+[[noreturn]] void throw_bad_alloc();
+
 /** What the numbers of an encoder's shadow are (kernel_screen.h). */
 enum class ShadowType : int { bf16, i16 };
 

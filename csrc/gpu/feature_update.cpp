@@ -97,8 +97,8 @@ Plan feature_update(const FeatureUpdateSize& s, const FeatureUpdateOptions& o) {
   int through = o.through_input ? plan.temporary("through", Type::f32, parts * s.d_in) : -1;
   int squares = plan.temporary("squares", Type::f32, parts + blocks);
   int products = wide ? plan.temporary("products", Type::f32, plan.buffers[by.values].size) : -1;
-  const uint32_t flags = (o.project ? project : 0) | (o.normalize ? normalize : 0) |
-                         (o.through_input ? through_input : 0) | (s.shadow ? shadow : 0);
+  const uint32_t flags = (o.project ? project : 0u) | (o.normalize ? normalize : 0u) |
+                         (o.through_input ? through_input : 0u) | (s.shadow ? shadow : 0u);
 
   auto walk = [&](uint32_t how) {
     auto& launch = plan.launch(library, kernel_name(kernel, s.moments, s.aligned),

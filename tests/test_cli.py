@@ -19,6 +19,7 @@ import pytest
 import mlxsae
 from mlxsae.cli import main
 from mlxsae.io import native
+from mlxsae.lm.text import in_heldout
 
 COMMAND = [sys.executable, "-m", "mlxsae.cli"]
 
@@ -227,6 +228,21 @@ def test_empty_dataset(content: str, model: str, tmp_path: Path, capsys) -> None
     run = run_of(tmp_path / "run")
     assert run["status"] == "failed"
     assert "at least one document" in run["error"]
+
+
+def test_no_text_is_found_before_training(tmp_path: Path, capsys) -> None:
+    """All documents in one part of the split, or none but unknown tokens: an error at once, not a walk without end."""
+    path = tmp_path / "few.json"
+    stories = [f"Clara found the lamp. {word} has a green ring." for word in "abcdefghijklmnop"]
+    for texts, said in (
+        ([t for t in stories if not in_heldout(t, 0.1)], "in split 'heldout'"),
+        (["\u2603" * i for i in range(1, 40)], "token that is not special"),
+    ):
+        path.write_text(json.dumps(texts))
+        assert main(arguments("tiny", path, tmp_path / "run")) == 1
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_out_that_cannot_be_written(model: str, stories: Path, tmp_path: Path, capsys) -> None:

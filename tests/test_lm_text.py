@@ -301,6 +301,15 @@ def test_an_empty_split_is_an_error(toy: lm.LanguageModel) -> None:
         next(lm.token_batches(toy, [], **arguments))
 
 
+def test_text_of_special_tokens_alone_is_an_error(toy: lm.LanguageModel) -> None:
+    """Walked through until it fills its tokens, it would be walked through for ever."""
+    special = toy.tokenizer.convert_ids_to_tokens(sorted(toy.special_ids))[-1]
+    arguments: dict[str, Any] = {"context_size": 8, "batch_size": 2, "max_tokens": 100}
+    with pytest.raises(ValueError, match="at least one token that is not special"):
+        list(lm.token_batches(toy, [special] * 3, epochs=None, **arguments))
+    assert not any(b.valid.any().item() for b in lm.token_batches(toy, [special] * 3, **arguments))
+
+
 def test_valid_rows(toy: lm.LanguageModel) -> None:
     tokens, valid = lm.tokenize(toy, ["ab", "abcd"])
     x = lm.capture(toy, tokens, "layers.1")[lm.HookPoint(1, "resid_post")]

@@ -114,7 +114,7 @@ def test_the_same_command_gives_the_same_bits(
 
 
 def test_eval_repeats_the_metrics_of_the_training(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(trained), "--heldout-tokens", "1500", "--json"]) == 0
+    assert main(["eval", str(trained), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     wanted = run_of(trained)["results"]
     for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "loss_recovered_mean", "n_tokens"):
@@ -228,6 +228,20 @@ def test_empty_dataset(content: str, model: str, tmp_path: Path, capsys) -> None
     run = run_of(tmp_path / "run")
     assert run["status"] == "failed"
     assert "at least one document" in run["error"]
+
+
+def test_eval_looks_at_as_many_tokens_as_the_training(tmp_path: Path, capsys) -> None:
+    from mlxsae import lm
+
+    path, out = tmp_path / "facts.json", tmp_path / "run"
+    path.write_text(json.dumps(lm.tiny.texts(100, seed=3)))
+    assert main(arguments("tiny", path, out, max_tokens=500, heldout_tokens=100, json=True)) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    for more, tokens in (([], 100), (["--heldout-tokens", "50"], 50)):
+        assert main(["eval", str(out), "--json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["n_tokens"] == tokens
+        assert (found["fvu"] == wanted["fvu"]) == (tokens == 100)
 
 
 def test_no_text_is_found_before_training(tmp_path: Path, capsys) -> None:

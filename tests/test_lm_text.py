@@ -293,6 +293,13 @@ def test_bad_arguments(toy: lm.LanguageModel, change: dict[str, Any], message: s
         lm.token_batches(toy, **arguments)
 
 
+def test_a_source_of_no_documents_is_named() -> None:
+    with pytest.raises(
+        TypeError, match="source must be a path, a name on the hub or an iterable of documents but got int"
+    ):
+        lm.Documents(3)  # type: ignore[arg-type]
+
+
 def test_an_empty_split_is_an_error(toy: lm.LanguageModel) -> None:
     arguments: dict[str, Any] = {"context_size": 8, "batch_size": 2}
     with pytest.raises(ValueError, match="at least one document in split 'heldout'"):

@@ -93,6 +93,11 @@ class Documents:
     """
 
     def __init__(self, source: str | os.PathLike[str] | Iterable[Any], text_field: str | None = None) -> None:
+        if not isinstance(source, (str, os.PathLike, Iterable)):
+            raise TypeError(
+                "[Documents] source must be a path, a name on the hub or an iterable of documents but got "
+                f"{type(source).__name__}."
+            )
         self._source, self._field = source, text_field
         self.once = not isinstance(source, (str, os.PathLike)) and iter(source) is source
 

@@ -530,6 +530,10 @@ def test_usage(capsys) -> None:
     for command in ("demo", "train", "eval", "info", "bench"):
         assert main([command, "--help"]) == 0
     assert capsys.readouterr().out.count("usage: mlxsae") == 5
+    assert main(["bench", "step", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "relu, sigmoid_gated, topk, topk_jumprelu (topk)" in shown
+    assert "float32, certified, tf32, bfloat16 (float32)" in shown
 
 
 def test_help_does_not_load_mlx_lm() -> None:

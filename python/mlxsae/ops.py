@@ -262,14 +262,22 @@ def threshold_encode(
         ``SparseCodeCSR`` with ``nnz`` the number of entries. The gradient is that of the entries.
 
     Raises:
-        ValueError: for other ranks, sizes or types.
+        ValueError: for other ranks, sizes or types; within ``mx.compile`` and ``mx.vmap``.
 
     Source: Rajamanoharan et al., *Jumping ahead*, 2024, section 3.
     """
     room = min(256 * x.shape[0], 2**31 - 2) if x.ndim == 2 else 0
     while True:
         *code, count = _ext.threshold_encode(x, w_enc, b_enc, threshold, capacity=room, stream=stream)
-        mx.eval(code, count)  # the documented synchronisation
+        try:
+            mx.eval(code, count)  # the documented synchronisation
+        except ValueError as e:
+            if "function transformations" not in str(e):
+                raise
+            raise ValueError(
+                "[threshold_encode] must run outside of mx.compile and mx.vmap, as it waits for its result: within them "
+                "use threshold_encode_capped."
+            ) from e
         nnz = int(count)  # type: ignore[arg-type]
         if nnz <= room:
             values, indices, offsets = code

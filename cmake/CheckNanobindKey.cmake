@@ -1,6 +1,12 @@
 # An mlx.core.array crosses into our module only if both were built with the same nanobind internals. A mismatch would
 # show at the first call, as "incompatible function arguments"; here it stops the build with a sentence.
 file(GLOB _core "${MLX_WHEEL_DIR}/core.*.so" "${MLX_WHEEL_DIR}/core.so")
+if(NOT _core)
+  message(
+    FATAL_ERROR
+      "No mlx/core.*.so in '${MLX_WHEEL_DIR}': MLX is not installed for this Python, or a folder of the name mlx lies "
+      "before it on its path. Install it: pip install \"mlx[cpu]==0.32.4\".")
+endif()
 list(GET _core 0 _core)
 file(STRINGS "${_core}" _mlx_key REGEX "(_a[0-9]+_v[0-9]+|^v[0-9]+_system)" LIMIT_COUNT 1)
 string(REGEX MATCH "_a[0-9]+_v[0-9]+(_stable)?" _mlx_key "${_mlx_key}")

@@ -19,6 +19,7 @@ import pytest
 import mlxsae
 from mlxsae.cli import main
 from mlxsae.io import native
+from mlxsae.lm.text import in_heldout
 
 COMMAND = [sys.executable, "-m", "mlxsae.cli"]
 
@@ -113,7 +114,7 @@ def test_the_same_command_gives_the_same_bits(
 
 
 def test_eval_repeats_the_metrics_of_the_training(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(trained), "--heldout-tokens", "1500", "--json"]) == 0
+    assert main(["eval", str(trained), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     wanted = run_of(trained)["results"]
     for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "loss_recovered_mean", "n_tokens"):
@@ -227,6 +228,35 @@ def test_empty_dataset(content: str, model: str, tmp_path: Path, capsys) -> None
     run = run_of(tmp_path / "run")
     assert run["status"] == "failed"
     assert "at least one document" in run["error"]
+
+
+def test_eval_looks_at_as_many_tokens_as_the_training(tmp_path: Path, capsys) -> None:
+    from mlxsae import lm
+
+    path, out = tmp_path / "facts.json", tmp_path / "run"
+    path.write_text(json.dumps(lm.tiny.texts(100, seed=3)))
+    assert main(arguments("tiny", path, out, max_tokens=500, heldout_tokens=100, json=True)) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    for more, tokens in (([], 100), (["--heldout-tokens", "50"], 50)):
+        assert main(["eval", str(out), "--json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["n_tokens"] == tokens
+        assert (found["fvu"] == wanted["fvu"]) == (tokens == 100)
+
+
+def test_no_text_is_found_before_training(tmp_path: Path, capsys) -> None:
+    """All documents in one part of the split, or none but unknown tokens: an error at once, not a walk without end."""
+    path = tmp_path / "few.json"
+    stories = [f"Clara found the lamp. {word} has a green ring." for word in "abcdefghijklmnop"]
+    for texts, said in (
+        ([t for t in stories if not in_heldout(t, 0.1)], "in split 'heldout'"),
+        (["\u2603" * i for i in range(1, 40)], "token that is not special"),
+    ):
+        path.write_text(json.dumps(texts))
+        assert main(arguments("tiny", path, tmp_path / "run")) == 1
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_out_that_cannot_be_written(model: str, stories: Path, tmp_path: Path, capsys) -> None:
@@ -500,6 +530,10 @@ def test_usage(capsys) -> None:
     for command in ("demo", "train", "eval", "info", "bench"):
         assert main([command, "--help"]) == 0
     assert capsys.readouterr().out.count("usage: mlxsae") == 5
+    assert main(["bench", "step", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "relu, sigmoid_gated, topk, topk_jumprelu (topk)" in shown
+    assert "float32, certified, tf32, bfloat16 (float32)" in shown
 
 
 def test_help_does_not_load_mlx_lm() -> None:

@@ -325,6 +325,13 @@ def test_compile_and_vmap():
             equal_codes((*(a[q] for a in code), extra[q]), (*want, want_extra))
 
 
+def test_a_code_of_unknown_size_is_refused_within_a_transformation():
+    x, w, _ = problem(np.random.default_rng(0), 12, 8, 40)
+    for run in (mx.compile, lambda f: lambda x: mx.vmap(f)(x[None])):
+        with pytest.raises(ValueError, match="within them use threshold_encode_capped"):
+            run(lambda x: ops.threshold_encode(x, w, threshold=mx.array(0.5)).values)(x)
+
+
 def test_one_batch_of_one_row_is_topk():
     x, w, b = problem(np.random.default_rng(0), 1, 64, 5000)
     code, _ = ops.batch_topk_encode(x, w, b, k=40)

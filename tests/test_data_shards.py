@@ -280,6 +280,8 @@ def test_unwritten_memory_is_an_array_like_any_other() -> None:
         assert x.dtype == dtype
         assert mx.all(x == 7).item()
     assert ops.unwritten((0, 4), mx.float32).shape == (0, 4)
+    with pytest.raises(ValueError, match="no negative length"):
+        ops.unwritten((-2, 3), mx.float32)  # which would take 48 GiB
 
 
 def test_a_batch_kept_is_never_overwritten(stored: ActivationDataset) -> None:

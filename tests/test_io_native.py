@@ -329,6 +329,14 @@ def test_wrong_arrays(saved: tuple) -> None:
         load(saved[0])
 
 
+def test_whole_numbers_are_no_weights(saved: tuple) -> None:
+    weights = load_file(saved[0] / "sae_weights.safetensors")
+    weights["b_enc"] = weights["b_enc"].astype(np.int32)
+    save_file(weights, saved[0] / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match=r"b_enc must be floating point but got mlx.core.int32"):
+        load(saved[0])
+
+
 def test_a_rule_that_files_do_not_know(tmp_path: Path) -> None:
     class Mine(Rule):
         pass

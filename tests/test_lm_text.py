@@ -293,12 +293,28 @@ def test_bad_arguments(toy: lm.LanguageModel, change: dict[str, Any], message: s
         lm.token_batches(toy, **arguments)
 
 
+def test_a_source_of_no_documents_is_named() -> None:
+    with pytest.raises(
+        TypeError, match="source must be a path, a name on the hub or an iterable of documents but got int"
+    ):
+        lm.Documents(3)  # type: ignore[arg-type]
+
+
 def test_an_empty_split_is_an_error(toy: lm.LanguageModel) -> None:
     arguments: dict[str, Any] = {"context_size": 8, "batch_size": 2}
     with pytest.raises(ValueError, match="at least one document in split 'heldout'"):
         next(lm.token_batches(toy, TEXTS, split="heldout", heldout_fraction=0.0, **arguments))
     with pytest.raises(ValueError, match="at least one document in split None"):
         next(lm.token_batches(toy, [], **arguments))
+
+
+def test_text_of_special_tokens_alone_is_an_error(toy: lm.LanguageModel) -> None:
+    """Walked through until it fills its tokens, it would be walked through for ever."""
+    special = toy.tokenizer.convert_ids_to_tokens(sorted(toy.special_ids))[-1]
+    arguments: dict[str, Any] = {"context_size": 8, "batch_size": 2, "max_tokens": 100}
+    with pytest.raises(ValueError, match="at least one token that is not special"):
+        list(lm.token_batches(toy, [special] * 3, epochs=None, **arguments))
+    assert not any(b.valid.any().item() for b in lm.token_batches(toy, [special] * 3, **arguments))
 
 
 def test_valid_rows(toy: lm.LanguageModel) -> None:

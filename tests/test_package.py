@@ -134,6 +134,10 @@ def test_configuring_with_another_nanobind_stops_with_a_sentence(tmp_path):
     assert 'pip install "nanobind==3.1.0"' in " ".join(out.stderr.split())
     script.write_text(script.read_text().replace(str(fake), str(Path(nanobind.__file__).parent)))
     assert "the same as MLX's" in run(cmake, "-P", script)
+    script.write_text(f'set(MLX_WHEEL_DIR "{tmp_path}")\ninclude("{ROOT}/cmake/CheckNanobindKey.cmake")\n')
+    out = subprocess.run([cmake, "-P", script], capture_output=True, text=True)
+    assert out.returncode != 0
+    assert 'Install it: pip install "mlx[cpu]==0.32.4"' in " ".join(out.stderr.split())
 
 
 @pytest.mark.slow

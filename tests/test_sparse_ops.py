@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import oracle
 from mlxsae import SparseCode, ops, to_dense
+from mlxsae.code import DenseCode
 from tools import DTYPES, array, finite_difference, graph_of, numpy
 
 SHAPES = [
@@ -226,9 +227,14 @@ def test_tokens_since_fired(dtype):
 
 def test_an_index_out_of_range_is_an_error_when_evaluated():
     code = SparseCode(mx.ones((2, 2)), mx.array([[0, 1], [2, 50]], dtype=mx.uint32))
-    with pytest.raises(Exception, match=r"indices must be below d_sae=20 but got 50"):
+    with pytest.raises(RuntimeError, match=r"indices must be below d_sae=20 but got 50"):
         mx.eval(ops.sparse_decode(code, mx.zeros((20, 4))))
     mx.eval(ops.sparse_decode(code, mx.zeros((51, 4))))  # the stream works on
+
+
+def fired(code, counts=None, **options):
+    counts = mx.zeros(20, mx.int32) if counts is None else counts
+    return ops.update_tokens_since_fired(counts, code, **options)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +254,13 @@ def test_an_index_out_of_range_is_an_error_when_evaluated():
             lambda c, w: ops.update_tokens_since_fired(mx.zeros(20, mx.int32), c, n_tokens=-1),
             "n_tokens must be at least 0",
         ),
+        (lambda c, w: fired(DenseCode(mx.zeros((5, 20))), mx.zeros(20)), "must be int32"),
+        (
+            lambda c, w: fired(DenseCode(mx.zeros((5, 1)))),
+            "values must have shape [n, d_sae] = [n, 20] but got (5, 1)",
+        ),
+        (lambda c, w: fired(DenseCode(mx.zeros((2, 5, 20)))), "values must have shape [n, d_sae]"),
+        (lambda c, w: fired(DenseCode(mx.zeros((5, 20))), n_tokens=-1), "n_tokens must be at least 0"),
     ],
 )
 def test_malformed(call, message):
@@ -275,3 +288,13 @@ def test_backends_tell_what_runs():
     with ops.plain():
         assert all(row["cpu"] == "fallback" for row in ops.backends().values())
     assert ops.backends() == table
+
+
+def test_every_op_tells_what_it_takes_gives_and_refuses():
+    for name in ("encoder_shadow", "topk_encode", "topk_encode_masked", "batch_topk_encode", "threshold_encode",
+                 "threshold_encode_capped", "sparse_decode", "gather_dot", "sparse_outer", "decode_residual",
+                 "update_tokens_since_fired", "feature_update"):  # fmt: skip
+        text = getattr(ops, name).__doc__
+        assert "Args:" in text, name
+        assert "Raises:" in text, name
+        assert "Returns:" in text or "The shadow" in text, name

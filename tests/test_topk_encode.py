@@ -359,6 +359,28 @@ def test_wide_inputs(n, d_in, dtype):
     check(x, w, b, 9, ops.topk_encode(x, w, b, k=9))
 
 
+@pytest.mark.skipif(
+    mx.default_device() != mx.cpu, reason="a GPU has no memory that costs nothing unless touched"
+)
+def test_weights_of_over_two_to_the_31_numbers():
+    """Places in a large encoder or decoder are 64-bit. Of its 4 GiB only the last row is written, and no page of the
+    rest becomes memory of its own; it reads as zeros."""
+    d_in, last = 4096, 2**19
+    w = ops.unwritten((last + 1, d_in), mx.float16)
+    assert w.size > 2**31
+    np.array(w, copy=False)[last] = 1
+    x, code = (
+        mx.ones((1, d_in), mx.float16),
+        SparseCode(mx.full((1, 2), 0.5), mx.array([[0, last]], mx.uint32)),
+    )
+    assert ops.gather_dot(x, w, code.indices).tolist() == [[0, d_in]]
+    assert mx.array_equal(ops.sparse_decode(code, w), 0.5 * x)
+    assert ops.decode_residual(code, w, x)[1].tolist() == [d_in / 4]
+    found = ops.topk_encode(x, w, k=2)
+    assert found.indices.tolist() == [[0, last]]
+    assert found.values.tolist() == [[0, d_in]]
+
+
 @pytest.mark.parametrize(
     ("n", "d_sae", "k", "k_aux", "share"),
     [

@@ -3,8 +3,13 @@
 Every weight argument is feature-major: an encoder ``[d_sae, d_in]``, a decoder ``[d_sae, d_out]``, a feature a row (an
 SAE's public ``W_enc.T`` is such a view, and is recognised without a copy). Floating types are float32, float16 and
 bfloat16 in any mixture; accumulation is in float32. All but :func:`update_tokens_since_fired`,
-:func:`encoder_shadow` and :func:`feature_update` are differentiable to any order, and all but :func:`threshold_encode` work under ``mx.compile`` and ``mx.vmap``. Where a device has no kernel of ours, plain MLX ops run
-instead; :func:`backends` tells.
+:func:`encoder_shadow` and :func:`feature_update` are differentiable to any order, and all but :func:`threshold_encode`
+work under ``mx.compile`` and ``mx.vmap`` (of :func:`feature_update` return the arrays: ``mx.vmap`` takes no None). Where
+a device has no kernel of ours, plain MLX ops run instead; :func:`backends` tells.
+
+What does not fit raises ``ValueError`` when the op is called, and what is no array ``TypeError``. Where a code's indices
+are not below ``d_sae``, or offsets do not ascend from 0 to at most ``nnz``, is seen when the result is evaluated on the
+CPU: a ``RuntimeError``; a GPU does not look.
 """
 
 from __future__ import annotations
@@ -54,7 +59,9 @@ class Shadow(NamedTuple):
 
 
 def encoder_shadow(w_enc: mx.array, *, dtype: mx.Dtype | None = None, stream: Stream = None) -> Shadow:
-    """The shadow of ``w_enc [d_sae, d_in]``, for certified encoding. Make it anew whenever ``w_enc`` changes.
+    r"""The shadow of ``w_enc [d_sae, d_in]``, for certified encoding. Make it anew whenever ``w_enc`` changes.
+
+    .. math:: |x W_j - x_{16} W_{16,j}| \le |x| \, |W_j - W_{16,j}| + |x - x_{16}| \, |W_{16,j}| + \text{rounding}
 
     Args:
         w_enc: converted to float32.
@@ -130,7 +137,9 @@ def topk_encode_masked(
     tf32: bool = False,
     stream: Stream = None,
 ) -> tuple[SparseCode, SparseCode]:
-    """:func:`topk_encode`, and from the same product the ``k_aux`` largest among masked features, then relu.
+    r""":func:`topk_encode`, and from the same product the ``k_aux`` largest among masked features, then relu.
+
+    .. math:: f' = \mathrm{relu}(\mathrm{top}_{k_{aux}}(z_j : \mathrm{mask}_j))
 
     Args:
         x, w_enc, b_enc, k, shadow, tf32: as in :func:`topk_encode`.
@@ -138,7 +147,13 @@ def topk_encode_masked(
         k_aux: slots of the second selection, in ``(0, d_sae]``. Where fewer features are masked the others are unused.
 
     Returns:
-        The code and the masked code.
+        The code and the masked code ``(values [n, k_aux], indices [n, k_aux])``, of the same types. Each has the gradient
+        of its own entries.
+
+    Raises:
+        ValueError: as :func:`topk_encode`; for another ``mask`` or ``k_aux``.
+
+    Source: Gao et al., *Scaling and evaluating sparse autoencoders*, 2024, appendix A.2.
     """
     values, indices, aux_values, aux_indices = _ext.topk_encode_masked(
         x, w_enc, b_enc, mask, k=k, k_aux=k_aux, shadow=shadow, tf32=tf32, stream=stream
@@ -203,9 +218,16 @@ def threshold_encode_capped(
 ) -> tuple[SparseCodeCSR, mx.array]:
     """:func:`threshold_encode` with room for ``capacity`` entries: no synchronisation, so it works in ``mx.compile``.
 
+    Args:
+        x, w_enc, b_enc, threshold: as in :func:`threshold_encode`.
+        capacity: entries that the code has room for, in all, in ``[0, 2**31 - 1)``.
+
     Returns:
         ``(code, overflow)``: ``nnz = capacity``; entries from ``offsets[n]`` on are in no row (value 0, index 0).
         ``overflow`` is one bool: True where there were more entries, of which the first by row and feature were kept.
+
+    Raises:
+        ValueError: as :func:`threshold_encode`; for another ``capacity``.
     """
     *code, count = _ext.threshold_encode(x, w_enc, b_enc, threshold, capacity=capacity, stream=stream)
     return SparseCodeCSR(*code), mx.greater(count, capacity, stream=stream)
@@ -240,14 +262,22 @@ def threshold_encode(
         ``SparseCodeCSR`` with ``nnz`` the number of entries. The gradient is that of the entries.
 
     Raises:
-        ValueError: for other ranks, sizes or types.
+        ValueError: for other ranks, sizes or types; within ``mx.compile`` and ``mx.vmap``.
 
     Source: Rajamanoharan et al., *Jumping ahead*, 2024, section 3.
     """
     room = min(256 * x.shape[0], 2**31 - 2) if x.ndim == 2 else 0
     while True:
         *code, count = _ext.threshold_encode(x, w_enc, b_enc, threshold, capacity=room, stream=stream)
-        mx.eval(code, count)  # the documented synchronisation
+        try:
+            mx.eval(code, count)  # the documented synchronisation
+        except ValueError as e:
+            if "function transformations" not in str(e):
+                raise
+            raise ValueError(
+                "[threshold_encode] must run outside of mx.compile and mx.vmap, as it waits for its result: within them "
+                "use threshold_encode_capped."
+            ) from e
         nnz = int(count)  # type: ignore[arg-type]
         if nnz <= room:
             values, indices, offsets = code
@@ -275,8 +305,9 @@ def sparse_decode(
         ``[n, d_out]`` in the promoted type of values and ``w_dec``. Unused slots are skipped, whatever their row holds.
 
     Raises:
-        ValueError: for other ranks, sizes or types. An index that is not below ``d_sae``, or offsets that do not ascend
-            from 0 to at most ``nnz``, raise ``IndexError`` when the result is evaluated on the CPU.
+        ValueError: for other ranks, sizes or types.
+        RuntimeError: when evaluated on the CPU, for an index that is not below ``d_sae``, or offsets that do not ascend
+            from 0 to at most ``nnz``.
     """
     return _ext.sparse_decode(code.values, code.indices, w_dec, b_dec, offsets=_offsets(code), stream=stream)
 
@@ -295,6 +326,10 @@ def gather_dot(
 
     Returns:
         ``[n, k]``, or ``[nnz]``, in the promoted type of ``rows`` and ``weight``; 0 for entries that are in no row.
+
+    Raises:
+        ValueError: for other ranks, sizes or types.
+        RuntimeError: when evaluated on the CPU, for indices and offsets as in :func:`sparse_decode`.
     """
     if isinstance(indices, SparseCodeCSR):
         return _ext.gather_dot(rows, weight, indices.indices, offsets=indices.offsets, stream=stream)
@@ -312,7 +347,12 @@ def sparse_outer(code: Sparse, rows: mx.array, *, d_sae: int, stream: Stream = N
         d_sae: number of features.
 
     Returns:
-        ``[d_sae, d]``. Deterministic on the CPU: tokens are added in ascending order.
+        ``[d_sae, d]`` in the promoted type of values and ``rows``. Deterministic on the CPU: tokens are added in
+        ascending order.
+
+    Raises:
+        ValueError: for other ranks, sizes or types, and for ``d_sae < 1``.
+        RuntimeError: when evaluated on the CPU, for indices and offsets as in :func:`sparse_decode`.
     """
     return _ext.sparse_outer(
         code.values, code.indices, rows, d_sae=d_sae, offsets=_offsets(code), stream=stream
@@ -330,11 +370,27 @@ def update_tokens_since_fired(
         n_tokens: tokens of the batch; the rows of the code where None.
 
     Returns:
-        ``[d_sae]`` int32, saturating at 2**31 - 1.
+        ``[d_sae]`` int32, saturating at 2**31 - 1. NaN counts as fired.
+
+    Raises:
+        ValueError: for other ranks, sizes or types, and for ``n_tokens < 0``.
+        RuntimeError: when evaluated on the CPU, for indices and offsets as in :func:`sparse_decode`.
     """
     if n_tokens is None:
         n_tokens = tokens_of(code)
     if isinstance(code, DenseCode):
+        if tokens_since_fired.ndim != 1 or tokens_since_fired.dtype != mx.int32:
+            raise ValueError(
+                "[tokens_since_fired] tokens_since_fired must be int32 of shape [d_sae] but got "
+                f"{str(tokens_since_fired.dtype).removeprefix('mlx.core.')} {tokens_since_fired.shape}."
+            )
+        if code.values.ndim != 2 or code.values.shape[1] != tokens_since_fired.size:
+            raise ValueError(
+                f"[tokens_since_fired] values must have shape [n, d_sae] = [n, {tokens_since_fired.size}] but got "
+                f"{code.values.shape}."
+            )
+        if n_tokens < 0:
+            raise ValueError(f"[tokens_since_fired] n_tokens must be at least 0 but got {n_tokens}.")
         silent = mx.minimum(tokens_since_fired, 2**31 - 1 - n_tokens) + n_tokens
         return mx.where((code.values <= 0).all(axis=0, stream=stream), silent, 0, stream=stream)
     offsets = _offsets(code)
@@ -363,6 +419,10 @@ def decode_residual(
 
     Returns:
         ``residual [n, d_out]`` and ``square [n]``, float32.
+
+    Raises:
+        ValueError: for other ranks, sizes or types.
+        RuntimeError: when evaluated on the CPU, for indices and offsets as in :func:`sparse_decode`.
     """
     return _ext.decode_residual(
         code.values, code.indices, w_dec, target, b_dec, offsets=_offsets(code), stream=stream
@@ -442,6 +502,13 @@ def feature_update(
             first pass that computes the norm.
         shadow: the encoder's, to be renewed in the same pass.
 
+    Returns:
+        ``Updated(params, m, v, grad_norm, shadow)``: new values in the shapes and types of the old ones.
+
+    Raises:
+        ValueError: for other ranks, sizes or types, no terms, ``step < 1``; when differentiated.
+        RuntimeError: when evaluated on the CPU, for indices and offsets as in :func:`sparse_decode`.
+
     Deterministic, and independent of the number of threads.
     Source: Kingma and Ba, *Adam*, 2015, Algorithm 1; Bricken et al., *Towards monosemanticity*, 2023 (projection);
     Gupta et al., *Deep learning with limited numerical precision*, 2015 (stochastic rounding).
@@ -507,11 +574,17 @@ def num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Sets the threads of the CPU kernels, ``n >= 1``. No result depends on it."""
+    """Sets the threads of the CPU kernels. No result depends on it. Raises ``ValueError`` for ``n < 1``."""
     _ext.set_num_threads(n)
 
 
 def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An array whose memory nobody has written yet, for readers of files to fill (through a NumPy view) before it is
-    used: ``mx.zeros`` would write it first."""
+    used: ``mx.zeros`` would write it first.
+
+    Raises:
+        ValueError: for a negative length.
+    """
+    if min(shape, default=0) < 0:
+        raise ValueError(f"[unwritten] shape must have no negative length but got {shape}.")
     return _ext.unwritten(shape, dtype)

@@ -6,7 +6,7 @@
 // A sparse code is a pair (values [n, k], indices [n, k] uint32); a slot with value 0 is unused. Where the number of
 // entries varies from row to row it is (values [nnz], indices [nnz]) with offsets [n + 1] int64: row t holds the
 // entries offsets[t] to offsets[t + 1], offsets[0] = 0, and entries from offsets[n] on are in no row and never looked
-// at. Every op on codes takes such offsets; ones that do not ascend from 0 to at most nnz raise std::out_of_range when
+// at. Every op on codes takes such offsets; ones that do not ascend from 0 to at most nnz raise std::runtime_error when
 // the result is evaluated (on the CPU).
 //
 // All ops but `tokens_since_fired` and `feature_update` have derivatives (vjp, jvp) of every order, and vmap. On a
@@ -122,7 +122,7 @@ MLXSAE_API std::pair<CsrCode, mlx::core::array> threshold_encode(const mlx::core
 /**
  * x_hat[t] = sum_i values[t, i] w_dec[indices[t, i]] + b_dec, [n, d_out].
  *
- * Unused slots are skipped whatever their row holds. An index that is not below d_sae raises std::out_of_range when
+ * Unused slots are skipped whatever their row holds. An index that is not below d_sae raises std::runtime_error when
  * the array is evaluated (on the CPU).
  */
 MLXSAE_API mlx::core::array sparse_decode(const mlx::core::array& values, const mlx::core::array& indices,

@@ -12,6 +12,8 @@ from mlxsae.bench import time_step
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
 from mlxsae.cli.run_file import device, versions
+from mlxsae.sae import RULES
+from mlxsae.train.config import PRECISIONS
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +27,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--d-in", type=kinds.whole(), default=1024, help="(%(default)s)")
     step.add_argument("--d-sae", type=kinds.whole(), default=16_384, help="(%(default)s)")
     step.add_argument("--k", type=kinds.whole(), default=32, help="(%(default)s)")
-    step.add_argument("--rule", type=kinds.rule, default="topk", help="(%(default)s)")
-    step.add_argument("--precision", type=kinds.precision, default="float32", help="(%(default)s)")
+    step.add_argument(
+        "--rule", type=kinds.rule, default="topk", help=f"{', '.join(sorted(RULES))} (%(default)s)"
+    )
+    step.add_argument(
+        "--precision",
+        type=kinds.precision,
+        default="float32",
+        help=f"of the encoder's product: {', '.join(PRECISIONS)} (%(default)s)",
+    )
     step.add_argument(
         "--aux",
         action=argparse.BooleanOptionalAction,

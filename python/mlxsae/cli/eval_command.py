@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="text to evaluate on (what the training held out)")
     parser.add_argument("--text-field", help="where an object of the dataset keeps its text")
     parser.add_argument("--context-size", type=kinds.whole(2), help="tokens per row (that of the training)")
-    parser.add_argument("--heldout-tokens", type=kinds.whole(), default=50_000, help="(%(default)s)")
+    parser.add_argument("--heldout-tokens", type=kinds.whole(), help="(that of the training, else 50000)")
     parser.add_argument(
         "--lm-batch-size", type=kinds.whole(), default=16, help="rows per model pass (%(default)s)"
     )
@@ -53,17 +53,19 @@ def run(options: argparse.Namespace) -> int:
         missing = "--dataset" if model else "--model"
         raise ValueError(f"[eval] {missing} must be given: {options.directory} does not say which was used.")
     lm = lm_room.load(model)
+    data = trained.get("config", {}).get("sae", {}).get("data", {})
     text = TextSource(
         lm,
         Documents(dataset, options.text_field or (None if options.dataset else made.get("text_field"))),
         options.context_size or sae.metadata.get("context_size") or default_context(lm),
         options.lm_batch_size,
-        trained.get("config", {}).get("sae", {}).get("data", {}).get("validation_split", 0.1),
+        data.get("validation_split", 0.1),
     )
     hook_point = _hook_point(options, sae.metadata.get("hook_name"))
     # The same file under another name is still the text that was trained on; only a --dataset of its own is not.
     split = None if options.dataset and options.dataset != made.get("dataset") else "heldout"
-    metrics = evaluate_in_model(lm, sae, hook_point, text.heldout(options.heldout_tokens, split=split))
+    tokens = options.heldout_tokens or data.get("validation_tokens", 50_000)
+    metrics = evaluate_in_model(lm, sae, hook_point, text.heldout(tokens, split=split))
     if options.json:
         print(json.dumps(finite(metrics)))
         return 0

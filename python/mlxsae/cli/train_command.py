@@ -325,7 +325,7 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
         "buffer_tokens": buffer_tokens,
     }
     record.update(config=resolved)
-    text.heldout(1)  # no document in the split, no such file: found before the long part and not after
+    next(text.heldout(1))  # no document in the split, no such file: found before the long part and not after
 
     for point, sae in saes.items():
         say(f"reading activations of {point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")

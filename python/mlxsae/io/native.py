@@ -157,6 +157,8 @@ def load(directory: str | os.PathLike) -> SAE:
             raise ValueError(
                 f"[load] {key} must have shape {shape} by {CONFIG} but got {weights[key].shape}."
             )
+        if not mx.issubdtype(weights[key].dtype, mx.floating):
+            raise ValueError(f"[load] {key} must be floating point but got {weights[key].dtype}.")
     if config.get("rescale_acts_by_decoder_norm"):
         # Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms
         # folded in.

@@ -93,6 +93,11 @@ class Documents:
     """
 
     def __init__(self, source: str | os.PathLike[str] | Iterable[Any], text_field: str | None = None) -> None:
+        if not isinstance(source, (str, os.PathLike, Iterable)):
+            raise TypeError(
+                "[Documents] source must be a path, a name on the hub or an iterable of documents but got "
+                f"{type(source).__name__}."
+            )
         self._source, self._field = source, text_field
         self.once = not isinstance(source, (str, os.PathLike)) and iter(source) is source
 
@@ -279,7 +284,8 @@ def token_batches(
     Raises
     ------
     ValueError
-        Bad sizes, or no document in the split.
+        Bad sizes, or no document in the split; where `epochs` is None, none with a token that is not special,
+        which would be walked through for ever.
     """
     if context_size < 2 or batch_size < 1:
         raise ValueError(
@@ -301,7 +307,8 @@ def token_batches(
     if epochs != 1 and iter(texts) is texts:
         raise ValueError("[token_batches] texts must be a list, not an iterator, where epochs is not 1.")
 
-    def documents() -> Iterator[str]:
+    def documents() -> Iterator[list[int]]:
+        special = lm.special_ids
         for epoch in itertools.count() if epochs is None else range(epochs):
             part = (
                 text
@@ -317,7 +324,16 @@ def token_batches(
                     f"[token_batches] texts must hold at least one document in split {split!r} "
                     f"(heldout_fraction {heldout_fraction}) but hold none."
                 )
-            yield from itertools.chain((first,), part)
+            is_text = False
+            for text in itertools.chain((first,), part):
+                ids = lm.encode(text, bos=False)
+                is_text = is_text or not special.issuperset(ids)
+                yield ids
+            if epochs is None and not is_text:
+                raise ValueError(
+                    "[token_batches] texts must hold at least one token that is not special (such as the unknown "
+                    f"token) but hold none in split {split!r}."
+                )
 
     return _batches(lm, documents(), context_size, batch_size, max_tokens)
 
@@ -334,16 +350,16 @@ def _shuffled(texts: Iterable[str], rng: random.Random) -> Iterator[str]:
     yield from buffer
 
 
-def _rows(lm: LanguageModel, documents: Iterable[str], context_size: int) -> Iterator[list[int]]:
+def _rows(lm: LanguageModel, documents: Iterable[list[int]], context_size: int) -> Iterator[list[int]]:
     bos = lm.bos_id
     start = [] if bos is None else [bos]
     # Without a BOS the documents are told apart by an EOS, as in the text that such models were trained on.
     separator = start or sorted(lm.eos_ids)[:1]
     row = list(start)
-    for text in documents:
+    for ids in documents:
         if len(row) > len(start):
             row += separator
-        ids, at = lm.encode(text, bos=False), 0
+        at = 0
         while len(row) + len(ids) - at >= context_size:
             upto = at + context_size - len(row)
             yield row + ids[at:upto]
@@ -354,7 +370,11 @@ def _rows(lm: LanguageModel, documents: Iterable[str], context_size: int) -> Ite
 
 
 def _batches(
-    lm: LanguageModel, documents: Iterable[str], context_size: int, batch_size: int, max_tokens: int | None
+    lm: LanguageModel,
+    documents: Iterable[list[int]],
+    context_size: int,
+    batch_size: int,
+    max_tokens: int | None,
 ) -> Iterator[TokenBatch]:
     special_ids = lm.special_ids
     rows = _rows(lm, documents, context_size)

@@ -31,7 +31,9 @@ class SAE(nn.Module):
     ``decoder.weight [d_sae, d_out]``, ``decoder.bias [d_out]``. ``W_enc [d_in, d_sae]``, ``W_dec``, ``b_enc``
     and ``b_dec`` are the same arrays under the field's names and shapes; assigning to them works too.
 
-    Inputs are ``[..., d_in]`` with any leading dimensions and are cast to the SAE's dtype.
+    Inputs are ``[..., d_in]`` with any leading dimensions and are cast to the SAE's dtype. Rules of a threshold (JumpReLU,
+    ReLU, Gated, a trained BatchTopK) wait for their code, so such an SAE runs outside of ``mx.compile`` and ``mx.vmap``;
+    within them :func:`mlxsae.ops.threshold_encode_capped` is the op to use.
 
     Parameters
     ----------

@@ -371,6 +371,10 @@ def test_same_bits_in_every_run_and_with_every_number_of_threads():
     [
         (dict(step=0), "step must be at least 1"),
         (dict(terms=[]), "terms must hold the main term"),
+        (dict(loss=mx.zeros(3)), "loss must be one number but got shape (3)"),
+        (dict(loss=mx.zeros(0)), "loss must be one number"),
+        (dict(clip_norm=-1.0), "clip_norm must be at least 0 but got -1"),
+        (dict(clip_norm=float("nan")), "clip_norm must be at least 0"),
         (dict(x=mx.zeros((7, 6))), "must fit x"),
         (dict(x=mx.zeros((8, 5))), "must fit x"),
         (dict(x=mx.zeros((8, 6), dtype=mx.float16)), "must be float32"),
@@ -383,7 +387,7 @@ def test_same_bits_in_every_run_and_with_every_number_of_threads():
 )
 def test_malformed(change, message):
     x, terms, params, m, v = mlx_args(*problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1))
-    args = dict(x=x, terms=terms, params=params, m=m, v=v, step=1)
+    args = dict(x=x, terms=terms, params=params, m=m, v=v, step=1, loss=mx.array(1.0), clip_norm=0.0)
     args |= {name: new(args[name]) if callable(new) else new for name, new in change.items()}
     with pytest.raises(ValueError) as e:
         ops.feature_update(
@@ -392,7 +396,8 @@ def test_malformed(change, message):
             args["params"],
             args["m"],
             args["v"],
-            loss=mx.array(1.0),
+            loss=args["loss"],
+            clip_norm=args["clip_norm"],
             lr=0.1,
             step=args["step"],
         )

@@ -204,6 +204,32 @@ def test_code_keeps_its_type_through_transforms():
     assert grad.shape == code.values.shape
 
 
+def test_results_meet_arrays_that_are_stored_the_other_way_round():
+    """MLX walks two arrays in the order of their memory where their flags say that it is the same for both."""
+    rng = np.random.default_rng(0)
+    code, w, x = problem(rng, 5, 7, 33, 4, mx.float32)
+    params = ops.Params(w, mx.zeros(33), w, mx.zeros(7))
+    zeros = ops.Params(*map(mx.zeros_like, params))
+    term = ops.Term(ops.decode_residual(code, w, x)[0], code, mx.array(1.0))
+    updated = ops.feature_update(x, [term], params, zeros, zeros, loss=mx.array(1.0), lr=0.1, step=1)
+    for result in (
+        ops.topk_encode(x, w, k=3).values,
+        ops.topk_encode(x, w, k=3).indices,
+        ops.sparse_decode(code, w),
+        ops.gather_dot(x, w, code.indices),
+        ops.sparse_outer(code, x, d_sae=33),
+        ops.decode_residual(code, w, x)[0],
+        ops.encoder_shadow(w)[1],
+        updated.params.w_enc,
+        updated.m.w_enc,
+    ):
+        other = mx.contiguous(result.T).T
+        mx.eval(other)
+        assert mx.array_equal(result, other)
+        assert mx.all(result - other == 0).item()
+        np.testing.assert_array_equal(np.array(result * other), np.array(result) * np.array(other))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_since_fired(dtype):
     rng = np.random.default_rng(0)

@@ -33,7 +33,10 @@ void allocate(mx::array& out) {
   constexpr uintptr_t line = 64;
   auto data = mx::allocator::malloc(out.nbytes() + line);
   uintptr_t skip = -reinterpret_cast<uintptr_t>(data.buffer().raw_ptr()) % line;
-  out.set_data(std::move(data), out.size(), out.strides(), out.flags(), static_cast<int64_t>(skip));
+  // An array without memory has all flags set; a matrix is not contiguous by columns as well as by rows.
+  auto flags = out.flags();
+  flags.col_contiguous = std::count_if(out.shape().begin(), out.shape().end(), [](auto n) { return n > 1; }) <= 1;
+  out.set_data(std::move(data), out.size(), out.strides(), flags, static_cast<int64_t>(skip));
 #if defined(__linux__)
   advise(out.data<char>(), out.nbytes(), MADV_HUGEPAGE);
 #endif

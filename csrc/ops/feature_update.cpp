@@ -115,6 +115,8 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
          v.size(), " arrays.");
   if (terms.empty()) fail(op, "terms must hold the main term but is empty.");
   if (options.step < 1) fail(op, "step must be at least 1 but got ", options.step, ".");
+  if (!(options.clip_norm >= 0)) fail(op, "clip_norm must be at least 0 but got ", options.clip_norm, ".");
+  if (loss.size() != 1) fail(op, "loss must be one number but got shape ", loss.shape(), ".");
   Arrays inputs{x, mx::astype(loss, mx::float32, s)};
   int n = x.ndim() == 2 ? x.shape(0) : -1, d_out = params[2].ndim() == 2 ? params[2].shape(1) : -1;
   std::vector<bool> csr;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -91,6 +91,18 @@ class Gated(Rule):
     def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
         return _bias(pre_acts, l0)
 
+    def for_raw(
+        self,
+        parameters: dict[str, Any],
+        weight: mx.array,
+        read: Callable[[mx.array], mx.array],
+        mean: mx.array | None,
+    ) -> dict[str, Any]:
+        if mean is None:
+            return parameters
+        away = mx.exp(parameters["r_mag"]) * (weight @ mean)
+        return parameters | {"b_mag": parameters["b_mag"] - away}
+
     @staticmethod
     def _magnitude(along: mx.array, r_mag: mx.array, b_mag: mx.array) -> mx.array:
         return mx.exp(r_mag) * along + b_mag
@@ -151,3 +163,13 @@ class SigmoidGated(Rule):
         if "gate_weight" not in self:
             self.gate_weight = mx.random.normal((d_sae, d_in), key=mx.random.key(d_sae)) / d_in**0.5
             self.gate_bias = mx.zeros(d_sae)
+
+    def for_raw(
+        self,
+        parameters: dict[str, Any],
+        weight: mx.array,
+        read: Callable[[mx.array], mx.array],
+        mean: mx.array | None,
+    ) -> dict[str, Any]:
+        gate, bias = read(parameters["gate_weight"]), parameters["gate_bias"]
+        return parameters | {"gate_weight": gate, "gate_bias": bias if mean is None else bias - gate @ mean}

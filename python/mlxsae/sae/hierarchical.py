@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Self
 
 import mlx.core as mx
@@ -215,6 +216,16 @@ class Hierarchical(Rule):
 
     def constrain(self, parameters: dict[str, Any]) -> dict[str, Any]:
         return {level: self[level].constrain(of) for level, of in parameters.items()}
+
+    def for_raw(
+        self,
+        parameters: dict[str, Any],
+        weight: mx.array,
+        read: Callable[[mx.array], mx.array],
+        mean: mx.array | None,
+    ) -> dict[str, Any]:
+        own = {"coarse": weight[: self.d_coarse], "fine": weight[self.d_coarse :]}
+        return {level: self[level].for_raw(of, own[level], read, mean) for level, of in parameters.items()}
 
 
 def _joined(coarse: Code, fine: Code, cut: int) -> Code:

@@ -8,6 +8,7 @@ learns something from what it sees, overrides :meth:`Rule.learn`. A rule may own
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import mlx.core as mx
@@ -121,6 +122,20 @@ class Rule(nn.Module):
 
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         """The rule's parameters, back where they must lie, after an optimiser step."""
+        return parameters
+
+    def for_raw(
+        self,
+        parameters: dict[str, Any],
+        weight: mx.array,
+        read: Callable[[mx.array], mx.array],
+        mean: mx.array | None,
+    ) -> dict[str, Any]:
+        """The rule's parameters for raw activations after training on normalised ones, so that latents stay what they are:
+        ``read(rows)`` is what rows that read the input become, ``weight`` the encoder's already, ``mean [d_in]`` what the
+        input is off by then, None where ``b_dec`` sees to it. A rule that reads its input by itself, or takes the product
+        with the encoder without its bias, must follow; pre-activations do not change.
+        """
         return parameters
 
     def with_k(self, k: int) -> Rule:

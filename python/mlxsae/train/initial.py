@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxsae.sae import SAE, CrossLayerTranscoder, Decoder, Encoder, Gated, SigmoidGated
 
@@ -163,8 +164,17 @@ def initialize(sae: SAE, x: mx.array, y: mx.array | None = None, *, how: str = "
 
 
 def waits_for_data(sae: SAE) -> bool:
-    """Whether :func:`begin` has something to do: a rule that chooses by a threshold, in an SAE that was never trained."""
-    return sae.rule.starts_from_data and untrained(sae)
+    """Whether :func:`begin` has something to do: a rule that chooses by a threshold, in an SAE that was never trained and
+    whose encoder and rule are free to follow.
+    """
+    free = not any(name.startswith(("encoder", "rule")) for name in frozen(sae))
+    return sae.rule.starts_from_data and untrained(sae) and free
+
+
+def frozen(sae: Any) -> set[str]:
+    """Names of the parameters that training leaves alone."""
+    named, free = (tree_flatten(p) for p in (sae.parameters(), sae.trainable_parameters()))
+    return {name for name, _ in named} - {name for name, _ in free}
 
 
 def untrained(sae: SAE) -> bool:

@@ -138,6 +138,14 @@ class Rule(nn.Module):
         """
         return parameters
 
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        """The rule's parameters where the latents ``dead [m]`` are made anew (resampling), their encoder rows along unit
+        ``directions [m, d_in]`` at ``size`` times the living's norm and their biases 0: what kept them silent must go.
+        """
+        return parameters
+
     def with_k(self, k: int) -> Rule:
         """The rule with another ``k`` (annealing)."""
         other = copy.copy(self)
@@ -349,6 +357,11 @@ class JumpReLU(Rule):
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         return parameters | {"threshold": mx.maximum(parameters["threshold"], 0)}
 
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        return _renewed_threshold(parameters, dead, size)
+
     def prepare(self, d_in: int, d_sae: int) -> None:
         if "threshold" not in self:
             first = _FIRST_THRESHOLD if self.initial_threshold is None else self.initial_threshold
@@ -419,6 +432,11 @@ class TopKJumpReLU(Rule):
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         return parameters | {"threshold": mx.maximum(parameters["threshold"], 0)}
 
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        return _renewed_threshold(parameters, dead, size)
+
     def rescale(self, factor: mx.array) -> None:
         self.threshold = self.threshold * factor
 
@@ -471,6 +489,26 @@ def quantile(pre_acts: mx.array, l0: float) -> mx.array:
     flat = mx.sort(pre_acts.astype(mx.float32).flatten())
     place = flat.size - min(max(round(l0 * pre_acts.shape[0]), 1), flat.size)
     return mx.maximum(flat[place], 0)
+
+
+def with_rows(a: mx.array, rows: mx.array, new: mx.array) -> mx.array:
+    """``a [n, ...]`` with ``new [m, ...]`` in its ``rows [m]``."""
+    places = mx.broadcast_to(rows.reshape(-1, *(1,) * (a.ndim - 1)), (rows.shape[0], *a.shape[1:]))
+    return mx.put_along_axis(a, places, mx.broadcast_to(new, places.shape).astype(a.dtype), axis=0)
+
+
+def mean_of_others(a: mx.array, rows: mx.array) -> mx.array:
+    """The mean of ``a [n]`` outside ``rows [m]``; of all of it where none is outside."""
+    weight = mx.ones(a.shape[0]).at[rows].add(-1.0)
+    weight = weight if rows.shape[0] < a.shape[0] else mx.ones(a.shape[0])
+    return (a * weight).sum() / weight.sum()
+
+
+def _renewed_threshold(parameters: dict[str, Any], dead: mx.array, size: float) -> dict[str, Any]:
+    if "threshold" not in parameters:  # frozen
+        return parameters
+    threshold = parameters["threshold"]
+    return parameters | {"threshold": with_rows(threshold, dead, size * mean_of_others(threshold, dead))}
 
 
 def positive_int(who: str, name: str, value: Any) -> int:

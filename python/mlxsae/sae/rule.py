@@ -147,7 +147,7 @@ class Rule(nn.Module):
         return parameters
 
     def with_k(self, k: int) -> Rule:
-        """The rule with another ``k`` (annealing)."""
+        """The rule with another ``k`` (annealing); ValueError of a rule that cannot."""
         other = copy.copy(self)
         other.k = k
         return other
@@ -363,6 +363,8 @@ class JumpReLU(Rule):
         return _renewed_threshold(parameters, dead, size)
 
     def prepare(self, d_in: int, d_sae: int) -> None:
+        if self.k is not None:
+            at_most_d_sae(self.k, d_sae)
         if "threshold" not in self:
             first = _FIRST_THRESHOLD if self.initial_threshold is None else self.initial_threshold
             self.threshold = mx.full(d_sae, first, mx.float32)
@@ -373,6 +375,9 @@ class JumpReLU(Rule):
 
     def thresholds(self) -> mx.array:
         return self.threshold
+
+    def with_k(self, k: int) -> Rule:
+        raise ValueError(f"[JumpReLU] k must not be annealed, since only the loss aims at it, but got k={k}.")
 
     @property
     def starts_from_data(self) -> bool:
@@ -466,6 +471,9 @@ class GroupMax(Rule):
         begins = mx.arange(self.k, dtype=mx.uint32) * groups.shape[-1]
         indices = mx.argmax(groups, axis=-1) + begins
         return SparseCode(nn.relu(ops.gather_dot(x, weight, indices) + bias[indices]), indices)
+
+    def with_k(self, k: int) -> Rule:
+        raise ValueError(f"[GroupMax] k must not be annealed, since it must divide d_sae, but got k={k}.")
 
     def prepare(self, d_in: int, d_sae: int) -> None:
         if d_sae % self.k:

@@ -110,6 +110,33 @@ def test_flat_names_build_nested_configurations() -> None:
     assert {"learning_rate", "use_wandb", "lr_scheduler"} <= set(FLAT_NAMES)
 
 
+def test_flat_names_that_mean_a_term_of_the_architecture() -> None:
+    """They did nothing, or took the place of terms that the rule cannot do without."""
+
+    def terms(**options: Any) -> Any:
+        return SAEConfig(**options).train.loss.terms
+
+    assert terms(architecture="relu", use_ghost_grads=True) == {"ghost_gradients": 0.1, "l1": 1e-2}
+    assert terms(architecture="jumprelu", use_ghost_grads=True) == {"ghost_gradients": 0.1, "l0_target": 1.0}
+    assert terms(architecture="relu", use_ghost_grads=True, l1_coefficient=0.5) == {
+        "ghost_gradients": 0.1,
+        "l1": 0.5,
+    }
+    assert terms(architecture="gated", l1_coefficient=0.5) == {"gate_l1": 0.5, "gate_reconstruction": 1.0}
+    assert terms(architecture="topk", use_ghost_grads=True) is None  # AuxK
+    assert terms(architecture="relu") is None
+    gated = SAEConfig(architecture="gated", d_sae=48, l1_coefficient=1e-2)
+    assert SAEConfig.from_dict(json.loads(json.dumps(gated.to_dict()))) == gated
+    sae = gated.build(16)
+    fit(sae, ArraySource(dictionary_data(), batch_size=64), replace(gated.train, total_tokens=20 * 64))
+    with pytest.raises(
+        ValueError, match="terms must have gate_reconstruction for a Gated, whose gate learns"
+    ):
+        LossConfig(terms={"l1": 1.0}).build(sae)
+    with pytest.raises(ValueError, match="target_l0 must be at most d_sae=48 but got 49"):
+        LossConfig(target_l0=49).build(sae)
+
+
 @pytest.mark.parametrize(
     ("architecture", "more", "wanted"),
     [

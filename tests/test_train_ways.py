@@ -110,6 +110,20 @@ def test_constant_and_stepwise_schedules() -> None:
     assert shapes["steps"] == shapes["fractions"]
 
 
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0])
+def test_a_schedule_that_goes_wrong_is_named(factor: float) -> None:
+    """Before it makes the weights NaN, which no guard of the loss would see in time."""
+    sae = new_sae()
+    before = weights(sae)
+    with pytest.raises(
+        ValueError, match=rf"rate must be finite and at least 0 but is {factor * 3e-3} in step 5"
+    ):
+        fit(sae, source(), config(), schedule=lambda step: factor if step == 5 else 1.0)
+    after = weights(sae)
+    assert all(np.isfinite(a).all() for a in after.values())
+    assert (after["encoder.weight"] != before["encoder.weight"]).any()
+
+
 # ---- gradients ---------------------------------------------------------------------------------------------
 
 

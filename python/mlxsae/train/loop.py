@@ -823,6 +823,10 @@ def _advance(run: Run, batch: _Batch) -> None:
     scaled, target = batch.pair(run)
     n = scaled.shape[0]
     lr = run.learning_rate(state.step)
+    if not 0 <= lr < math.inf:
+        raise ValueError(
+            f"[fit] the learning rate must be finite and at least 0 but is {lr} in step {state.step} (counted from 0)."
+        )
     more: dict[str, Any] = {} if (context := batch.context(run)) is None else {"context": context}
     arrays, metrics = run.engine.step(
         state.arrays, scaled, target, lr=lr, step=state.step, auxk=state.auxk_active, **more

@@ -179,6 +179,15 @@ def test_a_users_module_as_activation_trains() -> None:
     assert evaluate(sae, [mx.array(X)])["fvu"] < 0.2
 
 
+def test_activations_that_cannot_be() -> None:
+    with pytest.raises(TypeError, match="fn must be a function of pre-activations but got 'relu'"):
+        Activation("relu")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"fn must keep the shape \(40, 48\) of pre-activations but gave \(40, 5\)"
+    ):
+        SAE(D, D_SAE, rule=Activation(lambda z: z[:, :5])).encode(mx.array(X))
+
+
 def test_tied_weights_are_one_parameter() -> None:
     sae = SAE(D, D_SAE, k=K, tied=True, seed=0)
     assert sorted(n for n, _ in tree_flatten(sae.parameters())) == [

@@ -432,6 +432,10 @@ def test_modules_that_do_not_fit_are_named() -> None:
         fit(Lone(D, D), source(), own())
     with pytest.raises(ValueError, match=r"normalize must be none and b_dec_init keep for a module"):
         fit(Wide(D, 8), source(), config())
+    with pytest.raises(
+        ValueError, match="decoder_init must be None or keep for a module of your own but got"
+    ):
+        fit(Wide(D, 8), source(), own(decoder_init="pca"))
     with pytest.raises(ValueError, match=r"\[fit\] loss must be a function \(x, x_recon, z, step\)"):
         fit(Wide(D, 8), source(), own(), loss=L.Loss({"mse": (1.0, L.mse)}))
     with pytest.raises(

@@ -46,10 +46,17 @@ class Activation(Rule):
 
     def __init__(self, fn: Callable[[mx.array], mx.array]):
         super().__init__()
+        if not callable(fn):
+            raise TypeError(f"[Activation] fn must be a function of pre-activations but got {fn!r}.")
         self.fn = fn
 
     def select(self, pre_acts: mx.array) -> DenseCode:
-        return DenseCode(self.fn(pre_acts))
+        acts = self.fn(pre_acts)
+        if acts.shape != pre_acts.shape:
+            raise ValueError(
+                f"[Activation] fn must keep the shape {pre_acts.shape} of pre-activations but gave {acts.shape}."
+            )
+        return DenseCode(acts)
 
 
 class Gated(Rule):

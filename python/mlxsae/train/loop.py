@@ -692,6 +692,10 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             "[fit] normalize must be none and b_dec_init keep for a module of your own "
             f"but got {config.normalize} and {config.b_dec_init}."
         )
+    if not widths.ours and config.decoder_init not in (None, "keep"):
+        raise ValueError(
+            f"[fit] decoder_init must be None or keep for a module of your own but got {config.decoder_init}."
+        )
     if widths.ours:
         _check_widths(widths, job.fields, start.sample)
     sides = (("in", 0), ("out", 1))[: len(fields)]

@@ -41,6 +41,7 @@ from mlxsae.train import (
     TranscoderConfig,
     directions,
     fit,
+    initialize,
     initialize_decoder_from_pca,
     initialize_encoder_as_transpose,
 )
@@ -176,6 +177,15 @@ def test_a_users_module_as_activation_trains() -> None:
     fit(sae, source(), settings(60))
     assert sae.rule.fn.slope.item() != pytest.approx(0.3)
     assert evaluate(sae, [mx.array(X)])["fvu"] < 0.2
+
+
+def test_activations_that_cannot_be() -> None:
+    with pytest.raises(TypeError, match="fn must be a function of pre-activations but got 'relu'"):
+        Activation("relu")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"fn must keep the shape \(40, 48\) of pre-activations but gave \(40, 5\)"
+    ):
+        SAE(D, D_SAE, rule=Activation(lambda z: z[:, :5])).encode(mx.array(X))
 
 
 def test_tied_weights_are_one_parameter() -> None:
@@ -555,6 +565,32 @@ def test_a_start_from_the_data_explains_more(how: str, d_out: int | None) -> Non
         if start == how and d_out is None:
             assert np.linalg.norm(np.array(sae.W_dec), axis=1) == pytest.approx(1, abs=1e-4)
     assert found[how] < (0.6 if d_out is None else 1) * found["keep"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: directions("pca", x, -5), r"\[directions\] n must be positive but got -5"),
+        (
+            lambda x: directions("pca", x[:0], 5),
+            r"\[directions\] x must have shape \[rows, d\] with rows > 0",
+        ),
+        (lambda x: initialize(SAE(8, 20, k=2), x * mx.nan), "x must be finite but holds NaN or inf"),
+        (lambda x: initialize(SAE(9, 20, k=2), x), r"x must have shape \[n, 9\] with n=10 but got \(10, 8\)"),
+        (
+            lambda x: initialize_decoder_from_pca(SAE(8, 20, k=2).decoder, []),
+            r"of width 8 but got \[\]",
+        ),
+        (lambda x: initialize_decoder_from_pca(SAE(9, 20, k=2).decoder, [x]), r"be of width 9 but got"),
+        (
+            lambda x: initialize_encoder_as_transpose(SAE(8, 20, k=2).encoder, SAE(8, 30, k=2).decoder),
+            r"must agree in shape but have \(20, 8\) and \(30, 8\)",
+        ),
+    ],
+)
+def test_starts_that_cannot_be(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(mx.random.normal((10, 8), key=mx.random.key(0)))
 
 
 def test_seeds_names_for_the_start() -> None:

@@ -17,7 +17,7 @@ from mlxsae import io, lm
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate
 from mlxsae.metrics.in_model import evaluate_in_model
-from mlxsae.sae import SAE
+from mlxsae.sae import SAE, HierarchicalSAE, JumpReLU
 from mlxsae.train import (
     DEFAULT_CROSSCODER_CONFIG,
     DEFAULT_SAE_CONFIG,
@@ -108,6 +108,33 @@ def test_flat_names_build_nested_configurations() -> None:
         SAEConfig(warmup_steps="long")
     assert nested({"seed": None}) == {}
     assert {"learning_rate", "use_wandb", "lr_scheduler"} <= set(FLAT_NAMES)
+
+
+def test_flat_names_that_mean_a_term_of_the_architecture() -> None:
+    """They did nothing, or took the place of terms that the rule cannot do without."""
+
+    def terms(**options: Any) -> Any:
+        return SAEConfig(**options).train.loss.terms
+
+    assert terms(architecture="relu", use_ghost_grads=True) == {"ghost_gradients": 0.1, "l1": 1e-2}
+    assert terms(architecture="jumprelu", use_ghost_grads=True) == {"ghost_gradients": 0.1, "l0_target": 1.0}
+    assert terms(architecture="relu", use_ghost_grads=True, l1_coefficient=0.5) == {
+        "ghost_gradients": 0.1,
+        "l1": 0.5,
+    }
+    assert terms(architecture="gated", l1_coefficient=0.5) == {"gate_l1": 0.5, "gate_reconstruction": 1.0}
+    assert terms(architecture="topk", use_ghost_grads=True) is None  # AuxK
+    assert terms(architecture="relu") is None
+    gated = SAEConfig(architecture="gated", d_sae=48, l1_coefficient=1e-2)
+    assert SAEConfig.from_dict(json.loads(json.dumps(gated.to_dict()))) == gated
+    sae = gated.build(16)
+    fit(sae, ArraySource(dictionary_data(), batch_size=64), replace(gated.train, total_tokens=20 * 64))
+    with pytest.raises(
+        ValueError, match="terms must have gate_reconstruction for a Gated, whose gate learns"
+    ):
+        LossConfig(terms={"l1": 1.0}).build(sae)
+    with pytest.raises(ValueError, match="target_l0 must be at most d_sae=48 but got 49"):
+        LossConfig(target_l0=49).build(sae)
 
 
 @pytest.mark.parametrize(
@@ -487,6 +514,46 @@ def test_dead_latents_are_made_anew(strategy: str, precision: str) -> None:
     assert revived.history[-1]["dead_fraction"] < 8 / 48
     assert revived.history[-1]["loss"] < plain.history[-1]["loss"]
     assert all(step <= 270 for step, _ in watcher.resampled)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["jumprelu", "topk_jumprelu", "gated", "sigmoid_gated", "hierarchical"]
+)
+def test_what_silences_a_latent_in_its_rule_goes_too(architecture: str) -> None:
+    """A threshold out of reach, a magnitude below 0, a gate that is shut: new encoder rows alone would stay silent."""
+    dead = mx.arange(48) % 4 == 0
+    if architecture == "hierarchical":
+        sae: SAE = HierarchicalSAE(16, 8, 40, coarse=JumpReLU(2), fine=JumpReLU(2), seed=0)
+        rule = sae.levels
+        rule.coarse.threshold, rule.fine.threshold = (
+            mx.where(part, 1e3, 0.05) for part in (dead[:8], dead[8:])
+        )
+    else:
+        sae = SAEConfig(d_sae=48, architecture=architecture, k=4).build(16)
+        name, shut, open_ = {"gated": ("b_mag", -1e3, 0.0), "sigmoid_gated": ("gate_bias", -1e3, 0.0)}.get(
+            architecture, ("threshold", 1e3, 0.05)
+        )
+        sae.rule[name] = mx.where(dead, shut, open_)
+    sae.b_enc = mx.full((48,), 1e-6)  # as a trained one, which is not begun anew
+    config = TrainConfig(
+        total_tokens=120 * 64, batch_size=64, wake=0.0, loss=LossConfig(auxk=None, dead_after=640)
+    )
+    watcher = DeadNeuronCallback(resample_every=40, sample_size=2000)
+    fit(sae, ArraySource(dictionary_data(), batch_size=64), config, callbacks=[watcher])
+    assert watcher.resampled[0][0] == 40
+    acts = np.array(sae.to_dense(sae.encode(mx.array(dictionary_data(2000, seed=7)))))
+    assert (acts[:, ::4] > 0).any(axis=0).sum() >= 4  # rows of a fifth of the size win where they can
+
+
+def test_resampling_says_what_it_cannot_do() -> None:
+    source = ArraySource(dictionary_data(), batch_size=64)
+    config = TrainConfig(total_tokens=20 * 64, batch_size=64, wake=0.0)
+    with pytest.warns(UserWarning, match="resample_every must be at most 18 for a run of 20 steps"):
+        fit(new_sae(), source, config, callbacks=[DeadNeuronCallback(resample_every=19)])
+    sae = new_sae()
+    sae.encoder.freeze(keys=["bias"])
+    with pytest.raises(ValueError, match="must train encoder and decoder of an SAE of ours"):
+        fit(sae, source, config, callbacks=[DeadNeuronCallback(resample_every=5)])
 
 
 def test_what_a_resampled_latent_is_made_of(tmp_path: Path) -> None:

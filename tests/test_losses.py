@@ -14,7 +14,18 @@ from mlxsae import lm, to_dense
 from mlxsae import loss as L
 from mlxsae.code import DenseCode
 from mlxsae.data import ContextActivations
-from mlxsae.sae import RULES, SAE, BatchTopK, Gated, JumpReLU, ReLU, SigmoidGated, TopK
+from mlxsae.sae import (
+    RULES,
+    SAE,
+    Activation,
+    BatchTopK,
+    CrossLayerTranscoder,
+    Gated,
+    JumpReLU,
+    ReLU,
+    SigmoidGated,
+    TopK,
+)
 from mlxsae.train import LossConfig, fit
 from test_rules import D_SAE, D, K, data, settings, source
 
@@ -174,6 +185,67 @@ def test_ghost_gradients_against_the_equations() -> None:
     assert L.GhostGradients()(forward(sae, x, L.Loss({}), dead=False)).item() == 0
     none = forward(sae, x, L.Loss({}))._replace(dead=mx.zeros(D_SAE, mx.bool_))
     assert L.GhostGradients()(none).item() == 0
+
+
+def test_ghost_gradients_of_large_pre_activations() -> None:
+    """Raw activations of some models have norms in the thousands: an exponential of them is over float32's range."""
+    sae, x = made(TopK(K)), mx.array(data(32))
+    sae.encoder.weight = 4000 * sae.encoder.weight
+    assert sae.pre_acts(x).max().item() > 200
+    value, grads = gradient(sae, L.GhostGradients(), x)
+    f = forward(sae, x, L.Loss({}))
+    assert value == pytest.approx(mx.square(x - f.y_hat).mean().item(), rel=0.05)
+    assert all(np.isfinite(g).all() for g in grads.values())
+    assert np.abs(grads["decoder.weight"][DEAD]).max() > 0
+    clt = CrossLayerTranscoder(8, 2, D_SAE, k=K)
+    code = clt.learn(x, {}).code
+    with pytest.raises(ValueError, match="the SAE must have one decoder but is a CrossLayerTranscoder"):
+        L.GhostGradients()(L.Forward(clt, x, x, code, clt.decode(code), mx.ones(2 * D_SAE, mx.bool_)))
+
+
+def test_multi_topk_follows_an_annealed_k() -> None:
+    """Of twice the k of the step, not of the k that the rule ends with."""
+    sae, x = made(TopK(K)), mx.array(data(32))
+    whole = made(TopK(2 * K))
+    annealed = L.MultiTopK(2)(forward(sae, x, L.Loss({}))._replace(k=2 * K))
+    assert annealed.item() == pytest.approx(L.MultiTopK(2)(forward(whole, x, L.Loss({}))).item(), rel=1e-6)
+    seen = []
+
+    def watch(f: L.Forward) -> mx.array:
+        seen.append(f.k)
+        return mx.array(0.0)
+
+    loss = L.Loss({"fvu": (1.0, L.fvu)}, terms={"watch": (1.0, watch)})
+    fit(SAE(D, D_SAE, k=K, seed=0), source(), settings(4, k_start=8, k_warmup=2), loss=loss)
+    assert seen == [8, 6, None, None]
+
+
+def test_penalties_of_negative_latents() -> None:
+    """An activation of one's own may give them: a norm counts their size and cannot fall below 0."""
+    sae, x = made(Activation(mx.tanh)), mx.array(data(32))
+    f = forward(sae, x, L.Loss({}))
+    acts = np.abs(np.array(f.code.values)) * np.linalg.norm(np.array(sae.W_dec), axis=1)
+    assert L.L1()(f).item() == pytest.approx(acts.sum(axis=1).mean(), rel=1e-5)
+    assert L.Tanh(3.0)(f).item() == pytest.approx(np.tanh(3 * acts).sum(axis=1).mean(), rel=1e-5)
+    assert L.Lp(0.5)(f).item() == pytest.approx((acts**0.5).sum(axis=1).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: L.Lp(-1.0), r"\[Lp\] p must be positive but got -1"),
+        (lambda: L.Lp(like=0.0), r"\[Lp\] like must be positive but got 0"),
+        (lambda: L.Lp(lambda step: 1 - step).scheduled(3), r"\[Lp\] p of step 3 must be positive but got -2"),
+        (lambda: L.Tanh(float("nan")), r"\[Tanh\] c must be positive but got nan"),
+        (lambda: L.L0Target(0), r"\[L0Target\] k must be positive but got 0"),
+        (lambda: L.L0Quadratic(-3), r"\[L0Quadratic\] k must be positive but got -3"),
+        (lambda: L.MultiTopK(0), r"\[MultiTopK\] factor must be a positive whole number but got 0"),
+        (lambda: L.MultiTopK(1.5), r"\[MultiTopK\] factor must be a positive whole number but got 1.5"),
+    ],
+)
+def test_terms_out_of_range(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_the_gate_learns_from_its_terms_alone_and_the_decoder_not_from_the_gate() -> None:

@@ -180,6 +180,21 @@ def test_frozen_parameters_stay() -> None:
         fit(sae, source(), config())
 
 
+@pytest.mark.parametrize("name", ["encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"])
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu"])
+def test_a_start_from_the_data_leaves_frozen_parameters(architecture: str, name: str) -> None:
+    """What comes out is what was trained: with a start in their place, it would have been trained around others."""
+    sae = SAEConfig(d_sae=D_SAE, architecture=architecture, k=K).build(D)
+    part, key = name.split(".")
+    sae[part].freeze(keys=[key])
+    before = weights(sae)[name]
+    held_out = dictionary_data(512, seed=7)
+    settings = config(decoder_init="data", loss=LossConfig(auxk=None))
+    found = fit(sae, source(), settings, validation=held_out).validations[-1]
+    np.testing.assert_array_equal(weights(sae)[name], before)
+    assert evaluate(sae, [mx.array(held_out)])["fvu"] == pytest.approx(found["val_fvu"], rel=0.05)
+
+
 def test_sixteen_bit_saes_train_in_float32() -> None:
     low, full = new_sae(dtype=mx.bfloat16), new_sae()
     full.update({k: v for k, v in low.parameters().items()})

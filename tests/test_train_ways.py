@@ -20,7 +20,7 @@ from mlxsae import loss as L
 from mlxsae.analysis import steer
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate
-from mlxsae.sae import RULES, SAE, Activation, Crosscoder, CrossLayerTranscoder
+from mlxsae.sae import RULES, SAE, Activation, Crosscoder, CrossLayerTranscoder, of_rule
 from mlxsae.train import (
     OPTIMIZERS,
     Callback,
@@ -108,6 +108,20 @@ def test_constant_and_stepwise_schedules() -> None:
         shapes[name] = [r["lr"] for r in fit(new_sae(), source(), config(log_every=1, optimizer=o)).history]
     np.testing.assert_allclose(shapes["constant"], [1e-3 * min(1, (i + 1) / 5) for i in range(60)], rtol=1e-5)
     assert shapes["steps"] == shapes["fractions"]
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0])
+def test_a_schedule_that_goes_wrong_is_named(factor: float) -> None:
+    """Before it makes the weights NaN, which no guard of the loss would see in time."""
+    sae = new_sae()
+    before = weights(sae)
+    with pytest.raises(
+        ValueError, match=rf"rate must be finite and at least 0 but is {factor * 3e-3} in step 5"
+    ):
+        fit(sae, source(), config(), schedule=lambda step: factor if step == 5 else 1.0)
+    after = weights(sae)
+    assert all(np.isfinite(a).all() for a in after.values())
+    assert (after["encoder.weight"] != before["encoder.weight"]).any()
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------
@@ -418,6 +432,10 @@ def test_modules_that_do_not_fit_are_named() -> None:
         fit(Lone(D, D), source(), own())
     with pytest.raises(ValueError, match=r"normalize must be none and b_dec_init keep for a module"):
         fit(Wide(D, 8), source(), config())
+    with pytest.raises(
+        ValueError, match="decoder_init must be None or keep for a module of your own but got"
+    ):
+        fit(Wide(D, 8), source(), own(decoder_init="pca"))
     with pytest.raises(ValueError, match=r"\[fit\] loss must be a function \(x, x_recon, z, step\)"):
         fit(Wide(D, 8), source(), own(), loss=L.Loss({"mse": (1.0, L.mse)}))
     with pytest.raises(
@@ -472,6 +490,35 @@ def test_normalisation_folds_into_the_weights(d_out: int | None, normalize: str,
     assert evaluate(sae, [pair])["fvu"] < 0.5
 
 
+@pytest.mark.parametrize("normalize", ["expected_norm", "mean_std", "whiten"])
+@pytest.mark.parametrize("d_out", [None, 9])
+@pytest.mark.parametrize("architecture", sorted(RULES))
+def test_normalisation_folds_into_every_rule(architecture: str, d_out: int | None, normalize: str) -> None:
+    """Also into gates that read the input by themselves, and into magnitudes that have a bias of their own."""
+    if RULES[architecture].own_sae and d_out is not None:
+        pytest.skip("no transcoder has this rule")
+    x = dictionary_data() * np.linspace(1, 9, D, dtype=np.float32) + 3
+    y = None if d_out is None else np.maximum(x[:, :d_out] - 4, 0) + 1
+    rule = SAEConfig(d_sae=D_SAE, architecture=architecture, k=4).build(D).rule
+    sae = of_rule(D, D_SAE, rule=rule, seed=0, **({} if d_out is None else {"d_out": d_out}))
+    inside: dict[str, mx.array] = {}
+
+    class Keep(Callback):
+        def on_end(self, run: Run) -> None:
+            rows = run.sample(200)[0]
+            with run.current() as working:
+                code = working.learn(rows, run.state.rule).code
+                inside["acts"] = working.to_dense(code) / run.state.scale[0]
+                mx.eval(inside)
+
+    fit(sae, ArraySource(x, y, batch_size=64), config(normalize=normalize), callbacks=[Keep()])
+    rows = mx.array(ArraySource(x, batch_size=64).sample(200)[0])
+    acts = sae.to_dense(sae.learn(rows, sae.rule.initial_state()).code)
+    scale = mx.abs(inside["acts"]).max().item()
+    assert scale > 0
+    np.testing.assert_allclose(np.array(acts), np.array(inside["acts"]), atol=1e-4 * scale)
+
+
 def test_whitening_refuses_what_it_cannot_do() -> None:
     constant, tied = np.ones((640, D), np.float32), SAE(D, 32, k=4, tied=True)
     with pytest.raises(ValueError, match="activations must vary to be whitened"):
@@ -480,6 +527,10 @@ def test_whitening_refuses_what_it_cannot_do() -> None:
         fit(new_sae(), source(), config(normalize="whiten", loss=LossConfig(end_to_end="kl")))
     with pytest.raises(ValueError, match="normalize must not be whiten where the decoder is tied"):
         fit(tied, source(), config(normalize="whiten"))
+    frozen = new_sae()
+    frozen.decoder.freeze(keys=["weight"])
+    with pytest.raises(ValueError, match=r"what it is folded into is frozen: \['decoder.weight'\]"):
+        fit(frozen, source(), config(normalize="mean_std"))
     with pytest.raises(ValueError, match="whitening must lie from 0 to 1"):
         config(whitening=1.5)
 

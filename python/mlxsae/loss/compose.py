@@ -43,7 +43,8 @@ class Forward(NamedTuple):
 
     ``x [n, d_in]``, target ``y [n, d_out]`` (``x`` itself for an SAE), the code, ``y_hat [n, d_out]``, and
     ``dead [d_sae]`` (bool): silent for long *before* this batch; None where nobody asked for it. ``pre_acts [n, d_sae]``
-    where the rule made them. ``scheduled`` is :meth:`Loss.scheduled` of the step.
+    where the rule made them. ``scheduled`` is :meth:`Loss.scheduled` of the step. ``k`` is the rule's of the step, where it
+    is annealed.
     """
 
     sae: SAE
@@ -54,6 +55,7 @@ class Forward(NamedTuple):
     dead: mx.array | None = None
     pre_acts: mx.array | None = None
     scheduled: Mapping[str, mx.array] = {}
+    k: int | None = None
 
     @property
     def context(self) -> Context | None:

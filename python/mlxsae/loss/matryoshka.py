@@ -14,6 +14,7 @@ term of the one-pass update, whose residual is the sum over its own and all wide
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,8 +45,10 @@ class FixedPrefixes:
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.widths or any(not w > 0 for w in self.widths):
-            raise ValueError(f"[Prefixes] widths must be positive but got {self.widths}.")
+        if not self.widths or not all(0 < w < math.inf and (w <= 1 or w == int(w)) for w in self.widths):
+            raise ValueError(
+                f"[Prefixes] widths must be positive, and whole numbers where over 1, but got {self.widths}."
+            )
         if self.weights is not None and not (min(self.weights) >= 0 and sum(self.weights) > 0):
             raise ValueError(
                 f"[Prefixes] weights must be at least 0, not all of them, but got {self.weights}."
@@ -78,9 +81,10 @@ class RandomPrefixes:
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.n < 1 or not self.alpha > 0:
+        if self.n < 1 or self.n != int(self.n) or not self.alpha > 0:
             raise ValueError(
-                f"[Prefixes] n and alpha must be positive but got n={self.n}, alpha={self.alpha}."
+                "[Prefixes] n must be a positive whole number and alpha positive but got "
+                f"n={self.n}, alpha={self.alpha}."
             )
 
     def at(self, step: int, d_sae: int, seed: int) -> list[int]:

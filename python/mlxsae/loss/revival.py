@@ -41,19 +41,26 @@ class GhostGradients:
 
     with the residual :math:`r = sg(y - \hat y)` and its squares m, element by element: the term is as large as the main
     loss (mean over elements) and its gradient small. Rows of a token are scaled by norms of the row. 0 with no dead latent.
+    A constant factor on g cancels, so each token's largest exponent is taken out before it overflows.
     """
 
     def __call__(self, forward: Forward) -> mx.array:
         if forward.dead is None:
             return mx.array(0.0)
+        if not forward.sae.products(forward.x):
+            raise ValueError(
+                f"[GhostGradients] the SAE must have one decoder but is a {type(forward.sae).__name__}."
+            )
         residual = mx.stop_gradient(forward.y - forward.y_hat)
         squares = mx.square(residual)
-        ghosts = mx.where(forward.dead, mx.exp(mx.where(forward.dead, forward.dense_pre_acts(), 0)), 0)
+        exponents = mx.where(forward.dead, forward.dense_pre_acts(), 0)
+        over = mx.stop_gradient(mx.maximum(exponents.max(axis=-1, keepdims=True), 0))
+        ghosts = mx.where(forward.dead, mx.exp(exponents - over), 0)
         out = ghosts @ forward.sae.decoder.weight
         norm = mx.linalg.norm(residual, axis=-1, keepdims=True)
         # No norm of zero: it has no derivative, and even a constant factor would let its NaN through.
         size = mx.stop_gradient(mx.linalg.norm(out, axis=-1, keepdims=True))
-        out = out * mx.stop_gradient(norm / (1e-6 + 2 * size))
+        out = out * mx.stop_gradient(norm / (1e-6 * mx.exp(-over) + 2 * size + 1e-30))
         each = mx.square(out - residual)
         each = each * mx.stop_gradient(squares / (each + 1e-6))
         return mx.where(forward.dead.any(), each.mean(), 0)
@@ -67,9 +74,13 @@ class MultiTopK:
 
     factor: int = 4
 
+    def __post_init__(self) -> None:
+        if self.factor != int(self.factor) or self.factor < 1:
+            raise ValueError(f"[MultiTopK] factor must be a positive whole number but got {self.factor}.")
+
     def __call__(self, forward: Forward) -> mx.array:
         sae = forward.sae
-        k = getattr(sae.rule, "k", None)
+        k = getattr(sae.rule, "k", None) if forward.k is None else forward.k
         if k is None:
             raise ValueError(f"[MultiTopK] the rule must have a k but is {type(sae.rule).__name__}.")
         if not sae.one_product:

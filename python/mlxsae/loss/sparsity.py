@@ -20,9 +20,17 @@ from mlxsae.sae.straight_through import step
 
 
 def weighed(forward: Forward) -> mx.array:
-    """``f_j |W_dec[j]|`` of every entry of the code, in the shape of its values."""
+    """``|f_j| |W_dec[j]|`` of every entry of the code, in the shape of its values; latents of an activation of one's own may
+    be negative."""
     code, norms = forward.code, forward.sae.decoder_norms()
-    return code.values * (norms if isinstance(code, DenseCode) else norms[code.indices])
+    # No abs: its derivative at 0 is 0, and a shut gate's latent is 0 with a derivative.
+    sizes = mx.where(code.values < 0, -code.values, code.values)
+    return sizes * (norms if isinstance(code, DenseCode) else norms[code.indices])
+
+
+def _must_be_positive(who: str, name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"[{who}] {name} must be positive but got {value}.")
 
 
 def row_sums(forward: Forward, entries: mx.array) -> mx.array:
@@ -35,7 +43,7 @@ def row_sums(forward: Forward, entries: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class L1:
-    r""":math:`\mathrm{mean}_n \sum_j f_j |W^{dec}_j|` (Anthropic's April 2024 update, SAELens' ``standard``)."""
+    r""":math:`\mathrm{mean}_n \sum_j |f_j| |W^{dec}_j|` (Anthropic's April 2024 update, SAELens' ``standard``)."""
 
     def __call__(self, forward: Forward) -> mx.array:
         return weighed(forward).sum() / n_tokens(forward.code)
@@ -43,7 +51,7 @@ class L1:
 
 @dataclass(frozen=True)
 class Lp:
-    r""":math:`\mathrm{mean}_n \sum_j (f_j |W^{dec}_j|)^p`, or with ``root`` the p-norm, its p-th root (SAELens).
+    r""":math:`\mathrm{mean}_n \sum_j (|f_j| |W^{dec}_j|)^p`, or with ``root`` the p-norm, its p-th root (SAELens).
 
     ``p`` may be a function of the step: p-annealing (Karvonen et al. 2024) goes from 1 down to 0.2, and then counts
     latents rather than their size. Only latents that fire have a gradient. The penalty's size changes with p; ``like=1``
@@ -58,8 +66,14 @@ class Lp:
     like: float | None = None
     gate: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value in (("p", None if callable(self.p) else self.p), ("like", self.like)):
+            _must_be_positive("Lp", name, value)
+
     def scheduled(self, step: int) -> dict[str, mx.array]:
-        return {"lp.p": mx.array(self.p(step) if callable(self.p) else self.p, mx.float32)}
+        p = self.p(step) if callable(self.p) else self.p
+        _must_be_positive("Lp", f"p of step {step}", p)
+        return {"lp.p": mx.array(p, mx.float32)}
 
     def __call__(self, forward: Forward) -> mx.array:
         penalty = self._of(forward, forward.scheduled["lp.p"] if callable(self.p) else self.p)
@@ -85,11 +99,14 @@ def anneal(start: float, end: float, begin: int, finish: int) -> Callable[[int],
 
 @dataclass(frozen=True)
 class Tanh:
-    r""":math:`\mathrm{mean}_n \sum_j \tanh(c f_j |W^{dec}_j|)`: L1 for small latents, L0 for large ones (Anthropic,
+    r""":math:`\mathrm{mean}_n \sum_j \tanh(c |f_j| |W^{dec}_j|)`: L1 for small latents, L0 for large ones (Anthropic,
     January 2025).
     """
 
     c: float = 4.0
+
+    def __post_init__(self) -> None:
+        _must_be_positive("Tanh", "c", self.c)
 
     def __call__(self, forward: Forward) -> mx.array:
         return mx.tanh(self.c * weighed(forward)).sum() / n_tokens(forward.code)
@@ -135,6 +152,9 @@ class L0Target:
 
     k: float | None = None
 
+    def __post_init__(self) -> None:
+        _must_be_positive("L0Target", "k", self.k)
+
     def __call__(self, forward: Forward) -> mx.array:
         return mx.square(expected_l0(forward).mean() / _k(forward, self.k) - 1)
 
@@ -144,6 +164,9 @@ class L0Quadratic:
     r""":math:`\mathrm{mean}_n \frac{2}{k} (L_0 - k)^2` of each token's L0 (Gemma Scope 2). ``k`` None takes the rule's."""
 
     k: float | None = None
+
+    def __post_init__(self) -> None:
+        _must_be_positive("L0Quadratic", "k", self.k)
 
     def __call__(self, forward: Forward) -> mx.array:
         k = _k(forward, self.k)

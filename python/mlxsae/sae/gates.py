@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCodeCSR
-from mlxsae.sae.rule import Encoded, Rule, State, quantile
+from mlxsae.sae.rule import Encoded, Rule, State, mean_of_others, quantile, with_rows
 
 
 class ReLU(Rule):
@@ -46,10 +46,17 @@ class Activation(Rule):
 
     def __init__(self, fn: Callable[[mx.array], mx.array]):
         super().__init__()
+        if not callable(fn):
+            raise TypeError(f"[Activation] fn must be a function of pre-activations but got {fn!r}.")
         self.fn = fn
 
     def select(self, pre_acts: mx.array) -> DenseCode:
-        return DenseCode(self.fn(pre_acts))
+        acts = self.fn(pre_acts)
+        if acts.shape != pre_acts.shape:
+            raise ValueError(
+                f"[Activation] fn must keep the shape {pre_acts.shape} of pre-activations but gave {acts.shape}."
+            )
+        return DenseCode(acts)
 
 
 class Gated(Rule):
@@ -90,6 +97,28 @@ class Gated(Rule):
 
     def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
         return _bias(pre_acts, l0)
+
+    def for_raw(
+        self,
+        parameters: dict[str, Any],
+        weight: mx.array,
+        read: Callable[[mx.array], mx.array],
+        mean: mx.array | None,
+    ) -> dict[str, Any]:
+        if mean is None:
+            return parameters
+        away = mx.exp(parameters["r_mag"]) * (weight @ mean)
+        return parameters | {"b_mag": parameters["b_mag"] - away}
+
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        found = dict(parameters)  # without those that are frozen
+        if "r_mag" in found:
+            found["r_mag"] = with_rows(found["r_mag"], dead, mean_of_others(found["r_mag"], dead))
+        if "b_mag" in found:
+            found["b_mag"] = with_rows(found["b_mag"], dead, mx.array(0.0))
+        return found
 
     @staticmethod
     def _magnitude(along: mx.array, r_mag: mx.array, b_mag: mx.array) -> mx.array:
@@ -143,11 +172,36 @@ class SigmoidGated(Rule):
 
     def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
         if l0 is not None:  # the gate reads what the encoder reads: begin sees to that
-            over = math.log(self.cut / (1 - self.cut)) if self.cut else 0.0
-            self.gate_bias = mx.broadcast_to(over - quantile(pre_acts, l0), self.gate_bias.shape)
+            self.gate_bias = mx.broadcast_to(self._at_cut - quantile(pre_acts, l0), self.gate_bias.shape)
         return None
 
     def prepare(self, d_in: int, d_sae: int) -> None:
         if "gate_weight" not in self:
             self.gate_weight = mx.random.normal((d_sae, d_in), key=mx.random.key(d_sae)) / d_in**0.5
             self.gate_bias = mx.zeros(d_sae)
+
+    def for_raw(
+        self,
+        parameters: dict[str, Any],
+        weight: mx.array,
+        read: Callable[[mx.array], mx.array],
+        mean: mx.array | None,
+    ) -> dict[str, Any]:
+        gate, bias = read(parameters["gate_weight"]), parameters["gate_bias"]
+        return parameters | {"gate_weight": gate, "gate_bias": bias if mean is None else bias - gate @ mean}
+
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        found = dict(parameters)  # without those that are frozen
+        if "gate_weight" in found:
+            norm = mean_of_others(mx.linalg.norm(found["gate_weight"], axis=-1), dead)
+            found["gate_weight"] = with_rows(found["gate_weight"], dead, directions * (size * norm))
+        if "gate_bias" in found:
+            found["gate_bias"] = with_rows(found["gate_bias"], dead, mx.array(self._at_cut))
+        return found
+
+    @property
+    def _at_cut(self) -> float:
+        """The gate's pre-activation where it opens; 0 without a cut."""
+        return math.log(self.cut / (1 - self.cut)) if self.cut else 0.0

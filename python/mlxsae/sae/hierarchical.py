@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Self
 
 import mlx.core as mx
+import numpy as np
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCode
@@ -215,6 +217,26 @@ class Hierarchical(Rule):
 
     def constrain(self, parameters: dict[str, Any]) -> dict[str, Any]:
         return {level: self[level].constrain(of) for level, of in parameters.items()}
+
+    def for_raw(
+        self,
+        parameters: dict[str, Any],
+        weight: mx.array,
+        read: Callable[[mx.array], mx.array],
+        mean: mx.array | None,
+    ) -> dict[str, Any]:
+        own = {"coarse": weight[: self.d_coarse], "fine": weight[self.d_coarse :]}
+        return {level: self[level].for_raw(of, own[level], read, mean) for level, of in parameters.items()}
+
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        found, low = dict(parameters), np.array(dead) < self.d_coarse
+        for level, own, first in (("coarse", low, 0), ("fine", ~low, self.d_coarse)):
+            if level in found and own.any():
+                rows = mx.array(np.flatnonzero(own).astype(np.uint32))
+                found[level] = self[level].renewed(found[level], dead[rows] - first, directions[rows], size)
+        return found
 
 
 def _joined(coarse: Code, fine: Code, cut: int) -> Code:

@@ -8,6 +8,7 @@ learns something from what it sees, overrides :meth:`Rule.learn`. A rule may own
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import mlx.core as mx
@@ -123,8 +124,30 @@ class Rule(nn.Module):
         """The rule's parameters, back where they must lie, after an optimiser step."""
         return parameters
 
+    def for_raw(
+        self,
+        parameters: dict[str, Any],
+        weight: mx.array,
+        read: Callable[[mx.array], mx.array],
+        mean: mx.array | None,
+    ) -> dict[str, Any]:
+        """The rule's parameters for raw activations after training on normalised ones, so that latents stay what they are:
+        ``read(rows)`` is what rows that read the input become, ``weight`` the encoder's already, ``mean [d_in]`` what the
+        input is off by then, None where ``b_dec`` sees to it. A rule that reads its input by itself, or takes the product
+        with the encoder without its bias, must follow; pre-activations do not change.
+        """
+        return parameters
+
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        """The rule's parameters where the latents ``dead [m]`` are made anew (resampling), their encoder rows along unit
+        ``directions [m, d_in]`` at ``size`` times the living's norm and their biases 0: what kept them silent must go.
+        """
+        return parameters
+
     def with_k(self, k: int) -> Rule:
-        """The rule with another ``k`` (annealing)."""
+        """The rule with another ``k`` (annealing); ValueError of a rule that cannot."""
         other = copy.copy(self)
         other.k = k
         return other
@@ -334,7 +357,14 @@ class JumpReLU(Rule):
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         return parameters | {"threshold": mx.maximum(parameters["threshold"], 0)}
 
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        return _renewed_threshold(parameters, dead, size)
+
     def prepare(self, d_in: int, d_sae: int) -> None:
+        if self.k is not None:
+            at_most_d_sae(self.k, d_sae)
         if "threshold" not in self:
             first = _FIRST_THRESHOLD if self.initial_threshold is None else self.initial_threshold
             self.threshold = mx.full(d_sae, first, mx.float32)
@@ -345,6 +375,9 @@ class JumpReLU(Rule):
 
     def thresholds(self) -> mx.array:
         return self.threshold
+
+    def with_k(self, k: int) -> Rule:
+        raise ValueError(f"[JumpReLU] k must not be annealed, since only the loss aims at it, but got k={k}.")
 
     @property
     def starts_from_data(self) -> bool:
@@ -404,6 +437,11 @@ class TopKJumpReLU(Rule):
     def constrain(self, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         return parameters | {"threshold": mx.maximum(parameters["threshold"], 0)}
 
+    def renewed(
+        self, parameters: dict[str, Any], dead: mx.array, directions: mx.array, size: float
+    ) -> dict[str, Any]:
+        return _renewed_threshold(parameters, dead, size)
+
     def rescale(self, factor: mx.array) -> None:
         self.threshold = self.threshold * factor
 
@@ -434,6 +472,9 @@ class GroupMax(Rule):
         indices = mx.argmax(groups, axis=-1) + begins
         return SparseCode(nn.relu(ops.gather_dot(x, weight, indices) + bias[indices]), indices)
 
+    def with_k(self, k: int) -> Rule:
+        raise ValueError(f"[GroupMax] k must not be annealed, since it must divide d_sae, but got k={k}.")
+
     def prepare(self, d_in: int, d_sae: int) -> None:
         if d_sae % self.k:
             raise ValueError(
@@ -456,6 +497,26 @@ def quantile(pre_acts: mx.array, l0: float) -> mx.array:
     flat = mx.sort(pre_acts.astype(mx.float32).flatten())
     place = flat.size - min(max(round(l0 * pre_acts.shape[0]), 1), flat.size)
     return mx.maximum(flat[place], 0)
+
+
+def with_rows(a: mx.array, rows: mx.array, new: mx.array) -> mx.array:
+    """``a [n, ...]`` with ``new [m, ...]`` in its ``rows [m]``."""
+    places = mx.broadcast_to(rows.reshape(-1, *(1,) * (a.ndim - 1)), (rows.shape[0], *a.shape[1:]))
+    return mx.put_along_axis(a, places, mx.broadcast_to(new, places.shape).astype(a.dtype), axis=0)
+
+
+def mean_of_others(a: mx.array, rows: mx.array) -> mx.array:
+    """The mean of ``a [n]`` outside ``rows [m]``; of all of it where none is outside."""
+    weight = mx.ones(a.shape[0]).at[rows].add(-1.0)
+    weight = weight if rows.shape[0] < a.shape[0] else mx.ones(a.shape[0])
+    return (a * weight).sum() / weight.sum()
+
+
+def _renewed_threshold(parameters: dict[str, Any], dead: mx.array, size: float) -> dict[str, Any]:
+    if "threshold" not in parameters:  # frozen
+        return parameters
+    threshold = parameters["threshold"]
+    return parameters | {"threshold": with_rows(threshold, dead, size * mean_of_others(threshold, dead))}
 
 
 def positive_int(who: str, name: str, value: Any) -> int:

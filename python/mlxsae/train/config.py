@@ -29,7 +29,7 @@ from mlxsae.loss import (
     anneal,
 )
 from mlxsae.loss.compose import Weight
-from mlxsae.sae import RULES, SAE, Crosscoder, CrossLayerTranscoder, Rule, of_rule
+from mlxsae.sae import RULES, SAE, Crosscoder, CrossLayerTranscoder, Gated, Rule, of_rule
 from mlxsae.train.flat_names import nested
 from mlxsae.train.optimizers import OPTIMIZERS, WITH_WEIGHT_DECAY
 from mlxsae.train.schedules import in_steps
@@ -38,6 +38,8 @@ PRECISIONS = ("float32", "certified", "tf32", "bfloat16")
 """How the encoder multiplies in training (:class:`TrainConfig`)."""
 WAKE = 0.001
 """How much the bias of a dead latent rises in a step by default (:class:`TrainConfig`)."""
+GHOSTS = 0.1
+"""Weight of the term ``ghost_gradients`` by its flat name ``use_ghost_grads``."""
 MOMENTS = ("float32", "bfloat16")
 """Types in which Adam's moments are kept (:class:`OptimizerConfig`)."""
 
@@ -227,6 +229,15 @@ class LossConfig(_Config):
                 f"[config] target_l0 must come with a term among {sorted(SPARSITY)} but got {sorted(weights)}; rules with "
                 "a k, and l0_target, aim at that."
             )
+        if isinstance(sae.rule, Gated) and "gate_reconstruction" not in weights:
+            raise ValueError(
+                "[config] terms must have gate_reconstruction for a Gated, whose gate learns from nothing else, but have "
+                f"{sorted(weights)}."
+            )
+        if self.target_l0 is not None and self.target_l0 > sae.d_sae:
+            raise ValueError(
+                f"[config] target_l0 must be at most d_sae={sae.d_sae} but got {self.target_l0}."
+            )
         rising = in_steps(self.warmup, total_steps)
 
         def weight_of(name: str, weight: float) -> Weight:
@@ -266,7 +277,7 @@ class TrainConfig(_Config):
     ``random`` (:func:`~mlxsae.train.initialize`) and not ``keep``. None is ``keep``, since ``fit`` may be given weights that
     are worth keeping, but :class:`SAEConfig`, which makes its SAE, has ``data``: rows of the sample are a tenth better (FVU
     0.027 in place of 0.030 for a BatchTopK of 2,048 latents after 2M tokens). An SAE whose encoder has a bias was trained
-    before, and keeps its directions. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
+    before, and keeps its directions, as frozen ones are kept. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
     ``engine`` is ``auto``, ``autodiff`` or ``fused``.
 
     ``precision`` is that of the encoder's product; parameters and the update are float32 in each.
@@ -346,6 +357,7 @@ class TrainConfig(_Config):
             _require(name, getattr(self, name), getattr(self, name) in values, f"be one of {list(values)}")
         if self.k_start is not None:
             _require("k_start", self.k_start, self.k_start > 0, "be positive")
+            _require("k_warmup", self.k_warmup, self.k_warmup > 0, "be positive where k_start is given")
         _require("whitening", self.whitening, 0 <= self.whitening <= 1, "lie from 0 to 1")
         _require("k_warmup", self.k_warmup, self.k_warmup >= 0, "not be negative")
         _require("wake", self.wake, self.wake is None or self.wake >= 0, "not be negative")
@@ -440,9 +452,27 @@ def _flat_names_too(cls: T) -> T:
                 value = type(base).from_dict(_merged(base.to_dict(), value))
             options[name] = value
         make(self, *args, **{k: v for k, v in options.items() if k in fields})
+        if (terms := _terms_of_flat_names(self, options)) is not None:
+            loss = dataclasses.replace(self.train.loss, terms=terms)
+            object.__setattr__(self, "train", dataclasses.replace(self.train, loss=loss))
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
+
+
+def _terms_of_flat_names(config: Any, options: dict[str, Any]) -> dict[str, float] | None:
+    """Terms for what flat names mean to the architecture at hand; None where they say enough by themselves. An L1 on a
+    gated SAE is one on its gate, and ghost gradients are a term where there is no AuxK to do their work.
+    """
+    architecture, loss = config.architecture, config.train.loss
+    usual = DEFAULT_TERMS.get(architecture, {})
+    given = terms = usual if loss.terms is None else loss.terms
+    weight = options.get("lambda_sparse") or options.get("l1_coefficient")
+    if architecture == "gated" and weight:
+        terms = usual | {"gate_l1": weight}
+    if options.get("use_ghost_grads") and loss.auxk == "auto" and not RULES[architecture].takes_auxk:
+        terms = {"ghost_gradients": GHOSTS} | terms
+    return None if terms == given else terms
 
 
 @_flat_names_too

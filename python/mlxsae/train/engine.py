@@ -123,7 +123,7 @@ class AutodiffEngine:
                 rule = rule_of_step(sae.rule, k, config)
                 code, state, pre_acts = sae.learn(x, carried["rule"], rule=rule)
                 dead = silent >= config.dead_after if auxk else None
-                forward = Forward(sae, x, y, code, sae.decode(code, x), dead, pre_acts, scheduled)
+                forward = Forward(sae, x, y, code, sae.decode(code, x), dead, pre_acts, scheduled, k)
                 total, terms = self._loss(forward)
                 metrics = terms | {"l0": l0(code)} | rule.metrics(state)
             fired = ops.update_tokens_since_fired(silent, detached(code))

@@ -86,7 +86,8 @@ _SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
     "lr_scheduler": _scheduler,
     "normalize_input": lambda value: {"train.normalize": _normalize(value)},
     "normalize_activations": lambda value: {"train.normalize": _normalize(value)},
-    # AuxK is what does the work of ghost gradients for TopK rules (Gao et al. 2024).
+    # AuxK is what does the work of ghost gradients for TopK rules (Gao et al. 2024); of others the configuration sees to
+    # it, which knows the architecture.
     "use_ghost_grads": lambda value: {} if value else {"train.loss.auxk": None},
     "lambda_sparse": lambda value: {"train.loss.terms": {"l1": value}} if value else {},
     "l1_coefficient": lambda value: {"train.loss.terms": {"l1": value}} if value else {},

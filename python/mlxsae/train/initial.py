@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxsae.sae import SAE, CrossLayerTranscoder, Decoder, Encoder, Gated, SigmoidGated
 
@@ -124,6 +125,12 @@ def directions(how: str, x: mx.array, n: int, *, seed: int = 0) -> mx.array:
     """
     if how not in DIRECTIONS:
         raise ValueError(f"[directions] how must be one of {list(DIRECTIONS)} but got {how!r}.")
+    if n <= 0:
+        raise ValueError(f"[directions] n must be positive but got {n}.")
+    if x.ndim != 2 or x.shape[0] == 0:
+        raise ValueError(f"[directions] x must have shape [rows, d] with rows > 0 but got {x.shape}.")
+    if not mx.isfinite(x).all().item():
+        raise ValueError("[directions] x must be finite but holds NaN or inf.")
     rng = np.random.default_rng(seed)
     rows, found = np.array(x.astype(mx.float32), np.float64), np.empty((0, x.shape[1]))
     if how == "pca":
@@ -146,6 +153,11 @@ def initialize(sae: SAE, x: mx.array, y: mx.array | None = None, *, how: str = "
     Biases stay.
     """
     target = x if y is None else y
+    for name, a, width in (("x", x, sae.d_in), ("y", target, sae.d_out)):
+        if a.ndim != 2 or a.shape[1] != width or a.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"[initialize] {name} must have shape [n, {width}] with n={x.shape[0]} but got {a.shape}."
+            )
     norms = mx.linalg.norm(sae.decoder.weight.astype(mx.float32), axis=-1, keepdims=True)
     rows = directions(how, target - target.mean(axis=0), sae.d_sae, seed=seed)
     if "weight" in sae.decoder:
@@ -163,8 +175,17 @@ def initialize(sae: SAE, x: mx.array, y: mx.array | None = None, *, how: str = "
 
 
 def waits_for_data(sae: SAE) -> bool:
-    """Whether :func:`begin` has something to do: a rule that chooses by a threshold, in an SAE that was never trained."""
-    return sae.rule.starts_from_data and untrained(sae)
+    """Whether :func:`begin` has something to do: a rule that chooses by a threshold, in an SAE that was never trained and
+    whose encoder and rule are free to follow.
+    """
+    free = not any(name.startswith(("encoder", "rule")) for name in frozen(sae))
+    return sae.rule.starts_from_data and untrained(sae) and free
+
+
+def frozen(sae: Any) -> set[str]:
+    """Names of the parameters that training leaves alone."""
+    named, free = (tree_flatten(p) for p in (sae.parameters(), sae.trainable_parameters()))
+    return {name for name, _ in named} - {name for name, _ in free}
 
 
 def untrained(sae: SAE) -> bool:
@@ -213,13 +234,22 @@ def _size(out: mx.array, target: mx.array) -> mx.array:
 
 def initialize_decoder_from_pca(decoder: Decoder, batches: Iterable[mx.array], *, seed: int = 0) -> Decoder:
     """Decoder rows from the principal components of ``batches`` of activations ``[n, d]``, see :func:`directions`."""
-    x = mx.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
+    d, found = decoder.weight.shape[1], [batch.reshape(-1, batch.shape[-1]) for batch in batches]
+    if not found or any(batch.shape[1] != d for batch in found):
+        shapes = [batch.shape for batch in found]
+        raise ValueError(f"[initialize_decoder_from_pca] batches must be of width {d} but got {shapes}.")
+    x = mx.concatenate(found)
     rows = directions("pca", x - x.mean(axis=0), decoder.weight.shape[0], seed=seed)
     decoder.weight = rows.astype(decoder.weight.dtype)
     return decoder
 
 
 def initialize_encoder_as_transpose(encoder: Encoder, decoder: Decoder) -> Encoder:
-    """Encoder rows that read what the decoder's write."""
+    """Encoder rows that read what the decoder's write, which must be as wide."""
+    if encoder.weight.shape != decoder.weight.shape:
+        raise ValueError(
+            "[initialize_encoder_as_transpose] encoder and decoder must agree in shape but have "
+            f"{encoder.weight.shape} and {decoder.weight.shape}."
+        )
     encoder.weight = mx.array(decoder.weight)
     return encoder

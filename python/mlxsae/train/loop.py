@@ -35,6 +35,7 @@ from mlxsae.train.initial import (
     column_statistics,
     expected_norm_scale,
     finite_rows,
+    frozen,
     geometric_median,
     initialize,
     source_statistics,
@@ -48,7 +49,7 @@ from mlxsae.train.pressure import SparsityController
 from mlxsae.train.randomness import kept_random_state, seed_step
 from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import Schedule, warmup_decay
-from mlxsae.train.state import ACTIVATIONS, TrainState, flat, normalized, scaled_params, unnormalized
+from mlxsae.train.state import ACTIVATIONS, TrainState, flat, folded, normalized, scaled_params, unnormalized
 
 _CHECK_EVERY = 10
 """Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run
@@ -691,6 +692,10 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             "[fit] normalize must be none and b_dec_init keep for a module of your own "
             f"but got {config.normalize} and {config.b_dec_init}."
         )
+    if not widths.ours and config.decoder_init not in (None, "keep"):
+        raise ValueError(
+            f"[fit] decoder_init must be None or keep for a module of your own but got {config.decoder_init}."
+        )
     if widths.ours:
         _check_widths(widths, job.fields, start.sample)
     sides = (("in", 0), ("out", 1))[: len(fields)]
@@ -726,6 +731,10 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
         weights = sae.metadata.get("source_weights")
         mean, std = source_statistics(start.rows(fields)[0], sae.n_sources, weights)
         norm = {"mean_in": mean, "std_in": std}
+    if norm and (stay := folded(sae) & frozen(sae)):
+        raise ValueError(
+            f"[fit] normalize must not be {config.normalize} where what it is folded into is frozen: {sorted(stay)}."
+        )
     if saved is None:
         if config.normalize == "expected_norm" and not apart:
             s_in = start.of(expected_norm_scale, fields, 0)
@@ -744,11 +753,13 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
     from_data = widths.ours and waits_for_data(sae)
-    how = (config.decoder_init if widths.ours and untrained(sae) else None) or "keep"
+    stay = frozen(sae)
+    free = widths.ours and untrained(sae) and stay.isdisjoint(("encoder.weight", "decoder.weight"))
+    how = (config.decoder_init if free else None) or "keep"
     if saved is None and (how != "keep" or from_data):
         batch = _Batch(tuple(start.rows(fields)))
         seen = [batch.scaled(place, norm, scale[place], place, by_token) for place in range(len(fields))]
-        if centre is not None:
+        if centre is not None and "decoder.bias" not in stay:
             working.decoder.bias = centre * scale[1]
         if how != "keep":
             initialize(working, *seen, how=how, seed=config.seed)
@@ -816,6 +827,10 @@ def _advance(run: Run, batch: _Batch) -> None:
     scaled, target = batch.pair(run)
     n = scaled.shape[0]
     lr = run.learning_rate(state.step)
+    if not 0 <= lr < math.inf:
+        raise ValueError(
+            f"[fit] the learning rate must be finite and at least 0 but is {lr} in step {state.step} (counted from 0)."
+        )
     more: dict[str, Any] = {} if (context := batch.context(run)) is None else {"context": context}
     arrays, metrics = run.engine.step(
         state.arrays, scaled, target, lr=lr, step=state.step, auxk=state.auxk_active, **more

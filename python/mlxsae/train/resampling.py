@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlxsae.metrics import fire_counts
+from mlxsae.sae import Rule
+from mlxsae.sae.rule import mean_of_others, with_rows
 from mlxsae.train.callbacks import Callback
 from mlxsae.train.randomness import seed_step
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 _SCALE = 0.2
 _BATCH = 1024
+_UNTIL = 0.9  # of the run: what is made later has no time to learn
 
 
 class DeadNeuronCallback(Callback):
@@ -27,7 +31,8 @@ class DeadNeuronCallback(Callback):
     last ``dead_after`` tokens of the run either. Each takes a row x of the sample, drawn with probability proportional to
     the square of its squared error (``high_loss_examples``) or evenly (``random``): its decoder row is the unit vector of
     what the encoder saw of x (of the target, for a transcoder), its encoder row the same direction at 0.2 times the mean
-    norm of the living's, its bias 0; its moments in the optimiser are 0. Nothing happens in the last tenth of the run.
+    norm of the living's, its bias 0, a threshold or gate such as goes with that (:meth:`~mlxsae.sae.Rule.renewed`); its
+    moments in the optimiser are 0. Nothing happens in the last tenth of the run, and where all are dead.
 
     ``resampled`` lists (step, number of latents).
     """
@@ -57,30 +62,39 @@ class DeadNeuronCallback(Callback):
         self.resampled: list[tuple[int, int]] = []
 
     def on_begin(self, run: Run) -> None:
-        if not run.widths.ours or "weight" not in run.state.params.get("decoder", {}):
+        encoder, decoder = (run.state.params.get(part, {}) for part in ("encoder", "decoder"))
+        if not run.widths.ours or not ("weight" in encoder and "bias" in encoder and "weight" in decoder):
             raise ValueError("[DeadNeuronCallback] the run must train encoder and decoder of an SAE of ours.")
+        last = int(_UNTIL * run.config.total_steps)
+        if self.every > last:
+            warnings.warn(
+                f"[DeadNeuronCallback] resample_every must be at most {last} for a run of {run.config.total_steps} steps, "
+                f"or nothing is resampled, but is {self.every}.",
+                stacklevel=2,
+            )
 
     def on_step(self, run: Run) -> None:
         step = run.state.step
-        if step % self.every or step > 0.9 * run.config.total_steps:
+        if step % self.every or step > _UNTIL * run.config.total_steps:
             return
         x, y = run.sample(self.sample_size)
         errors, fires = [], mx.zeros(run.widths.d_sae, mx.int32)
         with run.current() as sae:
             for i in range(0, x.shape[0], _BATCH):
-                code = sae.encode(x[i : i + _BATCH])
+                code = sae.learn(x[i : i + _BATCH], run.state.rule).code
                 difference = y[i : i + _BATCH] - sae.decode(code, x[i : i + _BATCH])
                 errors.append(mx.square(difference).sum(axis=-1))
                 fires = fires + fire_counts(code, run.widths.d_sae)
                 mx.eval(errors[-1], fires)
             inner = sae.encoder_input(x)
+            target = inner if y is x else y - sae.decoder.bias
         silent = np.array(run.state.tokens_since_fired) >= run.config.dead_after
         dead = np.flatnonzero(silent & (np.array(fires) <= self.threshold * x.shape[0]))
         if dead.size == 0 or dead.size == silent.size:
             return
         chosen = self._draw(np.array(mx.concatenate(errors), np.float64), dead.size, run.config.seed, step)
-        target = inner if y is x else y - run.state.params["decoder"]["bias"]
-        run.state = replace(run.state, **_renewed(run.state, mx.array(dead), inner[chosen], target[chosen]))
+        new = _renewed(run.state, run.sae.rule, mx.array(dead), inner[chosen], target[chosen])
+        run.state = replace(run.state, **new)
         mx.eval(run.state.arrays)
         self.resampled.append((step, int(dead.size)))
 
@@ -104,24 +118,24 @@ class DeadNeuronCallback(Callback):
         self.resampled = [(step, n) for step, n in state["resampled"]]
 
 
-def _renewed(state: Any, dead: mx.array, inner: mx.array, target: mx.array) -> dict[str, Any]:
+def _renewed(state: Any, rule: Rule, dead: mx.array, inner: mx.array, target: mx.array) -> dict[str, Any]:
     params = tree_map(lambda p: p, state.params)
     encoder, decoder = params["encoder"], params["decoder"]
-    alive = mx.ones(encoder["weight"].shape[0]).at[dead].add(-1.0)
-    norms = mx.linalg.norm(encoder["weight"], axis=-1)
-    mean = (norms * alive).sum() / alive.sum()
-    size = mx.linalg.norm(decoder["weight"], axis=-1)
-    mean_size = (size * alive).sum() / alive.sum()  # 1 where decoder rows are unit vectors
-    encoder["weight"] = _with_rows(encoder["weight"], dead, _unit(inner) * (_SCALE * mean))
-    encoder["bias"] = _with_rows(encoder["bias"], dead, mx.zeros(dead.shape[0]))
-    decoder["weight"] = _with_rows(decoder["weight"], dead, _unit(target) * mean_size)
+    mean, mean_size = (  # the latter 1 where decoder rows are unit vectors
+        mean_of_others(mx.linalg.norm(part["weight"], axis=-1), dead) for part in (encoder, decoder)
+    )
+    encoder["weight"] = with_rows(encoder["weight"], dead, _unit(inner) * (_SCALE * mean))
+    encoder["bias"] = with_rows(encoder["bias"], dead, mx.zeros(dead.shape[0]))
+    decoder["weight"] = with_rows(decoder["weight"], dead, _unit(target) * mean_size)
+    if "rule" in params:
+        params["rule"] = rule.renewed(params["rule"], dead, _unit(inner), _SCALE)
     d_sae = encoder["weight"].shape[0]
 
     def fresh(branch: Any) -> Any:
         # A latent is a row of every array that is d_sae long; a decoder's bias is not among those.
         return tree_map(
             lambda m: (
-                _with_rows(m, dead, mx.zeros((dead.shape[0], *m.shape[1:]), m.dtype))
+                with_rows(m, dead, mx.zeros((dead.shape[0], *m.shape[1:]), m.dtype))
                 if m.ndim and m.shape[0] == d_sae
                 else m
             ),
@@ -131,7 +145,7 @@ def _renewed(state: Any, dead: mx.array, inner: mx.array, target: mx.array) -> d
     return {
         "params": params,
         "optimizer": _moments_reset(state.optimizer, fresh),
-        "tokens_since_fired": _with_rows(state.tokens_since_fired, dead, mx.zeros(dead.shape[0], mx.int32)),
+        "tokens_since_fired": with_rows(state.tokens_since_fired, dead, mx.zeros(dead.shape[0], mx.int32)),
         "shadow": None,  # it follows from the encoder, and is made again
     }
 
@@ -145,15 +159,6 @@ def _moments_reset(tree: Any, fresh: Any, name: str = "") -> Any:
     if isinstance(tree, list):
         return [_moments_reset(value, fresh, name) for value in tree]
     return fresh(tree)
-
-
-def _with_rows(a: mx.array, rows: mx.array, new: mx.array) -> mx.array:
-    return mx.put_along_axis(
-        a,
-        mx.broadcast_to(rows.reshape(-1, *(1,) * (a.ndim - 1)), (rows.shape[0], *a.shape[1:])),
-        new.astype(a.dtype),
-        axis=0,
-    )
 
 
 def _unit(rows: mx.array) -> mx.array:

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.ops import Shadow
-from mlxsae.sae import SAE
+from mlxsae.sae import SAE, Rule
 
 ACTIVATIONS, LOSS = 1, 2
 """What ``failed[1]`` says was not finite."""
@@ -152,4 +152,16 @@ def unnormalized(sae: SAE, params: dict[str, Any], norm: dict[str, mx.array]) ->
         params["W_skip"] = written(skip.T).T
     decoder["weight"] = written(decoder["weight"])
     decoder["bias"] = written(decoder["bias"]) + norm[f"mean_{out}"]
+    if "rule" in params:
+        mean = None if sae.apply_b_dec_to_input else norm["mean_in"]
+        params["rule"] = sae.rule.for_raw(params["rule"], encoder["weight"], read, mean)
     return params
+
+
+def folded(sae: SAE) -> set[str]:
+    """Names of the parameters that :func:`unnormalized` changes."""
+    names = {"encoder.weight", "decoder.weight", "decoder.bias", "W_skip"}
+    names |= set() if sae.apply_b_dec_to_input else {"encoder.bias"}
+    if type(sae.rule).for_raw is not Rule.for_raw:
+        names |= {f"rule.{name}" for name in flat(sae.rule.parameters())}
+    return names

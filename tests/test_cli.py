@@ -407,6 +407,8 @@ def test_config_file(model: str, stories: Path, tmp_path: Path, capsys) -> None:
     assert native.load(out).metadata["context_size"] == 48
     assert got["data"] | {"validation_split": 0.2, "validation_tokens": 1500} == got["data"]
     assert "train/loss" in (tmp_path / "log" / "metrics.jsonl").read_text()
+    told = json.loads((tmp_path / "log" / "run.json").read_text())["config"]["metadata"]
+    assert (told["model_name"], told["hook_name"]) == (str(model), native.load(out).metadata["hook_name"])
     for text, said in (
         ("{", "--config must be JSON"),
         ("[]", "a JSON object"),

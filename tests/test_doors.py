@@ -17,11 +17,13 @@ from mlxsae import io, lm
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate
 from mlxsae.metrics.in_model import evaluate_in_model
+from mlxsae.model import InterpretableModel
 from mlxsae.sae import SAE
 from mlxsae.train import (
     DEFAULT_CROSSCODER_CONFIG,
     DEFAULT_SAE_CONFIG,
     DEFAULT_TRANSCODER_CONFIG,
+    CheckpointCallback,
     CrosscoderConfig,
     CrossLayerConfig,
     DeadNeuronCallback,
@@ -179,6 +181,23 @@ def test_train_sae_in_one_call(model: lm.LanguageModel, texts: list[str], tmp_pa
     with pytest.raises(KeyboardInterrupt):
         train_sae(model, 1, "resid", texts, callbacks=[StopAt(40)], **options)
     assert_same_bits(weights(train_sae(model, 1, "resid", texts, resume=True, **options)), weights(sae))
+
+
+def test_what_watches_a_door_knows_model_and_hook_point(
+    model: lm.LanguageModel, texts: list[str], tmp_path: Path
+) -> None:
+    best = CheckpointCallback(save_every=3, keep_best=1, directory=tmp_path / "best")
+    options = SMALL | {"total_tokens": 700, "tracking": TrackingConfig(local=str(tmp_path / "log"))}
+    sae = train_sae(model, 1, "resid", texts, callbacks=[best], **options)
+    told = json.loads((tmp_path / "log" / "run.json").read_text())["config"]["metadata"]
+    assert told["hook_name"] == "blocks.1.hook_resid_post"
+    assert told["model_name"] == model.name
+    assert best.best is not None
+    kept = InterpretableModel(model).load_sae(best.best)  # it says where it belongs
+    assert kept.metadata["hook_name"] == sae.metadata["hook_name"] == "blocks.1.hook_resid_post"
+    train_saes(model, [0, 1], "resid", texts, **options)
+    log = tmp_path / "log" / "blocks.0.hook_resid_post" / "run.json"
+    assert json.loads(log.read_text())["config"]["metadata"]["hook_name"] == "blocks.0.hook_resid_post"
 
 
 def test_a_hook_point_in_place_of_a_layer(model: lm.LanguageModel, texts: list[str]) -> None:

@@ -328,6 +328,14 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
     text.heldout(1)  # no document in the split, no such file: found before the long part and not after
 
     for point, sae in saes.items():
+        sae.metadata = sae.metadata | {  # now: trackers tell of it
+            "model_name": options.model,
+            "hook_name": str(point),
+            "dataset_path": options.dataset,
+            "context_size": text.context_size,
+            "prepend_bos": lm.bos_id is not None,
+            "exclude_special_tokens": True,
+        }
         say(f"reading activations of {point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")
     if several:
         say(f"progress is that of {only}")
@@ -369,15 +377,7 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
             "train_seconds": round(seconds, 3),
             "tokens_per_s": train.total_tokens / seconds,
         }
-        known = {
-            "model_name": options.model,
-            "hook_name": str(point),
-            "dataset_path": options.dataset,
-            "context_size": text.context_size,
-            "prepend_bos": lm.bos_id is not None,
-            "exclude_special_tokens": True,
-            "evaluation": finite(found),
-        }
+        known = {"evaluation": finite(found)}
         native.save(sae, out / str(point) if several else out, metadata=known)
         metrics[str(point)] = found
     return metrics if several else metrics[only]

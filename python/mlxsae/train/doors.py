@@ -286,6 +286,8 @@ class SAETrainer:
         }
         if each_of:
             saes = [config.build(lms[0].shape_at(point)[-1]) for point in points]
+            for sae, point in zip(saes, points, strict=True):
+                sae.metadata = sae.metadata | task.metadata() | {"hook_name": str(point)}
             jobs = [
                 Job(
                     sae,
@@ -299,16 +301,14 @@ class SAETrainer:
             ]
             self.results = fit_many(jobs, source, **common)
             made = {n: result.sae for n, result in zip(each_of, self.results, strict=True)}
-            for (n, sae), point in zip(made.items(), points, strict=True):
-                sae.metadata = sae.metadata | task.metadata() | {"hook_name": str(point)}
-                if save_path is not None:
-                    native.save(sae, Path(save_path) / f"layer_{n}")
+            for n, sae in made.items() if save_path is not None else ():
+                native.save(sae, Path(save_path) / f"layer_{n}")
             return made
         watchers = [*callbacks, *tracking_callbacks(config.tracking)]
+        assert coder is not None
+        coder.metadata = coder.metadata | task.metadata()  # now: trackers and exports in mid-run tell of it
         loss = end_to_end_loss(config.train, coder, lms[0], points[-1])
         self.result = fit(coder, source, config.train, loss=loss, callbacks=watchers, **common)
-        assert coder is not None
-        coder.metadata = coder.metadata | task.metadata()
         if save_path is not None:
             native.save(coder, save_path)
         return coder

@@ -243,9 +243,10 @@ class TensorBoardCallback(TrackingCallback):
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What is logged once: the configuration, sizes, and what the SAE's metadata say of model and hook point."""
+    """What is logged once: the configuration, sizes (``rows`` of data that know their length), and what the SAE's metadata
+    say of model and hook point."""
     found = {"train": run.config.to_dict(), "engine": run.engine.name, "d_sae": run.widths.d_sae}
-    found |= {"d_in": run.widths.x, "d_out": run.widths.y}
+    found |= {"d_in": run.widths.x, "d_out": run.widths.y, "rows": getattr(run.source, "rows", None)}
     if run.widths.ours:
         rule = run.sae.rule
         found |= {"architecture": rule.architecture, "rule": rule.config(), "metadata": run.sae.metadata}

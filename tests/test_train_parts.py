@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -274,6 +274,33 @@ def edited(path: str, value: object = ...) -> dict:
 def test_bad_config(config: dict, message: str) -> None:
     with pytest.raises(ValueError, match=r"\[config\] " + message):
         SAEConfig.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SAEConfig(k="8"), "k must be int but got '8'"),
+        (lambda: SAEConfig(expansion_factor=2.5), r"expansion_factor must be int but got 2\.5"),
+        (lambda: SAEConfig(rule=5), "rule must be an object but got 5"),
+        (lambda: SAEConfig(train=OptimizerConfig()), "train must be an object but got OptimizerConfig"),
+        (lambda: TrainConfig(batch_size=0.5), r"batch_size must be int but got 0\.5"),
+        (lambda: TrainConfig(seed=-1), "seed must not be negative but got -1"),
+        (lambda: TrainConfig(mixed_precision="yes"), "mixed_precision must be bool but got 'yes'"),
+        (lambda: OptimizerConfig(learning_rate=float("inf")), "learning_rate must be finite but got inf"),
+        (lambda: SAEConfig(wandb_tags="abc"), "tags must be a list but got 'abc'"),
+        (lambda: SAEConfig(dead_neuron_threshold=2), r"dead_neuron_threshold must be a share in \[0, 1\)"),
+        (lambda: SAEConfig(component_weights=[1, 2]), "SAEConfig has no source_weights"),
+    ],
+)
+def test_a_constructor_checks_what_it_is_given(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=r"\[config\] (keys must be known but )?" + message):
+        make()
+
+
+def test_a_constructor_takes_what_json_and_numpy_give() -> None:
+    config = SAEConfig(k=np.int64(4), train={"optimizer": {"betas": [0.5, 0.6], "warmup": 0}}, batch_size=8)
+    assert (config.k, config.train.batch_size) == (4, 8)
+    assert SAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_config_builds_the_sae() -> None:

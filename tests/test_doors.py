@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,135 @@ def test_doors_name_what_is_missing(model: lm.LanguageModel, texts: list[str]) -
         SAETrainer.train(model, dataset=texts)
     with pytest.raises(ValueError, match="entry 0 of the dataset must be a string or an object but is int"):
         train_sae(model, 1, dataset=[1, 2], validation_split=0.0)
+
+
+@pytest.mark.parametrize(
+    ("door", "options", "message"),
+    [
+        (
+            train_sae,
+            {"layer": 1, "config": TranscoderConfig()},
+            "config must be of SAEConfig but got Transcod",
+        ),
+        (train_sae, {"layer": 1, "config": {"k": 4}}, "config must be of SAEConfig but got dict"),
+        (
+            train_transcoder,
+            {"layer": 1, "config": SAEConfig()},
+            "config must be of TranscoderConfig but got SAE",
+        ),
+        (
+            train_crosscoder,
+            {"layers": [0, 1], "config": SAEConfig()},
+            "config must be of CrosscoderConfig but",
+        ),
+        (train_sae, {"layer": 1, "components": ["mlp"]}, "components must not be given for SAEConfig"),
+        (train_sae, {"layer": 1, "from_layer": 0}, "from_layer must not be given for SAEConfig"),
+        (
+            train_sae,
+            {"layer": 1, "hook_point": "blocks.2.hook_mlp_out"},
+            "layer and component must be those of",
+        ),
+        (
+            train_transcoder,
+            {"layer": 1, "hook_point": "blocks.2.hook_mlp_out"},
+            "hook_point must not be given",
+        ),
+        (train_transcoder, {"layer": 1, "from_layer": 1, "to_layer": 2}, "layer must not be given beside"),
+        (train_crosscoder, {"layer": 1, "components": []}, "must be lists that name at least one but got"),
+        (train_crosscoder, {"layer": 1, "components": "mlp"}, "must be lists that name at least one but got"),
+        (train_saes, {"layers": []}, "layers must name at least one"),
+        (train_cross_layer_transcoder, {"layers": []}, "layers must name at least one"),
+        (SAETrainer(CrossLayerConfig()).train, {"layer": 1}, "layer must not be given for CrossLayerConfig"),
+        (train_sae, {"layer": 1, "context_size": 100_000}, "context_size must be at most the model's 64"),
+        (
+            train_sae,
+            {"layer": 1, "dataset": 5},
+            "dataset must be texts, a file, a folder or activations but got",
+        ),
+        (train_transcoder, {"layer": 1, "dataset": np.ones((64, 128))}, "must hold 2 arrays for Transcoder"),
+        (train_sae, {"layer": 1, "dataset": (np.ones((9, 128)),) * 2}, "must hold 1 array for SAEConfig but"),
+        (
+            train_sae,
+            {"layer": 1, "dataset": ArraySource(np.ones((9, 128)), batch_size=4), "validation_split": 0.1},
+            "validation_split must be 0 for a source",
+        ),
+    ],
+)
+def test_nothing_that_a_door_is_given_is_left_aside(
+    door: Any, options: dict, message: str, model: lm.LanguageModel, texts: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        door(model, **{"dataset": texts, "progress": False} | options)
+
+
+def test_what_cannot_be_saved_or_called_is_found_before_training(
+    model: lm.LanguageModel, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    options = SMALL | {"total_tokens": 10**9}  # it would take for ever
+    with pytest.raises(
+        OSError, match=r"save_path must be a folder that can be written but .*file gives: File exists"
+    ):
+        train_sae(model, 1, dataset=texts, save_path=tmp_path / "file", **options)
+    with pytest.raises(OSError, match="save_dir must be a folder that can be written"):
+        train_sae_from_activations(dictionary_data(), save_dir=tmp_path / "file", num_epochs=10**6)
+    for callbacks in (5, CheckpointCallback()):
+        with pytest.raises(TypeError, match=f"callbacks must be a list .* got {type(callbacks).__name__}"):
+            train_sae(model, 1, dataset=texts, callbacks=callbacks, **options)
+        with pytest.raises(TypeError, match="callbacks must be a list of objects"):
+            fit(new_sae(), ArraySource(dictionary_data(), batch_size=64), callbacks=callbacks)
+
+
+def test_the_last_rows_of_what_is_stored_are_held_out(model: lm.LanguageModel, texts: list[str]) -> None:
+    from mlxsae.data import ActivationDataset
+
+    x = dictionary_data(1000)
+    options = {"k": 4, "expansion_factor": 3, "batch_size": 64, "num_epochs": 2}
+    split = train_sae_from_activations(x, validation_split=0.2, **options)
+    by_hand = train_sae_from_activations(x[:800], validation=x[800:], **options)
+    assert split.validations == by_hand.validations
+    assert_same_bits(weights(split.sae), weights(by_hand.sae))
+    with pytest.raises(ValueError, match=r"validation_split must be 0 where validation is given but is 0.2"):
+        train_sae_from_activations(x, validation_split=0.2, validation=x, **options)
+    with pytest.raises(ValueError, match=r"validation_split must leave rows to train on but is 0.9 of 1"):
+        train_sae_from_activations(x[:1], validation_split=0.9, **options)
+    points = {"layer": [0, 1], "component": ["resid", "mlp_in", "mlp"]}
+    stored = ActivationDataset.from_texts(model, texts[:20], **points)
+
+    class Count:
+        def on_validation_end(self, step: int, record: dict) -> None:
+            self.last = record["val_fvu"]
+
+    for config in (SAEConfig, TranscoderConfig, CrosscoderConfig, CrossLayerConfig):
+        where = {"layers": [0, 1]} if config in (CrosscoderConfig, CrossLayerConfig) else {"layer": 1}
+        made = SAETrainer(
+            config(k=4, expansion_factor=2, batch_size=128, total_tokens=1000, validation_split=0.25)
+        )
+        watch = Count()
+        made.train(model, dataset=stored, callbacks=[watch], progress=False, **where)
+        assert made.result is not None
+        assert 0 < made.result.validations[-1]["val_fvu"] == watch.last
+        assert made.result.state.tokens == 1024
+
+
+def test_train_sae_from_activations_as_the_plans_write_it(model: lm.LanguageModel, tmp_path: Path) -> None:
+    config = SAEConfig.from_model(model, layer_idx=2, expansion_factor=2, k=4, total_tokens=500)
+    assert config == SAEConfig.from_model(model, 2, expansion_factor=2, k=4, total_tokens=500)
+    with pytest.raises(ValueError, match="layer must be given"):
+        SAEConfig.from_model(model)
+    x = mx.random.normal((600, model.d_model))
+    sae, trainer = train_sae_from_activations(
+        activations=x, config=config, device="cpu", save_dir=tmp_path / "layer_2"
+    )
+    assert trainer.sae is sae
+    assert trainer.history
+    assert io.load(tmp_path / "layer_2").metadata["hook_name"] == "blocks.2.hook_resid_post"
+    for device in ("tpu", *(() if mx.is_available(mx.gpu) else ("cuda",))):
+        with pytest.raises(ValueError, match=rf"device must be one of \['cpu'.*\] here but got '{device}'"):
+            train_sae_from_activations(x, config, device=device)
+    for bad in (x.tolist(), x[0], None):
+        with pytest.raises(ValueError, match=r"activations must be an array of shape \[n, d_in\] but got"):
+            train_sae_from_activations(bad)  # type: ignore[arg-type]
 
 
 def test_train_sae_from_activations_with_flat_names(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -105,6 +106,13 @@ def as_callback(watcher: Any) -> Callback:
             f"[fit] a callback must have one of {list(PlainCallback.EVENTS)} but {type(watcher).__name__} has none."
         )
     return PlainCallback(watcher)
+
+
+def listed(callbacks: Any) -> list[Any]:
+    """``callbacks`` as a list; None is none."""
+    if callbacks is not None and not isinstance(callbacks, Iterable):
+        raise TypeError(f"[fit] callbacks must be a list of objects but got {type(callbacks).__name__}.")
+    return list(callbacks or ())
 
 
 class ProgressBar(Callback):

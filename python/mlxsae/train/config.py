@@ -511,8 +511,14 @@ class SAEConfig(_Config):
         _require("architecture", self.architecture, fits, f"be a rule that {what} can have")
 
     @classmethod
-    def from_model(cls, model: Any, layer: int, **options: Any) -> Self:
-        """For the stream after block ``layer`` of a model (a ``LanguageModel`` or a facade with one in ``lm``)."""
+    def from_model(
+        cls, model: Any, layer: int | None = None, *, layer_idx: int | None = None, **options: Any
+    ) -> Self:
+        """For the stream after block ``layer`` (or ``layer_idx``) of a model (a ``LanguageModel`` or a facade with one in
+        ``lm``)."""
+        layer = layer_idx if layer is None else layer
+        if layer is None:
+            raise ValueError("[SAEConfig.from_model] layer must be given.")
         d_in = getattr(model, "lm", model).d_model
         return cls(**{"d_in": d_in, "hook_point": f"blocks.{layer}.hook_resid_post"} | options)
 

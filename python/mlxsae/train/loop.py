@@ -26,7 +26,7 @@ from mlxsae.sae import SAE
 from mlxsae.sae.copying import copied
 from mlxsae.sae.model import layer_norm
 from mlxsae.train import checkpoint
-from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
+from mlxsae.train.callbacks import Callback, ProgressBar, as_callback, listed
 from mlxsae.train.config import WAKE, TrainConfig, default_learning_rate
 from mlxsae.train.engine import AutodiffEngine, Engine, make_engine, substituted
 from mlxsae.train.initial import (
@@ -92,6 +92,10 @@ class FitResult:
     validations: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     profile: dict[str, float] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """``sae, result = train_sae_from_activations(...)``."""
+        return iter((self.sae, self))
 
 
 @dataclass(frozen=True)
@@ -396,7 +400,7 @@ class _Session:
         run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
         run._sample = lambda run, n: _Batch(self._prepared(self.source.sample(n))).pair(run)
-        run.watchers += [as_callback(c) for c in job.callbacks]
+        run.watchers += [as_callback(c) for c in listed(job.callbacks)]
         if run.config.resample_every is not None:
             run.watchers.insert(0, DeadNeuronCallback(resample_every=run.config.resample_every))
         return run

@@ -8,12 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
 
 from mlxsae.data import ActivationSource, ArraySource
 from mlxsae.sae import SAE
 from mlxsae.train.config import DataConfig, LossConfig, OptimizerConfig, SAEConfig, TrainConfig
-from mlxsae.train.doors import _language_model, _Task
+from mlxsae.train.doors import Again, _language_model, _Task, arrays_of
 from mlxsae.train.loop import FitResult, fit
 
 
@@ -118,10 +117,8 @@ class ProfiSAETrainer:
         )
 
     def _source(self, dataset: Any, config: TrainConfig) -> Any:
-        if isinstance(dataset, (mx.array, np.ndarray)):
-            return ArraySource(dataset, batch_size=config.batch_size, seed=config.seed)
-        if _pair(dataset):
-            return ArraySource(*dataset, batch_size=config.batch_size, seed=config.seed)
+        if arrays := arrays_of(dataset):
+            return ArraySource(*arrays, batch_size=config.batch_size, seed=config.seed)
         if isinstance(dataset, ActivationSource):
             return dataset
         if hasattr(dataset, "source"):
@@ -132,7 +129,7 @@ class ProfiSAETrainer:
 
     def _held_out(self, dataset: Any, config: TrainConfig) -> Any:
         if hasattr(dataset, "batches"):
-            return _Again(lambda: dataset.batches(config.batch_size, shuffle=False))
+            return Again(lambda: dataset.batches(config.batch_size, shuffle=False))
         if _texts(dataset):
             return self._task(dataset, config).all_rows()
         return dataset
@@ -144,24 +141,6 @@ class ProfiSAETrainer:
         point = lm.hook_point(self.component, layer=self.layer)
         whole = SAEConfig(train=config, data=DataConfig(validation_split=0.0))
         return _Task([lm], [point], whole, dataset, None)
-
-
-class _Again:
-    """An iterable from a function that makes iterators."""
-
-    def __init__(self, make: Callable[[], Iterable[Any]]):
-        self._make = make
-
-    def __iter__(self) -> Any:
-        return iter(self._make())
-
-
-def _pair(dataset: Any) -> bool:
-    return (
-        isinstance(dataset, tuple)
-        and len(dataset) == 2
-        and all(isinstance(a, (mx.array, np.ndarray)) for a in dataset)
-    )
 
 
 def _texts(dataset: Any) -> bool:

@@ -7,6 +7,7 @@ import inspect
 import sys
 import time
 from collections.abc import Iterable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -106,6 +107,12 @@ def as_callback(watcher: Any) -> Callback:
             f"[fit] a callback must have one of {list(PlainCallback.EVENTS)} but {type(watcher).__name__} has none."
         )
     return PlainCallback(watcher)
+
+
+def at_least_1(owner: str, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"[{owner}] {name} must be at least 1, an int, but got {value!r}.")
 
 
 def listed(callbacks: Any) -> list[Any]:

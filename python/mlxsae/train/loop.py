@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -321,6 +322,8 @@ def fit_many(
     """
     if not jobs:
         raise ValueError("[fit] there must be at least one job but got none.")
+    if other := next((job for job in jobs if not isinstance(job, Job)), None):
+        raise ValueError(f"[fit_many] jobs must be of Job but got {type(other).__name__}.")
     if resume and checkpoint_dir is None:
         raise ValueError("[fit] checkpoint_dir must be given to resume.")
     source = as_source(data)
@@ -409,6 +412,8 @@ class _Session:
 
     def train(self) -> None:
         clocks = {id(run): Throughput() for run in self.runs}
+        if self.directory is not None:  # what cannot be written is found now
+            self.directory.mkdir(parents=True, exist_ok=True)
         try:
             with _deferred_interrupt() as interrupted:
                 for run in self.runs:
@@ -525,7 +530,15 @@ class _Session:
         if self.preprocess is None:
             return batch
         inputs = {(job.fields or (0,))[0] for job in self.jobs}
-        return tuple(self.preprocess(a) if i in inputs else a for i, a in enumerate(batch))
+        made = tuple(self.preprocess(a) if i in inputs else a for i, a in enumerate(batch))
+        for a, given in zip(made, batch, strict=True):
+            fits = isinstance(a, mx.array) and a.ndim == given.ndim and a.shape[0] > 0
+            if not fits or (len(batch) > 1 and a.shape[0] != given.shape[0]):  # rows alone may be left out
+                got = getattr(a, "shape", type(a).__name__)
+                raise ValueError(
+                    f"[fit] preprocess must return an array [{given.shape[0]}, d] but returned {got}."
+                )
+        return made
 
     # ---- measuring, saving, ending -------------------------------------------------------------------------
 
@@ -653,7 +666,15 @@ class _Batch:
 
 
 def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
-    config = job.config or TrainConfig()
+    config = TrainConfig() if job.config is None else job.config
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"[fit] config must be a TrainConfig but got {type(config).__name__}.")
+    if not isinstance(job.sae, nn.Module):
+        raise ValueError(
+            f"[fit] sae must be an nn.Module but got {getattr(job.sae, '__name__', type(job.sae).__name__)}."
+        )
+    if job.optimizer is not None and not isinstance(job.optimizer, optim.Optimizer):
+        raise ValueError(f"[fit] optimizer must be one of MLX's but got {job.optimizer!r}.")
     if config.epochs is not None:
         rows = source_rows(source)
         if rows is None:
@@ -897,10 +918,14 @@ def _walk(validation: Validation, batch_size: int) -> Iterator[tuple[mx.array, .
         for begin in range(0, len(validation[0]), batch_size):
             yield tuple(mx.array(a[begin : begin + batch_size]) for a in validation)
         return
+    if not isinstance(validation, Iterable):
+        raise ValueError(
+            f"[fit] validation must be an array, a pair of them, or batches but got {type(validation).__name__}."
+        )
     if iter(validation) is validation:
         raise ValueError("[fit] validation must be something that can be walked again but is an iterator.")
     for batch in validation:
-        yield batch if isinstance(batch, tuple) else (mx.array(batch),)
+        yield tuple(mx.array(a) for a in (batch if isinstance(batch, tuple) else (batch,)))
 
 
 def _mean(x: mx.array) -> mx.array:

@@ -11,6 +11,7 @@ import mlx.optimizers as optim
 
 from mlxsae.data import ActivationSource, ArraySource
 from mlxsae.sae import SAE
+from mlxsae.train.callbacks import at_least_1
 from mlxsae.train.config import DataConfig, LossConfig, OptimizerConfig, SAEConfig, TrainConfig
 from mlxsae.train.doors import Again, _language_model, _Task, arrays_of
 from mlxsae.train.loop import FitResult, fit
@@ -84,15 +85,23 @@ class ProfiSAETrainer:
         if dataset is None:
             raise ValueError("[ProfiSAETrainer] dataset must be given but is None.")
         self.dataset = dataset
+        parts = gradient_accumulation_steps
+        at_least_1(
+            "ProfiSAETrainer", num_steps=num_steps, batch_size=batch_size, gradient_accumulation_steps=parts
+        )
+        if preprocess_fn is not None and not callable(preprocess_fn):
+            raise ValueError(
+                f"[ProfiSAETrainer] preprocess_fn must be a function but got {type(preprocess_fn).__name__}."
+            )
         ours = isinstance(sae, SAE)
         raw = ours and preprocess_fn is None
         config = TrainConfig(
-            total_tokens=num_steps * batch_size * gradient_accumulation_steps,
+            total_tokens=num_steps * batch_size * parts,
             batch_size=batch_size,
             seed=seed,
             normalize="expected_norm" if raw else "none",
             b_dec_init="geometric_median" if ours else "keep",
-            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_accumulation_steps=parts,
             mixed_precision=mixed_precision,
             gradient_checkpointing=gradient_checkpointing,
             log_every=log_every,

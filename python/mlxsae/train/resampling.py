@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlxsae.metrics import fire_counts
-from mlxsae.train.callbacks import Callback
+from mlxsae.train.callbacks import Callback, at_least_1
 from mlxsae.train.randomness import seed_step
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ class DeadNeuronCallback(Callback):
     ):
         if not 0 <= threshold < 1:
             raise ValueError(f"[DeadNeuronCallback] threshold must be in [0, 1) but got {threshold}.")
-        for name, value in (("resample_every", resample_every), ("sample_size", sample_size)):
-            if value < 1:
-                raise ValueError(f"[DeadNeuronCallback] {name} must be at least 1 but got {value}.")
+        at_least_1("DeadNeuronCallback", resample_every=resample_every, sample_size=sample_size)
         if resample_strategy not in self.STRATEGIES:
             raise ValueError(
                 f"[DeadNeuronCallback] resample_strategy must be one of {list(self.STRATEGIES)} "

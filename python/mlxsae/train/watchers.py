@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlxsae.io import arrays, atomic, native
 from mlxsae.loss import RECONSTRUCTION
 from mlxsae.sae import SAE
-from mlxsae.train.callbacks import Callback
+from mlxsae.train.callbacks import Callback, at_least_1
 
 if TYPE_CHECKING:
     from mlxsae.train.loop import Run
@@ -42,6 +42,8 @@ class _Measured(Callback):
     def __init__(self, metric: str, mode: str):
         if mode not in ("min", "max"):
             raise ValueError(f"[callback] mode must be min or max but got {mode!r}.")
+        if not isinstance(metric, str):
+            raise ValueError(f"[callback] metric must be a name but got {metric!r}.")
         self.metric, self.mode = metric, mode
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
@@ -84,8 +86,9 @@ class EarlyStoppingCallback(_Measured):
         self, patience: int = 10, metric: str = "val_loss", *, min_delta: float = 0.0, mode: str = "min"
     ):
         super().__init__(metric, mode)
-        if patience < 1:
-            raise ValueError(f"[EarlyStoppingCallback] patience must be at least 1 but got {patience}.")
+        at_least_1("EarlyStoppingCallback", patience=patience)
+        if not min_delta >= 0:
+            raise ValueError(f"[EarlyStoppingCallback] min_delta must not be negative but got {min_delta!r}.")
         self.patience, self.min_delta = patience, min_delta
         self.best, self.waited = self.worst, 0
 
@@ -124,9 +127,7 @@ class CheckpointCallback(_Measured):
         directory: str | os.PathLike | None = None,
     ):
         super().__init__(metric, mode)
-        for name, value in (("save_every", save_every), ("keep_best", keep_best)):
-            if value < 1:
-                raise ValueError(f"[CheckpointCallback] {name} must be at least 1 but got {value}.")
+        at_least_1("CheckpointCallback", save_every=save_every, keep_best=keep_best)
         self.save_every, self.keep_best = save_every, keep_best
         self.directory = None if directory is None else Path(directory)
         self.kept: list[tuple[float, str]] = []  # the best first
@@ -145,6 +146,7 @@ class CheckpointCallback(_Measured):
                     "[CheckpointCallback] directory must be given where the run has no checkpoint_dir."
                 )
             self.directory = run.checkpoint_dir / ("best" + run.name)
+        self.directory.mkdir(parents=True, exist_ok=True)  # what cannot be written is found now
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
         """Nothing: a training metric is read when it decides."""

@@ -28,6 +28,9 @@ from mlxsae.train import (
     CrosscoderConfig,
     CrossLayerConfig,
     DeadNeuronCallback,
+    EarlyStoppingCallback,
+    Experiment,
+    Job,
     LossConfig,
     OptimizerConfig,
     ProfiSAETrainer,
@@ -36,6 +39,7 @@ from mlxsae.train import (
     TrainConfig,
     TranscoderConfig,
     fit,
+    fit_many,
     train_cross_layer_transcoder,
     train_crosscoder,
     train_sae,
@@ -45,6 +49,7 @@ from mlxsae.train import (
 )
 from mlxsae.train.config import TrackingConfig, overruled
 from mlxsae.train.flat_names import FLAT_NAMES, nested
+from mlxsae.train.tracking import LocalTracker, TrackingCallback, read_metrics
 from test_train import StopAt, assert_same_bits, dictionary_data, new_sae, weights
 
 SMALL: dict[str, Any] = {"k": 4, "expansion_factor": 2, "batch_size": 128, "progress": False}
@@ -236,6 +241,48 @@ def test_several_layers_from_one_forward_pass(
         assert_same_bits(weights(sae), weights(alone))
         assert sae.metadata["hook_name"] == alone.metadata["hook_name"]
         assert io.load(tmp_path / f"layer_{layer}").d_in == model.d_model
+
+
+def test_each_of_several_runs_has_callbacks_of_its_own(
+    model: lm.LanguageModel, texts: list[str], tmp_path: Path
+) -> None:
+    """What one SAE alone would keep, stop by and log, each of several does."""
+    options = SMALL | {"total_tokens": 128 * 12, "log_every": 3}
+
+    def callbacks(experiment: Experiment, place: Path) -> list[Any]:
+        return [
+            CheckpointCallback(save_every=3, keep_best=2, directory=place),
+            EarlyStoppingCallback(patience=1, metric="loss", min_delta=0.02),
+            TrackingCallback(LocalTracker(place), "log"),
+            experiment.get_callback(),
+        ]
+
+    experiment = Experiment("e", directory=tmp_path)
+    with experiment.start_run("together"):
+        made = train_saes(
+            model, [0, 2], "resid", texts, callbacks=callbacks(experiment, tmp_path / "c"), **options
+        )
+    for n in (0, 2):
+        point, alone = f"blocks.{n}.hook_resid_post", Experiment("e", directory=tmp_path / str(n))
+        with alone.start_run("alone"):
+            sae = train_sae(
+                model, n, "resid", texts, callbacks=callbacks(alone, tmp_path / f"d{n}"), **options
+            )
+        assert_same_bits(weights(made[n]), weights(sae))
+        kept = sorted(p.name for p in (tmp_path / f"d{n}").glob("step_*"))
+        assert sorted(p.name for p in (tmp_path / "c" / point).iterdir()) == kept
+        for name in kept:
+            assert_same_bits(
+                weights(io.load(tmp_path / "c" / point / name)), weights(io.load(tmp_path / f"d{n}" / name))
+            )
+        together = experiment.compare_runs(f"{point}/train/fvu").rows[0]
+        assert together["last"] == alone.compare_runs("fvu").rows[0]["last"]
+        logged = [r["train/fvu"] for r in read_metrics(tmp_path / f"d{n}" / "log")]
+        assert [r["train/fvu"] for r in read_metrics(tmp_path / "c" / f"log-{point}")] == logged
+    stop = EarlyStoppingCallback(metric="loss")
+    jobs = [Job(new_sae(), TrainConfig(), callbacks=[stop]) for _ in range(2)]
+    with pytest.raises(ValueError, match="EarlyStoppingCallback must watch one job but is given to several"):
+        fit_many(jobs, ArraySource(dictionary_data(), batch_size=64))
 
 
 def test_lengths_of_a_run_on_text(model: lm.LanguageModel, texts: list[str]) -> None:

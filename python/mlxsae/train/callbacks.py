@@ -45,6 +45,10 @@ class Callback:
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
 
+    def of(self, name: str) -> Callback:
+        """The callback for the run ``name`` of several that are begun together: a copy, where it knows things of one run."""
+        return self
+
     @property
     def kind(self) -> str:
         """Under which name a checkpoint keeps the state."""

@@ -26,7 +26,7 @@ from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint, LanguageModel, TokenBatch
 from mlxsae.lm.hook_point import SITES
 from mlxsae.loss import END_TO_END, Loss
-from mlxsae.train.callbacks import Callback, listed
+from mlxsae.train.callbacks import Callback, as_callback, listed
 from mlxsae.train.config import (
     CrosscoderConfig,
     CrossLayerConfig,
@@ -101,7 +101,8 @@ def train_saes(
 ) -> dict[int, Any]:
     """Train an SAE for each of ``layers`` from one forward pass of the model: each as :func:`train_sae` trains it alone.
 
-    Returns ``{layer: SAE}``, saved in ``save_path/layer_<n>``; the rest as in :func:`train_sae`.
+    Returns ``{layer: SAE}``, saved in ``save_path/layer_<n>``; the rest as in :func:`train_sae`. Callbacks of ours are copied
+    for each (:meth:`~mlxsae.train.Callback.of`), those of one's own see all.
     """
     if not list(layers):
         raise ValueError("[train_saes] layers must name at least one but got none.")
@@ -318,7 +319,10 @@ class SAETrainer:
                     config.train,
                     (i,),
                     loss=end_to_end_loss(config.train, sae, lms[0], point),
-                    callbacks=[*callbacks, *tracking_callbacks(config.tracking, str(point))],
+                    callbacks=[
+                        *(as_callback(c).of(str(point)) for c in callbacks),
+                        *tracking_callbacks(config.tracking, str(point)),
+                    ],
                     name=str(point),
                 )
                 for i, (sae, point) in enumerate(zip(saes, points, strict=True))

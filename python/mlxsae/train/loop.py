@@ -367,6 +367,12 @@ class _Session:
         if len(set(names)) < len(names):
             raise ValueError(f"[fit_many] names must differ but got {names}.")
         self.config: TrainConfig = first
+        given = [c for job in self.jobs for c in job.callbacks if isinstance(c, Callback)]
+        for c in given:
+            if type(c).of is not Callback.of and sum(c is other for other in given) > 1:
+                raise ValueError(
+                    f"[fit_many] {type(c).__name__} must watch one job but is given to several; give each its own."
+                )
 
     # ---- beginning -----------------------------------------------------------------------------------------
 
@@ -403,7 +409,7 @@ class _Session:
         run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
         run._sample = lambda run, n: _Batch(self._prepared(self.source.sample(n))).pair(run)
-        run.watchers += [as_callback(c) for c in listed(job.callbacks)]
+        run.watchers += [as_callback(c) for c in job.callbacks]
         if run.config.resample_every is not None:
             run.watchers.insert(0, DeadNeuronCallback(resample_every=run.config.resample_every))
         return run
@@ -687,7 +693,8 @@ def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
             config.loss.preset_for(job.sae.rule) if job.loss is None else getattr(job.loss, "auxk", None)
         )
         config = replace(config, wake=WAKE if wakes else 0.0)
-    return replace(job, config=config, name=job.name or ("" if number is None else str(number)))
+    name = job.name or ("" if number is None else str(number))
+    return replace(job, config=config, callbacks=listed(job.callbacks), name=name)
 
 
 def _wakes(sae: Any) -> bool:

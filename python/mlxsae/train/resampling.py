@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,9 @@ class DeadNeuronCallback(Callback):
         self.threshold, self.every, self.strategy = threshold, resample_every, resample_strategy
         self.sample_size = sample_size
         self.resampled: list[tuple[int, int]] = []
+
+    def of(self, name: str) -> Callback:
+        return copy.deepcopy(self)
 
     def on_begin(self, run: Run) -> None:
         if not run.widths.ours or "weight" not in run.state.params.get("decoder", {}):

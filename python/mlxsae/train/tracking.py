@@ -6,6 +6,7 @@ The libraries do the logging. Names are those of the field: ``train/loss``, ``tr
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -211,6 +212,13 @@ class TrackingCallback(Callback):
     @property
     def kind(self) -> str:
         return f"{type(self).__name__}({type(self.tracker).__name__})"
+
+    def of(self, name: str) -> Callback:
+        own, tracker = copy.copy(self), copy.copy(self.tracker)
+        own.tracker, own.name = tracker, "-".join(filter(None, (self.name, name)))
+        if isinstance(tracker, WandbTracker) and tracker._name:
+            tracker._name = f"{tracker._name}-{name}"
+        return own
 
     def on_begin(self, run: Run) -> None:
         self.tracker.begin(self.name or run.name, describe(run), run.state.step)
@@ -426,11 +434,17 @@ class Experiment:
 
 
 class _ExperimentCallback(Callback):
-    def __init__(self, experiment: Experiment):
-        self._experiment = experiment
+    def __init__(self, experiment: Experiment, prefix: str = ""):
+        self._experiment, self._prefix = experiment, prefix
+
+    def of(self, name: str) -> Callback:
+        return _ExperimentCallback(self._experiment, f"{name}/")
+
+    def _named(self, record: dict[str, Any]) -> dict[str, float]:
+        return {self._prefix + name: value for name, value in tracked_names(record).items()}
 
     def on_begin(self, run: Run) -> None:
-        earlier = [(r["step"], tracked_names(r)) for r in (*run.history, *run.validations)]
+        earlier = [(r["step"], self._named(r)) for r in (*run.history, *run.validations)]
         earlier.sort(key=lambda entry: entry[0])
         self._experiment._begin(run.state.step, [{"step": step} | names for step, names in earlier])
         local = self._experiment._trackers.get("local")
@@ -438,10 +452,10 @@ class _ExperimentCallback(Callback):
             atomic.write_files(local.directory, {"training.json": atomic.json_writer(describe(run))})
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
-        self._experiment.log_metrics(tracked_names(record), record["step"])
+        self._experiment.log_metrics(self._named(record), record["step"])
 
     def on_validation(self, run: Run, record: dict[str, Any]) -> None:
-        self._experiment.log_metrics(tracked_names(record), record["step"])
+        self._experiment.log_metrics(self._named(record), record["step"])
 
     def state(self) -> dict[str, Any]:
         return {backend: tracker.state() for backend, tracker in self._experiment._trackers.items()}

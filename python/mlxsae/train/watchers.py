@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -45,6 +46,9 @@ class _Measured(Callback):
         if not isinstance(metric, str):
             raise ValueError(f"[callback] metric must be a name but got {metric!r}.")
         self.metric, self.mode = metric, mode
+
+    def of(self, name: str) -> Callback:
+        return copy.deepcopy(self)
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
         if not self.metric.startswith("val"):
@@ -113,7 +117,7 @@ class CheckpointCallback(_Measured):
     """Every ``save_every`` steps save the SAE as it would come out, and keep the ``keep_best`` best by ``metric``.
 
     Folders ``step_00005000`` in ``directory`` (by default ``best`` in the run's ``checkpoint_dir``) that
-    ``mlxsae.io.load`` reads; a module of one's own is saved as ``weights.safetensors``. A ``val_...`` metric is
+    ``mlxsae.io.load`` reads (of ``train_saes`` in a folder for each hook point); a module of one's own is saved as ``weights.safetensors``. A ``val_...`` metric is
     that of the latest validation, any other that of the very step. These are for use; what a run resumes from are ``fit``'s own checkpoints.
     """
 
@@ -137,6 +141,11 @@ class CheckpointCallback(_Measured):
     def best(self) -> Path | None:
         """The folder of the best SAE so far."""
         return self.directory / self.kept[0][1] if self.kept and self.directory is not None else None
+
+    def of(self, name: str) -> Callback:
+        own = copy.deepcopy(self)
+        own.directory = None if self.directory is None else self.directory / name
+        return own
 
     def on_begin(self, run: Run) -> None:
         super().on_begin(run)

@@ -453,7 +453,7 @@ def _flat_names_too(cls: T) -> T:
             if isinstance(value, dict):
                 base = options.get(name) or fields[name].default_factory()  # type: ignore[misc]
                 base = _value(_hints(cls)[name], base, name, True)
-                value = type(base).from_dict(_merged(base.to_dict(), value))
+                value = type(base).from_dict(merged(base.to_dict(), value))
             options[name] = value
         make(self, *args, **{k: v for k, v in options.items() if k in fields})
 
@@ -649,12 +649,12 @@ def wanting_l0(config: C, k: float) -> C:
     return dataclasses.replace(config, train=train)
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` laid upon ``base``, object by object."""
     found = dict(base)
     for key, value in over.items():
         old = found.get(key)
-        found[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return found
 
 

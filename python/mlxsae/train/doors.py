@@ -390,6 +390,15 @@ def tracking_callbacks(config: TrackingConfig, part: str = "") -> list[Callback]
     return found
 
 
+def fitting_context(lm: LanguageModel, asked: int | None) -> int | None:
+    """``asked``, which the model must have been made for."""
+    if asked is not None and lm.context_size is not None and asked > lm.context_size:
+        raise ValueError(
+            f"[train] context_size must be at most the model's {lm.context_size} but got {asked}."
+        )
+    return asked
+
+
 def contexts_per_step(config: TrainConfig, context_size: int) -> int:
     """Of an end-to-end run, whose steps are whole contexts."""
     return max(1, config.batch_size // context_size)
@@ -426,10 +435,8 @@ class _Task:
 
     @property
     def context_size(self) -> int:
-        asked, most = self.config.data.context_size, self.lms[0].context_size
-        if asked is not None and most is not None and asked > most:
-            raise ValueError(f"[train] context_size must be at most the model's {most} but got {asked}.")
-        return asked or min(_CONTEXT, most or _CONTEXT)
+        asked = fitting_context(self.lms[0], self.config.data.context_size)
+        return asked or min(_CONTEXT, self.lms[0].context_size or _CONTEXT)
 
     def build(self, config: Any) -> Any:
         widths = [lm.shape_at(point)[-1] for lm in self.lms for point in self.points]

@@ -16,7 +16,15 @@ from mlxsae import loss as L
 from mlxsae.data import ArraySource, Chunk, IterableSource, ShuffleBuffer, as_source
 from mlxsae.loss.reconstruction import UNIFORM, sum_about_mean
 from mlxsae.sae import SAE
-from mlxsae.train import LossConfig, OptimizerConfig, SAEConfig, TrainConfig, geometric_median, warmup_decay
+from mlxsae.train import (
+    LossConfig,
+    OptimizerConfig,
+    SAEConfig,
+    TrainConfig,
+    fit,
+    geometric_median,
+    warmup_decay,
+)
 from mlxsae.train.constraints import unit_rows, without_parallel
 from mlxsae.train.initial import expected_norm_scale, finite_rows
 from mlxsae.train.state import scaled_params
@@ -328,6 +336,22 @@ def test_warmup_decay(shape: str) -> None:
     assert values[90] == pytest.approx(0.5)
     assert values[100] == pytest.approx(0)
     assert [warmup_decay(5, warmup=0, decay=0)(i) for i in range(5)] == [1.0] * 5
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_decay_of_more_steps_than_there_are_follows_the_warm_up(shape: str) -> None:
+    factor = warmup_decay(100, warmup=20, decay=50_000, shape=shape)
+    same = warmup_decay(100, warmup=0.2, decay=0.8, shape=shape)
+    assert [factor(i) for i in range(101)] == [same(i) for i in range(101)]
+    assert max(factor(i) for i in range(100)) == pytest.approx(1.0, rel=1e-2)
+    assert warmup_decay(10, warmup=1000, decay=0.5, shape=shape)(9) == pytest.approx(0.01)
+
+
+def test_a_warm_up_longer_than_the_run_is_told() -> None:
+    data = ArraySource(np.random.default_rng(0).normal(size=(64, 8)), batch_size=16)
+    settings = TrainConfig(total_tokens=64, batch_size=16, optimizer=OptimizerConfig(warmup=1000))
+    with pytest.warns(UserWarning, match="warmup should be shorter than the run but takes 1000 steps of 4"):
+        fit(SAE(8, 16, k=2), data, settings)
 
 
 def test_geometric_median_minimises_distances() -> None:

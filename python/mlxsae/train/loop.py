@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ from mlxsae.train.optimizers import split_schedule
 from mlxsae.train.pressure import SparsityController
 from mlxsae.train.randomness import kept_random_state, seed_step
 from mlxsae.train.resampling import DeadNeuronCallback
-from mlxsae.train.schedules import Schedule, warmup_decay
+from mlxsae.train.schedules import Schedule, in_steps, warmup_decay
 from mlxsae.train.state import ACTIVATIONS, TrainState, flat, normalized, scaled_params, unnormalized
 
 _CHECK_EVERY = 10
@@ -838,6 +839,12 @@ def _rate(
         factor = job.schedule
         return own if factor is None else lambda step: own(0) * factor(step)
     base = o.learning_rate or default_learning_rate(widths.d_sae)
+    if job.schedule is None and (rising := in_steps(o.warmup, config.total_steps)) > config.total_steps:
+        warnings.warn(
+            f"[fit] warmup should be shorter than the run but takes {rising} steps of {config.total_steps}: the learning "
+            "rate will not reach its peak.",
+            stacklevel=2,
+        )
     factor = job.schedule or warmup_decay(config.total_steps, warmup=o.warmup, decay=o.decay, shape=o.shape)
     return lambda step: base * float(factor(step))
 

@@ -26,6 +26,8 @@ from mlxsae.train import (
     OPTIMIZERS,
     Callback,
     CheckpointCallback,
+    CrosscoderConfig,
+    CrossLayerConfig,
     EarlyStoppingCallback,
     Job,
     LossConfig,
@@ -34,9 +36,11 @@ from mlxsae.train import (
     Run,
     SAEConfig,
     TrainConfig,
+    TranscoderConfig,
     fit,
     fit_many,
 )
+from mlxsae.train.config import overruled
 from mlxsae.train.gradients import recomputed
 from mlxsae.train.optimizers import Signum, split_schedule
 from mlxsae.train.randomness import kept_random_state, seed_step
@@ -625,6 +629,47 @@ def test_layer_norm_is_the_saes_own(tmp_path: Path) -> None:
         Crosscoder(8, 2, 48, k=4).normalize_activations = "layer_norm"
     with pytest.raises(ValueError, match="normalize_activations must be none or layer_norm"):
         sae.normalize_activations = "batch"
+
+
+# ---- every rule and shape resumes --------------------------------------------------------------------------
+
+
+_SHAPES: dict[str, tuple[SAEConfig, int]] = {
+    **{name: (SAEConfig(architecture=name), 1) for name in RULES},
+    "transcoder with skip": (TranscoderConfig(skip=True), 2),
+    "transcoder, batchtopk": (TranscoderConfig(architecture="batchtopk"), 2),
+    "crosscoder": (CrosscoderConfig(), 1),
+    "crosscoder, relu": (CrosscoderConfig(architecture="relu"), 1),
+    "crosscoder, ranked": (CrosscoderConfig(architecture="batchtopk", rank_by_decoder_norm=True), 1),
+    "cross-layer": (CrossLayerConfig(), 2),
+    "cross-layer, jumprelu": (CrossLayerConfig(architecture="jumprelu"), 2),
+}
+
+
+@pytest.mark.parametrize("name", _SHAPES)
+def test_every_rule_and_shape_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Parameters, moments, thresholds and counters after a stop in the middle."""
+    shape, n_arrays = _SHAPES[name]
+    plain = type(shape) in (SAEConfig, TranscoderConfig)
+    x = dictionary_data(1000)
+    x = x if plain else np.concatenate([x, 2 * x + 1], axis=1)
+    more: dict[str, Any] = {"k": 4, "d_sae": 64, "batch_size": 64, "total_tokens": 64 * 24}
+
+    def run(**options: Any) -> Any:
+        made = overruled(shape, more)
+        sae = made.build(x.shape[1]) if plain else made.build(x.shape[1] // 2, 2)
+        data = ArraySource(*[x, x[:, ::-1]][:n_arrays], batch_size=64, seed=1)
+        return fit(sae, data, made.train, **options)
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint_dir=tmp_path, callbacks=[StopAt(11)])
+    resumed = run(checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(resumed.sae), weights(whole.sae))
+    for (where, a), (_, b) in zip(
+        tree_flatten(whole.state.arrays), tree_flatten(resumed.state.arrays), strict=True
+    ):
+        assert mx.array_equal(a, b).item(), where
 
 
 # ---- many at once ------------------------------------------------------------------------------------------

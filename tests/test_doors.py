@@ -510,7 +510,7 @@ def test_train_sae_from_activations_as_the_plans_write_it(model: lm.LanguageMode
         with pytest.raises(ValueError, match=rf"device must be one of \['cpu'.*\] here but got '{device}'"):
             train_sae_from_activations(x, config, device=device)
     for bad in (x.tolist(), x[0], None):
-        with pytest.raises(ValueError, match=r"activations must be an array of shape \[n, d_in\] but got"):
+        with pytest.raises(ValueError, match=r"activations must have shape \[n, d_in\] but got"):
             train_sae_from_activations(bad)  # type: ignore[arg-type]
 
 

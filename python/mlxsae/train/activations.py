@@ -45,7 +45,7 @@ def train_sae_from_activations(
     shape = getattr(activations, "shape", type(activations).__name__)
     if not isinstance(activations, (mx.array, np.ndarray)) or activations.ndim != 2:
         raise ValueError(
-            f"[train_sae_from_activations] activations must be an array of shape [n, d_in] but got {shape}."
+            f"[train_sae_from_activations] activations must have shape [n, d_in] but got {shape}."
         )
     if config.data.validation_split and validation is None:
         m, end = rows_kept(len(activations), config.data)

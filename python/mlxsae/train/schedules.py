@@ -20,7 +20,9 @@ def warmup_decay(total_steps: int, *, warmup: float, decay: float, shape: str = 
     slope, and the step after it would have 0.
     """
     rising = in_steps(warmup, total_steps)
-    falling = 0 if shape == "constant" else min(in_steps(decay, total_steps), max(total_steps - rising, 0))
+    falling = 0 if shape == "constant" else in_steps(decay, total_steps)
+    if max(warmup, decay) > 1:  # of fractions it is checked
+        falling = min(falling, max(total_steps - rising, 0))
 
     def factor(step: int) -> float:
         up = min(1.0, (step + 1) / rising) if rising else 1.0

@@ -437,15 +437,49 @@ def test_config_file(model: str, stories: Path, tmp_path: Path, capsys) -> None:
     assert native.load(out).metadata["context_size"] == 48
     assert got["data"] | {"validation_split": 0.2, "validation_tokens": 1500} == got["data"]
     assert "train/loss" in (tmp_path / "log" / "metrics.jsonl").read_text()
+    told = json.loads((tmp_path / "log" / "run.json").read_text())["config"]["metadata"]
+    assert (told["model_name"], told["hook_name"]) == (str(model), native.load(out).metadata["hook_name"])
     for text, said in (
         ("{", "--config must be JSON"),
         ("[]", "a JSON object"),
         ('{"x": 1}', "known but got x"),
+        (
+            '{"data": {"hook_point": "blocks.1.hook_mlp_out"}}',
+            "data.hook_point must not be in --config but is",
+        ),
+        ('{"learning_rate": "fast"}', "learning_rate must be float but got 'fast'"),
     ):
         path.write_text(text)
         assert main(arguments(model, stories, tmp_path / "other", config=path)) == 1
         assert said in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_config_file_of_flat_names_and_relative_places(
+    model: str, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.json"
+    settings = {
+        "learning_rate": 2e-3,
+        "k_aux": 7,
+        "train": {"loss": {"dead_after": 99}},
+        "tracking": {"local": "log"},
+    }
+    path.write_text(json.dumps(settings))
+    out = tmp_path / "run"
+    assert main(arguments(model, stories, out, quiet=True, config=path, max_tokens=512)) == 0
+    train = run_of(out)["config"]["sae"]["train"]
+    assert (train["optimizer"]["learning_rate"], train["loss"]["k_aux"], train["loss"]["dead_after"]) == (
+        2e-3,
+        7,
+        99,
+    )
+    assert run_of(out)["options"]["config"]["tracking"]["local"] == str(tmp_path / "log")
+    too_long = arguments(model, stories, tmp_path / "other", quiet=True)
+    too_long[too_long.index("--context-size") + 1] = "100000"
+    assert main(too_long) == 1
+    assert "context_size must be at most the model's" in capsys.readouterr().err
 
 
 def test_json_output_is_one_line(model: str, stories: Path, tmp_path: Path, capsys) -> None:

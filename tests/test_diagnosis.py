@@ -120,3 +120,11 @@ def test_the_bare_rate_of_every_shape(sae: SAE) -> None:
 def test_data_must_be_one_array_of_rows(data: object, got: str) -> None:
     with pytest.raises(ValueError, match=rf"data must be an array \[..., d\] of activations but got {got}"):
         diagnose(data=data)
+
+
+@pytest.mark.parametrize("run", [5, "x", [{}], [1], SAE(4, 8, k=2)])
+def test_what_is_no_run_is_told(run: object) -> None:
+    with pytest.raises(
+        ValueError, match="run must be a result, a run, its history or the error that ended it"
+    ):
+        diagnose(run)  # type: ignore[arg-type]

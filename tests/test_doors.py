@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,19 @@ from mlxsae import io, lm
 from mlxsae.data import ArraySource
 from mlxsae.metrics import evaluate
 from mlxsae.metrics.in_model import evaluate_in_model
+from mlxsae.model import InterpretableModel
 from mlxsae.sae import SAE, HierarchicalSAE, JumpReLU
 from mlxsae.train import (
     DEFAULT_CROSSCODER_CONFIG,
     DEFAULT_SAE_CONFIG,
     DEFAULT_TRANSCODER_CONFIG,
+    CheckpointCallback,
     CrosscoderConfig,
     CrossLayerConfig,
     DeadNeuronCallback,
+    EarlyStoppingCallback,
+    Experiment,
+    Job,
     LossConfig,
     OptimizerConfig,
     ProfiSAETrainer,
@@ -33,6 +39,7 @@ from mlxsae.train import (
     TrainConfig,
     TranscoderConfig,
     fit,
+    fit_many,
     train_cross_layer_transcoder,
     train_crosscoder,
     train_sae,
@@ -42,6 +49,7 @@ from mlxsae.train import (
 )
 from mlxsae.train.config import TrackingConfig, overruled
 from mlxsae.train.flat_names import FLAT_NAMES, nested
+from mlxsae.train.tracking import LocalTracker, TrackingCallback, read_metrics
 from test_train import StopAt, assert_same_bits, dictionary_data, new_sae, weights
 
 SMALL: dict[str, Any] = {"k": 4, "expansion_factor": 2, "batch_size": 128, "progress": False}
@@ -208,6 +216,23 @@ def test_train_sae_in_one_call(model: lm.LanguageModel, texts: list[str], tmp_pa
     assert_same_bits(weights(train_sae(model, 1, "resid", texts, resume=True, **options)), weights(sae))
 
 
+def test_what_watches_a_door_knows_model_and_hook_point(
+    model: lm.LanguageModel, texts: list[str], tmp_path: Path
+) -> None:
+    best = CheckpointCallback(save_every=3, keep_best=1, directory=tmp_path / "best")
+    options = SMALL | {"total_tokens": 700, "tracking": TrackingConfig(local=str(tmp_path / "log"))}
+    sae = train_sae(model, 1, "resid", texts, callbacks=[best], **options)
+    told = json.loads((tmp_path / "log" / "run.json").read_text())["config"]["metadata"]
+    assert told["hook_name"] == "blocks.1.hook_resid_post"
+    assert told["model_name"] == model.name
+    assert best.best is not None
+    kept = InterpretableModel(model).load_sae(best.best)  # it says where it belongs
+    assert kept.metadata["hook_name"] == sae.metadata["hook_name"] == "blocks.1.hook_resid_post"
+    train_saes(model, [0, 1], "resid", texts, **options)
+    log = tmp_path / "log" / "blocks.0.hook_resid_post" / "run.json"
+    assert json.loads(log.read_text())["config"]["metadata"]["hook_name"] == "blocks.0.hook_resid_post"
+
+
 def test_a_hook_point_in_place_of_a_layer(model: lm.LanguageModel, texts: list[str]) -> None:
     options = SMALL | {"total_tokens": 500}
     named = train_sae(model, dataset=texts, hook_point="blocks.1.hook_mlp_out", **options)
@@ -243,6 +268,48 @@ def test_several_layers_from_one_forward_pass(
         assert_same_bits(weights(sae), weights(alone))
         assert sae.metadata["hook_name"] == alone.metadata["hook_name"]
         assert io.load(tmp_path / f"layer_{layer}").d_in == model.d_model
+
+
+def test_each_of_several_runs_has_callbacks_of_its_own(
+    model: lm.LanguageModel, texts: list[str], tmp_path: Path
+) -> None:
+    """What one SAE alone would keep, stop by and log, each of several does."""
+    options = SMALL | {"total_tokens": 128 * 12, "log_every": 3}
+
+    def callbacks(experiment: Experiment, place: Path) -> list[Any]:
+        return [
+            CheckpointCallback(save_every=3, keep_best=2, directory=place),
+            EarlyStoppingCallback(patience=1, metric="loss", min_delta=0.02),
+            TrackingCallback(LocalTracker(place), "log"),
+            experiment.get_callback(),
+        ]
+
+    experiment = Experiment("e", directory=tmp_path)
+    with experiment.start_run("together"):
+        made = train_saes(
+            model, [0, 2], "resid", texts, callbacks=callbacks(experiment, tmp_path / "c"), **options
+        )
+    for n in (0, 2):
+        point, alone = f"blocks.{n}.hook_resid_post", Experiment("e", directory=tmp_path / str(n))
+        with alone.start_run("alone"):
+            sae = train_sae(
+                model, n, "resid", texts, callbacks=callbacks(alone, tmp_path / f"d{n}"), **options
+            )
+        assert_same_bits(weights(made[n]), weights(sae))
+        kept = sorted(p.name for p in (tmp_path / f"d{n}").glob("step_*"))
+        assert sorted(p.name for p in (tmp_path / "c" / point).iterdir()) == kept
+        for name in kept:
+            assert_same_bits(
+                weights(io.load(tmp_path / "c" / point / name)), weights(io.load(tmp_path / f"d{n}" / name))
+            )
+        together = experiment.compare_runs(f"{point}/train/fvu").rows[0]
+        assert together["last"] == alone.compare_runs("fvu").rows[0]["last"]
+        logged = [r["train/fvu"] for r in read_metrics(tmp_path / f"d{n}" / "log")]
+        assert [r["train/fvu"] for r in read_metrics(tmp_path / "c" / f"log-{point}")] == logged
+    stop = EarlyStoppingCallback(metric="loss")
+    jobs = [Job(new_sae(), TrainConfig(), callbacks=[stop]) for _ in range(2)]
+    with pytest.raises(ValueError, match="EarlyStoppingCallback must watch one job but is given to several"):
+        fit_many(jobs, ArraySource(dictionary_data(), batch_size=64))
 
 
 def test_lengths_of_a_run_on_text(model: lm.LanguageModel, texts: list[str]) -> None:
@@ -343,6 +410,135 @@ def test_doors_name_what_is_missing(model: lm.LanguageModel, texts: list[str]) -
         SAETrainer.train(model, dataset=texts)
     with pytest.raises(ValueError, match="entry 0 of the dataset must be a string or an object but is int"):
         train_sae(model, 1, dataset=[1, 2], validation_split=0.0)
+
+
+@pytest.mark.parametrize(
+    ("door", "options", "message"),
+    [
+        (
+            train_sae,
+            {"layer": 1, "config": TranscoderConfig()},
+            "config must be of SAEConfig but got Transcod",
+        ),
+        (train_sae, {"layer": 1, "config": {"k": 4}}, "config must be of SAEConfig but got dict"),
+        (
+            train_transcoder,
+            {"layer": 1, "config": SAEConfig()},
+            "config must be of TranscoderConfig but got SAE",
+        ),
+        (
+            train_crosscoder,
+            {"layers": [0, 1], "config": SAEConfig()},
+            "config must be of CrosscoderConfig but",
+        ),
+        (train_sae, {"layer": 1, "components": ["mlp"]}, "components must not be given for SAEConfig"),
+        (train_sae, {"layer": 1, "from_layer": 0}, "from_layer must not be given for SAEConfig"),
+        (
+            train_sae,
+            {"layer": 1, "hook_point": "blocks.2.hook_mlp_out"},
+            "layer and component must be those of",
+        ),
+        (
+            train_transcoder,
+            {"layer": 1, "hook_point": "blocks.2.hook_mlp_out"},
+            "hook_point must not be given",
+        ),
+        (train_transcoder, {"layer": 1, "from_layer": 1, "to_layer": 2}, "layer must not be given beside"),
+        (train_crosscoder, {"layer": 1, "components": []}, "must be lists that name at least one but got"),
+        (train_crosscoder, {"layer": 1, "components": "mlp"}, "must be lists that name at least one but got"),
+        (train_saes, {"layers": []}, "layers must name at least one"),
+        (train_cross_layer_transcoder, {"layers": []}, "layers must name at least one"),
+        (SAETrainer(CrossLayerConfig()).train, {"layer": 1}, "layer must not be given for CrossLayerConfig"),
+        (train_sae, {"layer": 1, "context_size": 100_000}, "context_size must be at most the model's 64"),
+        (
+            train_sae,
+            {"layer": 1, "dataset": 5},
+            "dataset must be texts, a file, a folder or activations but got",
+        ),
+        (train_transcoder, {"layer": 1, "dataset": np.ones((64, 128))}, "must hold 2 arrays for Transcoder"),
+        (train_sae, {"layer": 1, "dataset": (np.ones((9, 128)),) * 2}, "must hold 1 array for SAEConfig but"),
+        (
+            train_sae,
+            {"layer": 1, "dataset": ArraySource(np.ones((9, 128)), batch_size=4), "validation_split": 0.1},
+            "validation_split must be 0 for a source",
+        ),
+    ],
+)
+def test_nothing_that_a_door_is_given_is_left_aside(
+    door: Any, options: dict, message: str, model: lm.LanguageModel, texts: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        door(model, **{"dataset": texts, "progress": False} | options)
+
+
+def test_what_cannot_be_saved_or_called_is_found_before_training(
+    model: lm.LanguageModel, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    options = SMALL | {"total_tokens": 10**9}  # it would take for ever
+    with pytest.raises(
+        OSError, match=r"save_path must be a folder that can be written but .*file gives: File exists"
+    ):
+        train_sae(model, 1, dataset=texts, save_path=tmp_path / "file", **options)
+    with pytest.raises(OSError, match="save_dir must be a folder that can be written"):
+        train_sae_from_activations(dictionary_data(), save_dir=tmp_path / "file", num_epochs=10**6)
+    for callbacks in (5, CheckpointCallback()):
+        with pytest.raises(TypeError, match=f"callbacks must be a list .* got {type(callbacks).__name__}"):
+            train_sae(model, 1, dataset=texts, callbacks=callbacks, **options)
+        with pytest.raises(TypeError, match="callbacks must be a list of objects"):
+            fit(new_sae(), ArraySource(dictionary_data(), batch_size=64), callbacks=callbacks)
+
+
+def test_the_last_rows_of_what_is_stored_are_held_out(model: lm.LanguageModel, texts: list[str]) -> None:
+    from mlxsae.data import ActivationDataset
+
+    x = dictionary_data(1000)
+    options = {"k": 4, "expansion_factor": 3, "batch_size": 64, "num_epochs": 2}
+    split = train_sae_from_activations(x, validation_split=0.2, **options)
+    by_hand = train_sae_from_activations(x[:800], validation=x[800:], **options)
+    assert split.validations == by_hand.validations
+    assert_same_bits(weights(split.sae), weights(by_hand.sae))
+    with pytest.raises(ValueError, match=r"validation_split must be 0 where validation is given but is 0.2"):
+        train_sae_from_activations(x, validation_split=0.2, validation=x, **options)
+    with pytest.raises(ValueError, match=r"validation_split must leave rows to train on but is 0.9 of 1"):
+        train_sae_from_activations(x[:1], validation_split=0.9, **options)
+    points = {"layer": [0, 1], "component": ["resid", "mlp_in", "mlp"]}
+    stored = ActivationDataset.from_texts(model, texts[:20], **points)
+
+    class Count:
+        def on_validation_end(self, step: int, record: dict) -> None:
+            self.last = record["val_fvu"]
+
+    for config in (SAEConfig, TranscoderConfig, CrosscoderConfig, CrossLayerConfig):
+        where = {"layers": [0, 1]} if config in (CrosscoderConfig, CrossLayerConfig) else {"layer": 1}
+        made = SAETrainer(
+            config(k=4, expansion_factor=2, batch_size=128, total_tokens=1000, validation_split=0.25)
+        )
+        watch = Count()
+        made.train(model, dataset=stored, callbacks=[watch], progress=False, **where)
+        assert made.result is not None
+        assert 0 < made.result.validations[-1]["val_fvu"] == watch.last
+        assert made.result.state.tokens == 1024
+
+
+def test_train_sae_from_activations_as_the_plans_write_it(model: lm.LanguageModel, tmp_path: Path) -> None:
+    config = SAEConfig.from_model(model, layer_idx=2, expansion_factor=2, k=4, total_tokens=500)
+    assert config == SAEConfig.from_model(model, 2, expansion_factor=2, k=4, total_tokens=500)
+    with pytest.raises(ValueError, match="layer must be given"):
+        SAEConfig.from_model(model)
+    x = mx.random.normal((600, model.d_model))
+    sae, trainer = train_sae_from_activations(
+        activations=x, config=config, device="cpu", save_dir=tmp_path / "layer_2"
+    )
+    assert trainer.sae is sae
+    assert trainer.history
+    assert io.load(tmp_path / "layer_2").metadata["hook_name"] == "blocks.2.hook_resid_post"
+    for device in ("tpu", *(() if mx.is_available(mx.gpu) else ("cuda",))):
+        with pytest.raises(ValueError, match=rf"device must be one of \['cpu'.*\] here but got '{device}'"):
+            train_sae_from_activations(x, config, device=device)
+    for bad in (x.tolist(), x[0], None):
+        with pytest.raises(ValueError, match=r"activations must have shape \[n, d_in\] but got"):
+            train_sae_from_activations(bad)  # type: ignore[arg-type]
 
 
 def test_train_sae_from_activations_with_flat_names(tmp_path: Path) -> None:

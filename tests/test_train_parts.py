@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,15 @@ from mlxsae import loss as L
 from mlxsae.data import ArraySource, Chunk, IterableSource, ShuffleBuffer, as_source
 from mlxsae.loss.reconstruction import UNIFORM, sum_about_mean
 from mlxsae.sae import SAE
-from mlxsae.train import LossConfig, OptimizerConfig, SAEConfig, TrainConfig, geometric_median, warmup_decay
+from mlxsae.train import (
+    LossConfig,
+    OptimizerConfig,
+    SAEConfig,
+    TrainConfig,
+    fit,
+    geometric_median,
+    warmup_decay,
+)
 from mlxsae.train.constraints import unit_rows, without_parallel
 from mlxsae.train.initial import expected_norm_scale, finite_rows
 from mlxsae.train.state import scaled_params
@@ -276,6 +284,33 @@ def test_bad_config(config: dict, message: str) -> None:
         SAEConfig.from_dict(config)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SAEConfig(k="8"), "k must be int but got '8'"),
+        (lambda: SAEConfig(expansion_factor=2.5), r"expansion_factor must be int but got 2\.5"),
+        (lambda: SAEConfig(rule=5), "rule must be an object but got 5"),
+        (lambda: SAEConfig(train=OptimizerConfig()), "train must be an object but got OptimizerConfig"),
+        (lambda: TrainConfig(batch_size=0.5), r"batch_size must be int but got 0\.5"),
+        (lambda: TrainConfig(seed=-1), "seed must not be negative but got -1"),
+        (lambda: TrainConfig(mixed_precision="yes"), "mixed_precision must be bool but got 'yes'"),
+        (lambda: OptimizerConfig(learning_rate=float("inf")), "learning_rate must be finite but got inf"),
+        (lambda: SAEConfig(wandb_tags="abc"), "tags must be a list but got 'abc'"),
+        (lambda: SAEConfig(dead_neuron_threshold=2), r"dead_neuron_threshold must be a share in \[0, 1\)"),
+        (lambda: SAEConfig(component_weights=[1, 2]), "SAEConfig has no source_weights"),
+    ],
+)
+def test_a_constructor_checks_what_it_is_given(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=r"\[config\] (keys must be known but )?" + message):
+        make()
+
+
+def test_a_constructor_takes_what_json_and_numpy_give() -> None:
+    config = SAEConfig(k=np.int64(4), train={"optimizer": {"betas": [0.5, 0.6], "warmup": 0}}, batch_size=8)
+    assert (config.k, config.train.batch_size) == (4, 8)
+    assert SAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_config_builds_the_sae() -> None:
     built = SAEConfig(k=4, expansion_factor=3, train=TrainConfig(seed=5)).build(8)
     assert (built.d_in, built.d_sae, built.rule.k) == (8, 24, 4)
@@ -301,6 +336,22 @@ def test_warmup_decay(shape: str) -> None:
     assert values[90] == pytest.approx(0.5)
     assert values[100] == pytest.approx(0)
     assert [warmup_decay(5, warmup=0, decay=0)(i) for i in range(5)] == [1.0] * 5
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_decay_of_more_steps_than_there_are_follows_the_warm_up(shape: str) -> None:
+    factor = warmup_decay(100, warmup=20, decay=50_000, shape=shape)
+    same = warmup_decay(100, warmup=0.2, decay=0.8, shape=shape)
+    assert [factor(i) for i in range(101)] == [same(i) for i in range(101)]
+    assert max(factor(i) for i in range(100)) == pytest.approx(1.0, rel=1e-2)
+    assert warmup_decay(10, warmup=1000, decay=0.5, shape=shape)(9) == pytest.approx(0.01)
+
+
+def test_a_warm_up_longer_than_the_run_is_told() -> None:
+    data = ArraySource(np.random.default_rng(0).normal(size=(64, 8)), batch_size=16)
+    settings = TrainConfig(total_tokens=64, batch_size=16, optimizer=OptimizerConfig(warmup=1000))
+    with pytest.warns(UserWarning, match="warmup should be shorter than the run but takes 1000 steps of 4"):
+        fit(SAE(8, 16, k=2), data, settings)
 
 
 def test_geometric_median_minimises_distances() -> None:

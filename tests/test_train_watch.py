@@ -362,6 +362,57 @@ def test_experiment_with_runs_metrics_figures_and_a_comparison(tmp_path: Path) -
         Experiment("x", track_with="mlflow")
 
 
+def test_an_experiment_goes_on_where_training_does(tmp_path: Path) -> None:
+    """Each call is a process of its own: what was logged up to the checkpoint stays, in files and in comparisons."""
+
+    def study(*more: Any, backends: tuple[str, ...] = ("local",)) -> Experiment:
+        experiment = Experiment("study", track_with=backends, directory=tmp_path)
+        with experiment.start_run("a"):
+            options: dict[str, Any] = {
+                "checkpoint_dir": tmp_path / "c",
+                "validation": HELD_OUT,
+                "resume": True,
+            }
+            callbacks = [experiment.get_callback(), *more]
+            fit(new_sae(), source(), config(validate_every=20), callbacks=callbacks, **options)
+            experiment.log_metrics({"mine": 1.0})
+        return experiment
+
+    folder = tmp_path / "study" / "local" / "a"
+    with pytest.raises(KeyboardInterrupt):
+        study(StopAt(33))
+    assert [r["step"] for r in read_metrics(folder)] == [10, 20, 20, 30]
+    shutil.rmtree(tmp_path / "c" / "step_00000033")  # as after a kill
+    whole = [10, 20, 20, 30, 40, 40, 50, 60, 60, 60]
+    for backends in (("local",), ()):  # the second finds a finished run, and what its checkpoint knows
+        experiment = study(backends=backends)
+        assert [r["step"] for r in experiment.compare_runs("loss").rows[0]["records"]] == whole
+    assert [r["step"] for r in read_metrics(folder)] == whole
+    study()
+    assert [r["step"] for r in read_metrics(folder)] == [*whole, 60]  # one more of its own, nothing less
+    with Experiment("study", directory=tmp_path).start_run("a") as again:
+        again.log_metrics({"mine": 2.0})
+    assert read_metrics(folder) == [{"step": 0, "mine": 2.0}]  # without a checkpoint: anew
+
+
+def test_an_experiment_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+    experiment = Experiment("study", directory=tmp_path)
+    with experiment.start_run("a/b"):
+        experiment.log_metrics({"x": float("nan")})
+        experiment.end_run()  # once is enough
+    experiment.start_run("a_b")
+    with pytest.raises(ValueError, match=r"'a_b' must have a folder of its own but .*a_b holds 'a/b'"):
+        experiment.log_metrics({"x": 1})
+    with pytest.raises(ValueError, match="x must be a number but got 'y'"):
+        experiment.log_metrics({"x": "y"})
+    with pytest.raises(
+        ValueError, match=r"p must be a matplotlib figure, .* but got ndarray of float64 \(3,\)"
+    ):
+        experiment.log_figure("p", np.zeros(3))
+    with pytest.raises(ValueError, match=r"metric must be one of \[\] but got 'x'; these have finite values"):
+        experiment.compare_runs("x")
+
+
 # ---- profiling ---------------------------------------------------------------------------------------------
 
 

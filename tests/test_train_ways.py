@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,22 @@ from mlxsae.sae import RULES, SAE, Activation, Crosscoder, CrossLayerTranscoder,
 from mlxsae.train import (
     OPTIMIZERS,
     Callback,
+    CheckpointCallback,
+    CrosscoderConfig,
+    CrossLayerConfig,
+    EarlyStoppingCallback,
     Job,
     LossConfig,
     OptimizerConfig,
+    ProfiSAETrainer,
     Run,
     SAEConfig,
     TrainConfig,
+    TranscoderConfig,
     fit,
     fit_many,
 )
+from mlxsae.train.config import overruled
 from mlxsae.train.gradients import recomputed
 from mlxsae.train.optimizers import Signum, split_schedule
 from mlxsae.train.randomness import kept_random_state, seed_step
@@ -446,6 +454,87 @@ def test_modules_that_do_not_fit_are_named() -> None:
         fit(new_sae(), source(), config(engine="fused", optimizer=OptimizerConfig(name="lion")))
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda x, y, z, step: None, "returned total of NoneType"),
+        (lambda x, y, z, step: mx.zeros(3), "returned total of (3,)"),
+        (lambda x, y, z, step: (y.mean(), 5), "returned int after total"),
+        (lambda x, y, z, step: (y.mean(), {}, 1), "and 2 more"),
+        (lambda x, y, z, step: (y.mean(), {"v": mx.zeros(3)}), "returned v of shape (3,)"),
+        (lambda x, y, z, step: (y.mean(), {"step": y.mean()}), "returned the name step, which the run uses"),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_told(made: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"\[fit\] loss must return .*" + re.escape(message)):
+        fit(Wide(D, 8), source(), own(), loss=made)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adam"}, "[fit] optimizer must be one of MLX's but got 'adam'"),
+        ({"loss_fn": 5}, "[fit] loss must be a function (x, x_recon, z, step) but got int"),
+        ({"preprocess_fn": 5}, "preprocess_fn must be a function but got int"),
+        ({"preprocess_fn": lambda x: None}, "preprocess must return an array [1000, d] but returned None"),
+        (
+            {"preprocess_fn": lambda x: x[:0]},
+            "preprocess must return an array [1000, d] but returned (0, 16)",
+        ),
+        ({"num_steps": 2.5}, "num_steps must be at least 1, an int, but got 2.5"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"sae": None}, "[fit] sae must be an nn.Module but got NoneType"),
+        ({"dataset": 5}, "[fit] data must be an ActivationSource, such as"),
+        ({"dataset": [[1.0]]}, "a batch must be an array [n, d] or a tuple of them but got list"),
+        ({"validation_dataset": 5}, "validation must be an array, a pair of them, or batches but got int"),
+    ],
+)
+def test_what_a_trainer_of_ones_own_cannot_use_is_told(options: dict, message: str) -> None:
+    given = {"sae": Wide(D, 8), "dataset": dictionary_data(1000), "num_steps": 2, "batch_size": 64}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ProfiSAETrainer().train(**given | options)
+
+
+def test_what_fit_cannot_use_is_told() -> None:
+    with pytest.raises(ValueError, match="config must be a TrainConfig but got dict"):
+        fit(new_sae(), source(), {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"data must be an ActivationSource, .* but got ndarray"):
+        fit(new_sae(), dictionary_data(100), config())
+    with pytest.raises(ValueError, match="jobs must be of Job but got SAE"):
+        fit_many([new_sae()], source())  # type: ignore[list-item]
+    for make in (
+        lambda: EarlyStoppingCallback(patience=2.5),  # type: ignore[arg-type]
+        lambda: EarlyStoppingCallback(min_delta=-1),
+        lambda: EarlyStoppingCallback(metric=None),  # type: ignore[arg-type]
+        lambda: CheckpointCallback(save_every=2.5),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"must .* but got"):
+            make()
+
+
+def test_folders_that_cannot_be_written_are_found_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    seen = Wide(D, 8)
+    for options in (
+        {"checkpoint_dir": tmp_path / "file"},
+        {"callbacks": [CheckpointCallback(save_every=2, directory=tmp_path / "file")]},
+    ):
+        steps: list[int] = []
+        with pytest.raises(FileExistsError):
+            fit(seen, source(), own(), preprocess=lambda x, steps=steps: steps.append(1) or x, **options)
+        assert len(steps) == 1  # the sample's
+
+
+def test_batches_may_be_numpy() -> None:
+    x = dictionary_data(300)
+    batches, made = [x[:100], x[100:200], x[200:]], []
+    for cast in (np.asarray, mx.array):
+        sae = new_sae()
+        fit(sae, [cast(b) for b in batches], config(batch_size=100), validation=[cast(b) for b in batches])
+        made.append(weights(sae))
+    assert_same_bits(*made)
+
+
 # ---- normalisation -----------------------------------------------------------------------------------------
 
 
@@ -591,6 +680,47 @@ def test_layer_norm_is_the_saes_own(tmp_path: Path) -> None:
         Crosscoder(8, 2, 48, k=4).normalize_activations = "layer_norm"
     with pytest.raises(ValueError, match="normalize_activations must be none or layer_norm"):
         sae.normalize_activations = "batch"
+
+
+# ---- every rule and shape resumes --------------------------------------------------------------------------
+
+
+_SHAPES: dict[str, tuple[SAEConfig, int]] = {
+    **{name: (SAEConfig(architecture=name), 1) for name in RULES},
+    "transcoder with skip": (TranscoderConfig(skip=True), 2),
+    "transcoder, batchtopk": (TranscoderConfig(architecture="batchtopk"), 2),
+    "crosscoder": (CrosscoderConfig(), 1),
+    "crosscoder, relu": (CrosscoderConfig(architecture="relu"), 1),
+    "crosscoder, ranked": (CrosscoderConfig(architecture="batchtopk", rank_by_decoder_norm=True), 1),
+    "cross-layer": (CrossLayerConfig(), 2),
+    "cross-layer, jumprelu": (CrossLayerConfig(architecture="jumprelu"), 2),
+}
+
+
+@pytest.mark.parametrize("name", _SHAPES)
+def test_every_rule_and_shape_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Parameters, moments, thresholds and counters after a stop in the middle."""
+    shape, n_arrays = _SHAPES[name]
+    plain = type(shape) in (SAEConfig, TranscoderConfig)
+    x = dictionary_data(1000)
+    x = x if plain else np.concatenate([x, 2 * x + 1], axis=1)
+    more: dict[str, Any] = {"k": 4, "d_sae": 64, "batch_size": 64, "total_tokens": 64 * 24}
+
+    def run(**options: Any) -> Any:
+        made = overruled(shape, more)
+        sae = made.build(x.shape[1]) if plain else made.build(x.shape[1] // 2, 2)
+        data = ArraySource(*[x, x[:, ::-1]][:n_arrays], batch_size=64, seed=1)
+        return fit(sae, data, made.train, **options)
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint_dir=tmp_path, callbacks=[StopAt(11)])
+    resumed = run(checkpoint_dir=tmp_path, resume=True)
+    assert_same_bits(weights(resumed.sae), weights(whole.sae))
+    for (where, a), (_, b) in zip(
+        tree_flatten(whole.state.arrays), tree_flatten(resumed.state.arrays), strict=True
+    ):
+        assert mx.array_equal(a, b).item(), where
 
 
 # ---- many at once ------------------------------------------------------------------------------------------

@@ -54,3 +54,29 @@ def test_experiment_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         experiment.end_run()
     assert experiment.compare_runs("score", mode="max").best == "b"
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_an_experiment_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids: list[str] = []
+    begun: list[Experiment] = []
+    real = wandb.init
+
+    def init(**options: Any) -> Any:
+        run = real(**options)
+        ids.append(run.id)
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+
+    def callback() -> Any:
+        for earlier in begun:
+            earlier.end_run()
+        options = {"mode": "offline", "dir": str(tmp_path)}
+        begun.append(Experiment("study", track_with="wandb", wandb=options, directory=tmp_path))
+        return begun[-1].start_run("a").get_callback()
+
+    interrupted_and_resumed(callback, tmp_path / "c")
+    begun[-1].end_run()
+    assert len(ids) == 2
+    assert ids[0] == ids[1]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -40,8 +41,9 @@ from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
 from mlxsae.train import OPTIMIZERS, Job, SAEConfig, TrainConfig, fit_many
 from mlxsae.train.checkpoint import checkpoints
-from mlxsae.train.config import MOMENTS, PRECISIONS, default_learning_rate, wanting_l0
-from mlxsae.train.doors import contexts_per_step, end_to_end_loss, tracking_callbacks
+from mlxsae.train.config import MOMENTS, PRECISIONS, default_learning_rate, merged, wanting_l0
+from mlxsae.train.doors import contexts_per_step, end_to_end_loss, fitting_context, tracking_callbacks
+from mlxsae.train.flat_names import FLAT_NAMES, nested
 
 _BUFFER_TOKENS, _BUFFER_BYTES = 131_072, 2**30
 CHECKPOINTS = "checkpoints"
@@ -306,7 +308,7 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
     text = TextSource(
         lm,
         Documents(record.place("dataset"), chosen.get("text_field")),
-        data.context_size or default_context(lm),
+        fitting_context(lm, data.context_size) or default_context(lm),
         data.lm_batch_size,
         data.validation_split,
     )
@@ -328,6 +330,14 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
     next(text.heldout(1))  # no document in the split, no such file: found before the long part and not after
 
     for point, sae in saes.items():
+        sae.metadata = sae.metadata | {  # now: trackers tell of it
+            "model_name": options.model,
+            "hook_name": str(point),
+            "dataset_path": options.dataset,
+            "context_size": text.context_size,
+            "prepend_bos": lm.bos_id is not None,
+            "exclude_special_tokens": True,
+        }
         say(f"reading activations of {point}: d_in {sae.d_in}, d_sae {sae.d_sae}, {train.total_steps} steps")
     if several:
         say(f"progress is that of {only}")
@@ -369,15 +379,7 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
             "train_seconds": round(seconds, 3),
             "tokens_per_s": train.total_tokens / seconds,
         }
-        known = {
-            "model_name": options.model,
-            "hook_name": str(point),
-            "dataset_path": options.dataset,
-            "context_size": text.context_size,
-            "prepend_bos": lm.bos_id is not None,
-            "exclude_special_tokens": True,
-            "evaluation": finite(found),
-        }
+        known = {"evaluation": finite(found)}
         native.save(sae, out / str(point) if several else out, metadata=known)
         metrics[str(point)] = found
     return metrics if several else metrics[only]
@@ -394,6 +396,10 @@ def _config(chosen: dict[str, Any]) -> SAEConfig:
                 level = level.setdefault(name, {})
             level[last] = None if option == "aux" and chosen[option] == "none" else chosen[option]
     config = SAEConfig.from_dict(tree, partial=True)
+    if config.data.hook_point is not None:
+        raise ValueError(
+            f"[train] data.hook_point must not be in --config but is {config.data.hook_point!r}: --layer and --component say it."
+        )
     if config.train.epochs is not None:
         raise ValueError(
             "[train] a text has no known length here: give train.total_tokens instead of train.epochs."
@@ -456,6 +462,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"[train] --config must be JSON but {path} is not: {error}.") from error
     if not isinstance(found, dict):
         raise ValueError(f"[train] --config must be a JSON object but {path} holds {type(found).__name__}.")
+    names = {f.name for f in dataclasses.fields(SAEConfig)}
+    flat = nested({name: value for name, value in found.items() if name in set(FLAT_NAMES) - names})
+    found = merged(
+        flat, {name: value for name, value in found.items() if name not in FLAT_NAMES or name in names}
+    )
+    tracking = found.get("tracking")
+    for name in ("local", "tensorboard"):  # meant from where the run begins, whence ever it is resumed
+        if isinstance(tracking, dict) and isinstance(tracking.get(name), str):
+            tracking[name] = str(Path(tracking[name]).absolute())
     return found
 
 

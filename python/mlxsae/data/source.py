@@ -282,12 +282,25 @@ class IterableSource:
         batch = next(self._iterator, None)
         if batch is None:
             return None
-        return batch if isinstance(batch, tuple) else (batch,)
+        batch = batch if isinstance(batch, tuple) else (batch,)
+        if not all(isinstance(a, (mx.array, np.ndarray)) for a in batch):
+            raise ValueError(
+                "[fit] a batch must be an array [n, d] or a tuple of them but got "
+                f"{', '.join(type(a).__name__ for a in batch)}."
+            )
+        return tuple(a if isinstance(a, mx.array) else mx.array(a) for a in batch)
 
 
 def as_source(data: Any) -> ActivationSource:
     """``data`` itself where it is a source, else its batches."""
-    return data if isinstance(data, ActivationSource) else IterableSource(data)
+    if isinstance(data, ActivationSource):
+        return data
+    if isinstance(data, (mx.array, np.ndarray)) or not isinstance(data, Iterable):
+        raise ValueError(
+            "[fit] data must be an ActivationSource, such as ArraySource(x, batch_size=1024), or batches [n, d] but got "
+            f"{type(data).__name__}."
+        )
+    return IterableSource(data)
 
 
 def valid_rows(chunk: Chunk | mx.array | np.ndarray) -> tuple[np.ndarray, ...]:

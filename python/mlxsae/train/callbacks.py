@@ -6,6 +6,8 @@ from __future__ import annotations
 import inspect
 import sys
 import time
+from collections.abc import Iterable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ class Callback:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
+
+    def of(self, name: str) -> Callback:
+        """The callback for the run ``name`` of several that are begun together: a copy, where it knows things of one run."""
+        return self
 
     @property
     def kind(self) -> str:
@@ -105,6 +111,19 @@ def as_callback(watcher: Any) -> Callback:
             f"[fit] a callback must have one of {list(PlainCallback.EVENTS)} but {type(watcher).__name__} has none."
         )
     return PlainCallback(watcher)
+
+
+def at_least_1(owner: str, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"[{owner}] {name} must be at least 1, an int, but got {value!r}.")
+
+
+def listed(callbacks: Any) -> list[Any]:
+    """``callbacks`` as a list; None is none."""
+    if callbacks is not None and not isinstance(callbacks, Iterable):
+        raise TypeError(f"[fit] callbacks must be a list of objects but got {type(callbacks).__name__}.")
+    return list(callbacks or ())
 
 
 class ProgressBar(Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable
@@ -57,6 +58,12 @@ class _Config:
         """
         return _parse(cls, values, "", partial)
 
+    def __post_init__(self) -> None:
+        """Bring every field to its declared type, as :meth:`from_dict` does; a part may be an object of its keys."""
+        hints = _hints(type(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, f.name, _value(hints[f.name], getattr(self, f.name), f.name, True))
+
 
 def default_learning_rate(d_sae: int) -> float:
     """``4e-3 * sqrt(2048 / d_sae)``, at most 5e-3: the square-root law of Gao et al. 2024 through what is
@@ -97,12 +104,14 @@ class OptimizerConfig(_Config):
     moments: str = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require("name", self.name, self.name in OPTIMIZERS, f"be one of {sorted(OPTIMIZERS)}")
         _require("moments", self.moments, self.moments in MOMENTS, f"be one of {list(MOMENTS)}")
         fits = self.moments == "float32" or self.name == "adam"
         _require("moments", self.moments, fits, f"be float32 for {self.name}")
         if self.learning_rate is not None:
             _require("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive")
+            _require("learning_rate", self.learning_rate, self.learning_rate < math.inf, "be finite")
         _require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "lie in [0, 1)")
         _require("eps", self.eps, self.eps >= 0, "not be negative")
         fits = self.weight_decay == 0 or (self.weight_decay > 0 and self.name in WITH_WEIGHT_DECAY)
@@ -164,6 +173,7 @@ class LossConfig(_Config):
     dead_after: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = sorted(RECONSTRUCTION)
         _require("reconstruction", self.reconstruction, self.reconstruction in known, f"be one of {known}")
         for name, weight in (self.terms or {}).items():
@@ -334,6 +344,7 @@ class TrainConfig(_Config):
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "total_tokens",
             "batch_size",
@@ -345,6 +356,7 @@ class TrainConfig(_Config):
             "keep_checkpoints",
         ):
             _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
+        _require("seed", self.seed, self.seed >= 0, "not be negative")
         if self.epochs is not None:
             _require("epochs", self.epochs, self.epochs > 0, "be positive")
         for name, values in (
@@ -416,6 +428,7 @@ class DataConfig(_Config):
     buffer_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         split = self.validation_split
         _require("validation_split", split, 0 <= split < 1, "be a fraction in [0, 1)")
         for name in ("validation_tokens", "context_size", "lm_batch_size", "buffer_tokens"):
@@ -447,9 +460,12 @@ def _flat_names_too(cls: T) -> T:
     @functools.wraps(make)
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         for name, value in nested({k: v for k, v in options.items() if k not in fields}).items():
+            if name not in fields:
+                raise ValueError(f"[config] keys must be known but {cls.__name__} has no {name}.")
             if isinstance(value, dict):
                 base = options.get(name) or fields[name].default_factory()  # type: ignore[misc]
-                value = type(base).from_dict(_merged(base.to_dict(), value))
+                base = _value(_hints(cls)[name], base, name, True)
+                value = type(base).from_dict(merged(base.to_dict(), value))
             options[name] = value
         make(self, *args, **{k: v for k, v in options.items() if k in fields})
         if (terms := _terms_of_flat_names(self, options)) is not None:
@@ -503,6 +519,7 @@ class SAEConfig(_Config):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         by_penalty = self.architecture in DEFAULT_TERMS
         if self.train.decoder_init is None and self.MADE_FROM is not None and not by_penalty:
             object.__setattr__(self, "train", dataclasses.replace(self.train, decoder_init=self.MADE_FROM))
@@ -524,8 +541,14 @@ class SAEConfig(_Config):
         _require("architecture", self.architecture, fits, f"be a rule that {what} can have")
 
     @classmethod
-    def from_model(cls, model: Any, layer: int, **options: Any) -> Self:
-        """For the stream after block ``layer`` of a model (a ``LanguageModel`` or a facade with one in ``lm``)."""
+    def from_model(
+        cls, model: Any, layer: int | None = None, *, layer_idx: int | None = None, **options: Any
+    ) -> Self:
+        """For the stream after block ``layer`` (or ``layer_idx``) of a model (a ``LanguageModel`` or a facade with one in
+        ``lm``)."""
+        layer = layer_idx if layer is None else layer
+        if layer is None:
+            raise ValueError("[SAEConfig.from_model] layer must be given.")
         d_in = getattr(model, "lm", model).d_model
         return cls(**{"d_in": d_in, "hook_point": f"blocks.{layer}.hook_resid_post"} | options)
 
@@ -656,12 +679,12 @@ def wanting_l0(config: C, k: float) -> C:
     return dataclasses.replace(config, train=train)
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` laid upon ``base``, object by object."""
     found = dict(base)
     for key, value in over.items():
         old = found.get(key)
-        found[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return found
 
 
@@ -670,10 +693,15 @@ def _require(name: str, value: Any, holds: bool, what: str) -> None:
         raise ValueError(f"[config] {name} must {what} but got {value!r}.")
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _parse(cls: Any, values: Any, path: str, partial: bool) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"[config] {path or cls.__name__} must be an object but got {values!r}.")
-    hints = typing.get_type_hints(cls)
+        raise ValueError(f"[config] {path.rstrip('.') or cls.__name__} must be an object but got {values!r}.")
+    hints = _hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     if unknown := sorted(values.keys() - fields.keys()):
         raise ValueError(
@@ -688,7 +716,7 @@ def _parse(cls: Any, values: Any, path: str, partial: bool) -> Any:
 
 def _value(kind: Any, value: Any, path: str, partial: bool) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _parse(kind, value, path + ".", partial)
+        return value if isinstance(value, kind) else _parse(kind, value, path + ".", partial)
     if isinstance(kind, types.UnionType):  # X | None
         if value is None:
             return None
@@ -700,14 +728,16 @@ def _value(kind: Any, value: Any, path: str, partial: bool) -> Any:
         return {k: v if of is Any else _value(of, v, f"{path}.{k}", partial) for k, v in value.items()}
     if typing.get_origin(kind) is tuple:
         members = typing.get_args(kind)
-        if members[-1] is Ellipsis and isinstance(value, (list, tuple)):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"[config] {path} must be a list but got {value!r}.")
+        if members[-1] is Ellipsis:
             members = members[:1] * len(value)
-        if not isinstance(value, (list, tuple)) or len(value) != len(members):
+        if len(value) != len(members):
             raise ValueError(f"[config] {path} must be a list of {len(members)} but got {value!r}.")
         return tuple(
             _value(k, v, f"{path}[{i}]", partial) for i, (k, v) in enumerate(zip(members, value, strict=True))
         )
-    accepted = (int, float) if kind is float else kind
+    accepted = {float: numbers.Real, int: numbers.Integral}.get(kind, kind)  # NumPy's too
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"[config] {path} must be {kind.__name__} but got {value!r}.")
     return kind(value)

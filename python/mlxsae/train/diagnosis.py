@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,12 @@ def diagnose(
         finite = all(bool(mx.isfinite(w).all()) for _, w in weights)
         failed = not finite or int(np.array(run.state.failed)[0]) >= 0
     elif run is not None and not failed:
-        history = list(run)  # type: ignore[arg-type]
+        history = list(run) if isinstance(run, Iterable) and not isinstance(run, (str, SAE)) else [None]  # type: ignore[list-item]
+        if not all(isinstance(record, Mapping) and "loss" in record for record in history):
+            raise ValueError(
+                "[diagnose] run must be a result, a run, its history or the error that ended it but got "
+                f"{type(run).__name__}."
+            )
     if history:
         failed = failed or not all(math.isfinite(r["loss"]) for r in history)
     if failed:
@@ -141,6 +146,8 @@ def _of_data(data: Any) -> list[Finding]:
         raise ValueError(
             f"[diagnose] data must be an array [..., d] of activations but got {got}; give x and y one by one."
         )
+    if 0 in data.shape:
+        raise ValueError(f"[diagnose] data must have at least one row but got shape {tuple(data.shape)}.")
     x = mx.array(data).astype(mx.float32)
     norms = np.array(mx.linalg.norm(x.reshape(-1, x.shape[-1]), axis=-1), np.float64)
     bad = ~np.isfinite(norms)

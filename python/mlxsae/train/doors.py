@@ -26,10 +26,11 @@ from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint, LanguageModel, TokenBatch
 from mlxsae.lm.hook_point import SITES
 from mlxsae.loss import END_TO_END, Loss
-from mlxsae.train.callbacks import Callback
+from mlxsae.train.callbacks import Callback, as_callback, listed
 from mlxsae.train.config import (
     CrosscoderConfig,
     CrossLayerConfig,
+    DataConfig,
     SAEConfig,
     TrackingConfig,
     TrainConfig,
@@ -66,7 +67,8 @@ def train_sae(
     layer, component : ``mlp``, ``attn``, ``residual`` (also ``output``: the stream after the block), or a site of
         ``HookPoint``; in their place ``hook_point``, such as ``blocks.10.hook_resid_post``.
     dataset : texts (a list of str, or of objects with a ``text``; a file, folder or hub dataset by name), an
-        ``ActivationDataset``, an :class:`~mlxsae.data.ActivationSource`, or an array ``[n, d_in]``.
+        ``ActivationDataset``, an :class:`~mlxsae.data.ActivationSource`, or an array ``[n, d_in]`` (a pair ``(x, y)`` of
+        them for what predicts another activation).
     save_path : where to save it, as by ``mlxsae.io.save``.
     config : by default ``SAEConfig()``, with at most ten walks through the texts.
     options : ``callbacks``, ``checkpoint_dir``, ``resume``, ``progress`` (True), ``profile`` go to
@@ -80,9 +82,10 @@ def train_sae(
         For raw activations. Its ``metadata`` name model, hook point and training.
 
     Padding, BOS and special tokens are left out. Nothing but checkpoints and the result is stored on disk. Documents held
-    out for validation (``config.data.validation_split``) are not trained on.
+    out for validation (``config.data.validation_split``) are not trained on; of stored activations and arrays these are
+    the last rows.
     """
-    return SAETrainer(config or SAEConfig).train(
+    return SAETrainer(of_kind(SAEConfig, config)).train(
         model, layer, component, dataset, save_path=save_path, **options
     )
 
@@ -98,9 +101,12 @@ def train_saes(
 ) -> dict[int, Any]:
     """Train an SAE for each of ``layers`` from one forward pass of the model: each as :func:`train_sae` trains it alone.
 
-    Returns ``{layer: SAE}``, saved in ``save_path/layer_<n>``; the rest as in :func:`train_sae`.
+    Returns ``{layer: SAE}``, saved in ``save_path/layer_<n>``; the rest as in :func:`train_sae`. Callbacks of ours are copied
+    for each (:meth:`~mlxsae.train.Callback.of`), those of one's own see all.
     """
-    return SAETrainer(config or SAEConfig).train(
+    if not list(layers):
+        raise ValueError("[train_saes] layers must name at least one but got none.")
+    return SAETrainer(of_kind(SAEConfig, config)).train(
         model, None, component, dataset, save_path=save_path, each_of=list(layers), **options
     )
 
@@ -125,7 +131,7 @@ def train_transcoder(
     ``to_component`` differ where both are given. ``layer=10`` alone: what the MLP of a block reads (``mlp_in``) to what it
     adds to the stream (``mlp``), as circuit tracing needs it. The target must not be computed before the input.
     """
-    return SAETrainer(config or TranscoderConfig).train(
+    return SAETrainer(of_kind(TranscoderConfig, config)).train(
         model,
         layer,
         component,
@@ -157,7 +163,7 @@ def train_crosscoder(
     ``layer=10, components=["mlp", "attn"]``, or ``layers=[8, 10, 12], component="mlp"``. ``models`` are further models of
     the same tokenizer, which read the same tokens at the same hook points: sources are those of ``model``, then theirs.
     """
-    return SAETrainer(config or CrosscoderConfig).train(
+    return SAETrainer(of_kind(CrosscoderConfig, config)).train(
         model,
         layer,
         component,
@@ -181,7 +187,7 @@ def train_cross_layer_transcoder(
     """Train a cross-layer transcoder: what the MLPs of ``layers`` (by default all) read, to what they add to the stream; the
     rest as in :func:`train_sae`. One of all layers is saved so that circuit-tracer finds it, where it is a JumpReLU or ReLU.
     """
-    return SAETrainer(config or CrossLayerConfig).train(
+    return SAETrainer(of_kind(CrossLayerConfig, config)).train(
         model, None, None, dataset, save_path=save_path, layers=layers, **options
     )
 
@@ -217,6 +223,11 @@ class SAETrainer:
     """
 
     def __init__(self, config: SAEConfig | type[SAEConfig] | None = None):
+        kind = config if isinstance(config, type) else type(config)
+        if config is not None and not issubclass(kind, SAEConfig):
+            raise ValueError(
+                f"[SAETrainer] config must be a configuration of an SAE but got {kind.__name__}."
+            )
         self._explicit = isinstance(config, SAEConfig)
         self.config: SAEConfig = config if isinstance(config, SAEConfig) else (config or SAEConfig)()
         self.result: FitResult | None = None
@@ -248,7 +259,12 @@ class SAETrainer:
     ) -> Any:
         if dataset is None:
             raise ValueError("[train] dataset must be given: texts, a file, a folder, activations.")
-        config = overruled(self.config, flat)
+        config, callbacks = overruled(self.config, flat), listed(callbacks)
+        given = {"layer": layer, "component": component, "from_layer": from_layer, "to_layer": to_layer}
+        given |= {"from_component": from_component, "to_component": to_component}
+        given |= {"layers": layers, "components": components, "models": models or None}
+        given |= {"hook_point": config.data.hook_point}
+        _check_given(config, {name for name, value in given.items() if value is not None})
         lms = [_language_model(m) for m in (model, *models)]
         for other in lms[1:]:
             _same_tokenizer(lms[0], other)
@@ -262,6 +278,8 @@ class SAETrainer:
             ]
         elif isinstance(config, CrossLayerConfig):
             order = sorted(set(range(lms[0].n_layers) if layers is None else layers))
+            if not order:
+                raise ValueError("[train_cross_layer_transcoder] layers must name at least one but got none.")
             points = [lms[0].hook_point(c, layer=n) for c in ("mlp_in", "mlp") for n in order]
         elif each_of:
             points = [lms[0].hook_point(component or "mlp", layer=n) for n in each_of]
@@ -271,12 +289,19 @@ class SAETrainer:
             raise ValueError("[train] layer or hook_point must be given but is None.")
         else:
             points = [lms[0].hook_point(component or "mlp", layer=layer)]
+        hooked = None if config.data.hook_point is None else lms[0].hook_point(config.data.hook_point)
+        if hooked is not None and points != [hooked]:
+            raise ValueError(
+                f"[train] layer and component must be those of hook_point={hooked} but are {', '.join(map(str, points))}."
+            )
         if any(point.site == "attn_pattern" for point in points):
             raise ValueError("[train] component must have one width but attn_pattern has as many as keys.")
         task = _Task(lms, points, config, dataset, text_field, apart=bool(each_of))
         lengthless = not self._explicit and not flat.keys() & set(_LENGTHS)
         config, source, validation = task.data(_EPOCHS if lengthless else None)
         coder = None if each_of else task.build(config)
+        if save_path is not None:
+            writable(save_path, "save_path")
         common: dict[str, Any] = {
             "validation": validation,
             "checkpoint_dir": checkpoint_dir,
@@ -286,34 +311,69 @@ class SAETrainer:
         }
         if each_of:
             saes = [config.build(lms[0].shape_at(point)[-1]) for point in points]
+            for sae, point in zip(saes, points, strict=True):
+                sae.metadata = sae.metadata | task.metadata() | {"hook_name": str(point)}
             jobs = [
                 Job(
                     sae,
                     config.train,
                     (i,),
                     loss=end_to_end_loss(config.train, sae, lms[0], point),
-                    callbacks=[*callbacks, *tracking_callbacks(config.tracking, str(point))],
+                    callbacks=[
+                        *(as_callback(c).of(str(point)) for c in callbacks),
+                        *tracking_callbacks(config.tracking, str(point)),
+                    ],
                     name=str(point),
                 )
                 for i, (sae, point) in enumerate(zip(saes, points, strict=True))
             ]
             self.results = fit_many(jobs, source, **common)
             made = {n: result.sae for n, result in zip(each_of, self.results, strict=True)}
-            for (n, sae), point in zip(made.items(), points, strict=True):
-                sae.metadata = sae.metadata | task.metadata() | {"hook_name": str(point)}
-                if save_path is not None:
-                    native.save(sae, Path(save_path) / f"layer_{n}")
+            for n, sae in made.items() if save_path is not None else ():
+                native.save(sae, Path(save_path) / f"layer_{n}")
             return made
         watchers = [*callbacks, *tracking_callbacks(config.tracking)]
+        assert coder is not None
+        coder.metadata = coder.metadata | task.metadata()  # now: trackers and exports in mid-run tell of it
         loss = end_to_end_loss(config.train, coder, lms[0], points[-1])
         self.result = fit(coder, source, config.train, loss=loss, callbacks=watchers, **common)
-        assert coder is not None
-        coder.metadata = coder.metadata | task.metadata()
         if save_path is not None:
             native.save(coder, save_path)
         return coder
 
     train = _EitherWay(_train)
+
+
+def of_kind(kind: type[SAEConfig], config: SAEConfig | None) -> SAEConfig | type[SAEConfig]:
+    """``config``, or ``kind`` where there is none. ``ValueError`` for the configuration of another shape."""
+    others = tuple(
+        other for other in (TranscoderConfig, CrosscoderConfig, CrossLayerConfig) if other is not kind
+    )
+    if config is not None and (not isinstance(config, kind) or isinstance(config, others)):
+        raise ValueError(f"[train] config must be of {kind.__name__} but got {type(config).__name__}.")
+    return kind if config is None else config
+
+
+def writable(path: str | os.PathLike, name: str) -> None:
+    """Make the folder ``path``: what cannot be written is found before the long part and not after."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("it is write-protected")
+    except (OSError, TypeError) as error:
+        raise OSError(
+            f"[train] {name} must be a folder that can be written but {path} gives: {getattr(error, 'strerror', None) or error}."
+        ) from error
+
+
+def rows_kept(n: int, config: DataConfig) -> tuple[int, int]:
+    """``(m, end)``: of ``n`` stored rows the first ``m`` are for training, those up to ``end`` for validation."""
+    m = n - math.ceil(config.validation_split * n)
+    if n and not m:
+        raise ValueError(
+            f"[train] validation_split must leave rows to train on but is {config.validation_split} of {n}."
+        )
+    return m, min(n, m + config.validation_tokens)
 
 
 def tracking_callbacks(config: TrackingConfig, part: str = "") -> list[Callback]:
@@ -328,6 +388,15 @@ def tracking_callbacks(config: TrackingConfig, part: str = "") -> list[Callback]
     if config.local is not None:
         found.append(TrackingCallback(LocalTracker(config.local), config.name or ""))
     return found
+
+
+def fitting_context(lm: LanguageModel, asked: int | None) -> int | None:
+    """``asked``, which the model must have been made for."""
+    if asked is not None and lm.context_size is not None and asked > lm.context_size:
+        raise ValueError(
+            f"[train] context_size must be at most the model's {lm.context_size} but got {asked}."
+        )
+    return asked
 
 
 def contexts_per_step(config: TrainConfig, context_size: int) -> int:
@@ -366,7 +435,8 @@ class _Task:
 
     @property
     def context_size(self) -> int:
-        return self.config.data.context_size or min(_CONTEXT, self.lms[0].context_size or _CONTEXT)
+        asked = fitting_context(self.lms[0], self.config.data.context_size)
+        return asked or min(_CONTEXT, self.lms[0].context_size or _CONTEXT)
 
     def build(self, config: Any) -> Any:
         widths = [lm.shape_at(point)[-1] for lm in self.lms for point in self.points]
@@ -380,22 +450,42 @@ class _Task:
         """The configuration with its number of tokens, the source, and held-out activations or None."""
         config, dataset = self.config, self.dataset
         train, whole = config.train, config.train.loss.end_to_end is not None
-        stored = isinstance(dataset, (mx.array, np.ndarray, ActivationSource)) or hasattr(
-            dataset, "hook_points"
-        )
+        stored = bool(arrays_of(dataset)) or isinstance(dataset, ActivationSource)
+        stored = stored or hasattr(dataset, "hook_points")
         if whole and (stored or self.sides):
             raise ValueError("[train] end_to_end must be None but for SAEs and transcoders on text.")
         n = len(self.lms) * len(self.points)
-        if isinstance(dataset, (mx.array, np.ndarray)):
-            return config, ArraySource(dataset, batch_size=train.batch_size, seed=train.seed), None
+        if arrays := arrays_of(dataset):
+            self._check_fields(len(arrays))
+            m, end = rows_kept(len(arrays[0]), config.data)
+            held_out = self._beside(tuple(a[m:end] for a in arrays)) if m < end else None
+            source = ArraySource(*(a[:m] for a in arrays), batch_size=train.batch_size, seed=train.seed)
+            return config, self._joined(source), held_out
         if isinstance(dataset, ActivationSource):
+            if config.data.validation_split:
+                raise ValueError("[train] validation_split must be 0 for a source of activations.")
+            if not self.sides:  # what is laid side by side may come so, or one by one
+                self._check_fields(len(dataset.sample(1)))
             return config, self._joined(dataset), None
         if hasattr(dataset, "source") and hasattr(dataset, "hook_points"):
             names = [str(point) for point in self.points]
-            source = dataset.source(
-                train.batch_size, hook_points=tuple(names) if n > 1 else names[0], seed=train.seed
+            wanted: Any = tuple(names) if n > 1 else names[0]
+            m, end = rows_kept(len(dataset), config.data)
+            source = dataset[:m].source(train.batch_size, hook_points=wanted, seed=train.seed)
+            if m == end:
+                return config, self._joined(source), None
+            held = dataset[m:end]
+
+            def again() -> Iterator[Any]:
+                return iter(
+                    self._joined(held.source(train.batch_size, hook_points=wanted, epochs=1)).next_batch, None
+                )
+
+            return config, self._joined(source), Again(again)
+        if not isinstance(dataset, (str, os.PathLike)) and not hasattr(dataset, "__iter__"):
+            raise ValueError(
+                f"[train] dataset must be texts, a file, a folder or activations but got {type(dataset).__name__}."
             )
-            return config, self._joined(source), None
         texts = Documents(dataset, self.text_field)
         split = 0.0 if texts.once else config.data.validation_split
         held_out = None
@@ -490,6 +580,29 @@ class _Task:
     def _joined(self, source: ActivationSource) -> ActivationSource:
         return _Joined(source, self.sides) if self.sides else source
 
+    def _beside(self, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        concatenate = mx.concatenate if isinstance(arrays[0], mx.array) else np.concatenate
+        return _sides(arrays, self.sides, concatenate)
+
+    def _check_fields(self, n: int) -> None:
+        pairs = isinstance(self.config, (TranscoderConfig, CrossLayerConfig))
+        wanted = len(self.points) if self.apart else 2 if pairs else 1
+        if n != wanted and not self.crosses:
+            kind = type(self.config).__name__
+            raise ValueError(
+                f"[train] dataset must hold {wanted} {'arrays' if wanted > 1 else 'array'} for {kind} but holds {n}."
+            )
+
+
+class Again:
+    """An iterable from a function that makes iterators."""
+
+    def __init__(self, make: Callable[[], Iterable[Any]]):
+        self._make = make
+
+    def __iter__(self) -> Any:
+        return iter(self._make())
+
 
 class _Abreast:
     """Chunks of several models that read the same tokens, as one stream."""
@@ -546,6 +659,27 @@ def _count(batches: Iterable[TokenBatch], enough: float = math.inf) -> int:
     return count
 
 
+def arrays_of(dataset: Any) -> tuple[Any, ...]:
+    """An array, or a pair ``(x, y)`` of them, as a tuple; empty for anything else."""
+    arrays = dataset if isinstance(dataset, tuple) and len(dataset) == 2 else (dataset,)
+    return arrays if all(isinstance(a, (mx.array, np.ndarray)) for a in arrays) else ()
+
+
+def _check_given(config: SAEConfig, given: set[str]) -> None:
+    """What a shape has no use for is not left aside in silence."""
+    known = {"layer", "component"}
+    if isinstance(config, TranscoderConfig):
+        known |= {"from_layer", "to_layer", "from_component", "to_component"}
+    elif isinstance(config, CrosscoderConfig):
+        known |= {"layers", "components", "models"}
+    elif isinstance(config, CrossLayerConfig):
+        known = {"layers"}
+    else:
+        known |= {"hook_point"}
+    if more := sorted(given - known):
+        raise ValueError(f"[train] {', '.join(more)} must not be given for {type(config).__name__}.")
+
+
 def _language_model(model: Any) -> LanguageModel:
     if isinstance(model, (str, os.PathLike)):
         return lm_room.load(os.fspath(model))
@@ -573,6 +707,8 @@ def _ends(
     from_component: str | None,
     to_component: str | None,
 ) -> tuple[tuple[int, str], tuple[int, str]]:
+    if layer is not None and from_layer is not None and to_layer is not None:
+        raise ValueError("[train_transcoder] layer must not be given beside from_layer and to_layer.")
     first, last = (layer if n is None else n for n in (from_layer, to_layer))
     if first is None or last is None:
         raise ValueError("[train_transcoder] layer, or from_layer and to_layer, must be given.")
@@ -603,4 +739,8 @@ def _sources(
     if component is not None and components is not None:
         raise ValueError("[train_crosscoder] component and components must not both be given.")
     named = [component or "mlp"] if components is None else list(components)
+    if not numbers or not named or isinstance(components, str):
+        raise ValueError(
+            f"[train_crosscoder] layers and components must be lists that name at least one but got {layers} and {components!r}."
+        )
     return [(n, c) for n in numbers if n is not None for c in named]

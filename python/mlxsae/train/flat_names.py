@@ -78,6 +78,8 @@ def _scheduler(value: str) -> dict[str, Any]:
 
 
 def _window(value: float) -> dict[str, Any]:
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"[config] dead_neuron_threshold must be a share in [0, 1) but got {value!r}.")
     # One that fires less often than f of the time has, as a rule, been silent for 1 / f tokens.
     return {"train.loss.dead_after": round(1 / value)} if value else {}
 

@@ -9,12 +9,14 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -26,7 +28,7 @@ from mlxsae.sae import SAE
 from mlxsae.sae.copying import copied
 from mlxsae.sae.model import layer_norm
 from mlxsae.train import checkpoint
-from mlxsae.train.callbacks import Callback, ProgressBar, as_callback
+from mlxsae.train.callbacks import Callback, ProgressBar, as_callback, listed
 from mlxsae.train.config import WAKE, TrainConfig, default_learning_rate
 from mlxsae.train.engine import AutodiffEngine, Engine, make_engine, substituted
 from mlxsae.train.initial import (
@@ -48,7 +50,7 @@ from mlxsae.train.optimizers import split_schedule
 from mlxsae.train.pressure import SparsityController
 from mlxsae.train.randomness import kept_random_state, seed_step
 from mlxsae.train.resampling import DeadNeuronCallback
-from mlxsae.train.schedules import Schedule, warmup_decay
+from mlxsae.train.schedules import Schedule, in_steps, warmup_decay
 from mlxsae.train.state import ACTIVATIONS, TrainState, flat, folded, normalized, scaled_params, unnormalized
 
 _CHECK_EVERY = 10
@@ -93,6 +95,10 @@ class FitResult:
     validations: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     profile: dict[str, float] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """``sae, result = train_sae_from_activations(...)``."""
+        return iter((self.sae, self))
 
 
 @dataclass(frozen=True)
@@ -318,6 +324,8 @@ def fit_many(
     """
     if not jobs:
         raise ValueError("[fit] there must be at least one job but got none.")
+    if other := next((job for job in jobs if not isinstance(job, Job)), None):
+        raise ValueError(f"[fit_many] jobs must be of Job but got {type(other).__name__}.")
     if resume and checkpoint_dir is None:
         raise ValueError("[fit] checkpoint_dir must be given to resume.")
     source = as_source(data)
@@ -361,6 +369,12 @@ class _Session:
         if len(set(names)) < len(names):
             raise ValueError(f"[fit_many] names must differ but got {names}.")
         self.config: TrainConfig = first
+        given = [c for job in self.jobs for c in job.callbacks if isinstance(c, Callback)]
+        for c in given:
+            if type(c).of is not Callback.of and sum(c is other for other in given) > 1:
+                raise ValueError(
+                    f"[fit_many] {type(c).__name__} must watch one job but is given to several; give each its own."
+                )
 
     # ---- beginning -----------------------------------------------------------------------------------------
 
@@ -406,6 +420,8 @@ class _Session:
 
     def train(self) -> None:
         clocks = {id(run): Throughput() for run in self.runs}
+        if self.directory is not None:  # what cannot be written is found now
+            self.directory.mkdir(parents=True, exist_ok=True)
         try:
             with _deferred_interrupt() as interrupted:
                 for run in self.runs:
@@ -522,7 +538,15 @@ class _Session:
         if self.preprocess is None:
             return batch
         inputs = {(job.fields or (0,))[0] for job in self.jobs}
-        return tuple(self.preprocess(a) if i in inputs else a for i, a in enumerate(batch))
+        made = tuple(self.preprocess(a) if i in inputs else a for i, a in enumerate(batch))
+        for a, given in zip(made, batch, strict=True):
+            fits = isinstance(a, mx.array) and a.ndim == given.ndim and a.shape[0] > 0
+            if not fits or (len(batch) > 1 and a.shape[0] != given.shape[0]):  # rows alone may be left out
+                got = getattr(a, "shape", type(a).__name__)
+                raise ValueError(
+                    f"[fit] preprocess must return an array [{given.shape[0]}, d] but returned {got}."
+                )
+        return made
 
     # ---- measuring, saving, ending -------------------------------------------------------------------------
 
@@ -650,7 +674,15 @@ class _Batch:
 
 
 def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
-    config = job.config or TrainConfig()
+    config = TrainConfig() if job.config is None else job.config
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"[fit] config must be a TrainConfig but got {type(config).__name__}.")
+    if not isinstance(job.sae, nn.Module):
+        raise ValueError(
+            f"[fit] sae must be an nn.Module but got {getattr(job.sae, '__name__', type(job.sae).__name__)}."
+        )
+    if job.optimizer is not None and not isinstance(job.optimizer, optim.Optimizer):
+        raise ValueError(f"[fit] optimizer must be one of MLX's but got {job.optimizer!r}.")
     if config.epochs is not None:
         rows = source_rows(source)
         if rows is None:
@@ -663,7 +695,8 @@ def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
             config.loss.preset_for(job.sae.rule) if job.loss is None else getattr(job.loss, "auxk", None)
         )
         config = replace(config, wake=WAKE if wakes else 0.0)
-    return replace(job, config=config, name=job.name or ("" if number is None else str(number)))
+    name = job.name or ("" if number is None else str(number))
+    return replace(job, config=config, callbacks=listed(job.callbacks), name=name)
 
 
 def _wakes(sae: Any) -> bool:
@@ -817,6 +850,12 @@ def _rate(
         factor = job.schedule
         return own if factor is None else lambda step: own(0) * factor(step)
     base = o.learning_rate or default_learning_rate(widths.d_sae)
+    if job.schedule is None and (rising := in_steps(o.warmup, config.total_steps)) > config.total_steps:
+        warnings.warn(
+            f"[fit] warmup should be shorter than the run but takes {rising} steps of {config.total_steps}: the learning "
+            "rate will not reach its peak.",
+            stacklevel=2,
+        )
     factor = job.schedule or warmup_decay(config.total_steps, warmup=o.warmup, decay=o.decay, shape=o.shape)
     return lambda step: base * float(factor(step))
 
@@ -908,10 +947,14 @@ def _walk(validation: Validation, batch_size: int) -> Iterator[tuple[mx.array, .
         for begin in range(0, len(validation[0]), batch_size):
             yield tuple(mx.array(a[begin : begin + batch_size]) for a in validation)
         return
+    if not isinstance(validation, Iterable):
+        raise ValueError(
+            f"[fit] validation must be an array, a pair of them, or batches but got {type(validation).__name__}."
+        )
     if iter(validation) is validation:
         raise ValueError("[fit] validation must be something that can be walked again but is an iterator.")
     for batch in validation:
-        yield batch if isinstance(batch, tuple) else (mx.array(batch),)
+        yield tuple(mx.array(a) for a in (batch if isinstance(batch, tuple) else (batch,)))
 
 
 def _mean(x: mx.array) -> mx.array:

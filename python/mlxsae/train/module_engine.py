@@ -37,6 +37,29 @@ def forward(module: nn.Module, x: mx.array) -> tuple[mx.array, mx.array, tuple]:
     return x_recon, z, tuple(rest)
 
 
+def _checked(total: Any = None, terms: Any = None, *more: Any) -> tuple[mx.array, dict[str, Any]]:
+    """What a loss returned: ``total``, and named numbers that no metric of the run has."""
+    got = None
+    if more or not isinstance(total, mx.array) or total.ndim:
+        got = (
+            f"total of {getattr(total, 'shape', type(total).__name__)}"
+            + f" and {1 + len(more)} more" * bool(more)
+        )
+    elif not isinstance(terms, (dict, type(None))):
+        got = f"{type(terms).__name__} after total"
+    elif taken := [n for n in ("loss", "step", "tokens") if n in (terms or {}) and terms[n] is not total]:
+        got = f"the name {taken[0]}, which the run uses"
+    else:
+        got = next(
+            (f"{n} of shape {v.shape}" for n, v in (terms or {}).items() if getattr(v, "size", 1) != 1), None
+        )
+    if got is not None:
+        raise ValueError(
+            f"[fit] loss must return a scalar array, or (total, {{name: number}}), but returned {got}."
+        )
+    return total, terms or {}
+
+
 def own_loss(x: mx.array, x_recon: mx.array, z: mx.array, step: int, **options: Any) -> Any:
     """For a module without a loss: the mean squared error, summed over coordinates."""
     recon = mx.square(x.astype(mx.float32) - x_recon.astype(mx.float32)).sum(axis=-1).mean()
@@ -73,6 +96,10 @@ class ModuleEngine:
             )
         self._module = module
         self._loss_fn = loss_fn or own_loss
+        if not callable(self._loss_fn):
+            raise ValueError(
+                f"[fit] loss must be a function (x, x_recon, z, step) but got {type(loss_fn).__name__}."
+            )
         names = inspect.signature(self._loss_fn).parameters.values()
         self._wants_extra = any(p.name == "extra" or p.kind is p.VAR_KEYWORD for p in names)
         self._config = config
@@ -148,7 +175,7 @@ class ModuleEngine:
         else:
             x_recon, z, rest = forward(module, x)
         found = self._loss_fn(y, x_recon, z, self._step, **({"extra": rest} if self._wants_extra else {}))
-        total, terms = found if isinstance(found, (tuple, list)) else (found, {})
+        total, terms = _checked(*found) if isinstance(found, (tuple, list)) else _checked(found)
         # float32 by name: a loss may count or give Python numbers.
         named = {name: mx.array(value).astype(mx.float32) for name, value in terms.items()}
         l0 = {"l0": (z > 0).sum(axis=-1).astype(mx.float32).mean()}

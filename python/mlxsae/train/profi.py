@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
 
 from mlxsae.data import ActivationSource, ArraySource
 from mlxsae.sae import SAE
+from mlxsae.train.callbacks import at_least_1
 from mlxsae.train.config import DataConfig, LossConfig, OptimizerConfig, SAEConfig, TrainConfig
-from mlxsae.train.doors import _language_model, _Task
+from mlxsae.train.doors import Again, _language_model, _Task, arrays_of
 from mlxsae.train.loop import FitResult, fit
 
 
@@ -85,15 +85,23 @@ class ProfiSAETrainer:
         if dataset is None:
             raise ValueError("[ProfiSAETrainer] dataset must be given but is None.")
         self.dataset = dataset
+        parts = gradient_accumulation_steps
+        at_least_1(
+            "ProfiSAETrainer", num_steps=num_steps, batch_size=batch_size, gradient_accumulation_steps=parts
+        )
+        if preprocess_fn is not None and not callable(preprocess_fn):
+            raise ValueError(
+                f"[ProfiSAETrainer] preprocess_fn must be a function but got {type(preprocess_fn).__name__}."
+            )
         ours = isinstance(sae, SAE)
         raw = ours and preprocess_fn is None
         config = TrainConfig(
-            total_tokens=num_steps * batch_size * gradient_accumulation_steps,
+            total_tokens=num_steps * batch_size * parts,
             batch_size=batch_size,
             seed=seed,
             normalize="expected_norm" if raw else "none",
             b_dec_init="geometric_median" if ours else "keep",
-            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_accumulation_steps=parts,
             mixed_precision=mixed_precision,
             gradient_checkpointing=gradient_checkpointing,
             log_every=log_every,
@@ -118,10 +126,8 @@ class ProfiSAETrainer:
         )
 
     def _source(self, dataset: Any, config: TrainConfig) -> Any:
-        if isinstance(dataset, (mx.array, np.ndarray)):
-            return ArraySource(dataset, batch_size=config.batch_size, seed=config.seed)
-        if _pair(dataset):
-            return ArraySource(*dataset, batch_size=config.batch_size, seed=config.seed)
+        if arrays := arrays_of(dataset):
+            return ArraySource(*arrays, batch_size=config.batch_size, seed=config.seed)
         if isinstance(dataset, ActivationSource):
             return dataset
         if hasattr(dataset, "source"):
@@ -132,7 +138,7 @@ class ProfiSAETrainer:
 
     def _held_out(self, dataset: Any, config: TrainConfig) -> Any:
         if hasattr(dataset, "batches"):
-            return _Again(lambda: dataset.batches(config.batch_size, shuffle=False))
+            return Again(lambda: dataset.batches(config.batch_size, shuffle=False))
         if _texts(dataset):
             return self._task(dataset, config).all_rows()
         return dataset
@@ -144,24 +150,6 @@ class ProfiSAETrainer:
         point = lm.hook_point(self.component, layer=self.layer)
         whole = SAEConfig(train=config, data=DataConfig(validation_split=0.0))
         return _Task([lm], [point], whole, dataset, None)
-
-
-class _Again:
-    """An iterable from a function that makes iterators."""
-
-    def __init__(self, make: Callable[[], Iterable[Any]]):
-        self._make = make
-
-    def __iter__(self) -> Any:
-        return iter(self._make())
-
-
-def _pair(dataset: Any) -> bool:
-    return (
-        isinstance(dataset, tuple)
-        and len(dataset) == 2
-        and all(isinstance(a, (mx.array, np.ndarray)) for a in dataset)
-    )
 
 
 def _texts(dataset: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from mlx.utils import tree_map
 from mlxsae.metrics import fire_counts
 from mlxsae.sae import Rule
 from mlxsae.sae.rule import mean_of_others, with_rows
-from mlxsae.train.callbacks import Callback
+from mlxsae.train.callbacks import Callback, at_least_1
 from mlxsae.train.randomness import seed_step
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ class DeadNeuronCallback(Callback):
     ):
         if not 0 <= threshold < 1:
             raise ValueError(f"[DeadNeuronCallback] threshold must be in [0, 1) but got {threshold}.")
-        for name, value in (("resample_every", resample_every), ("sample_size", sample_size)):
-            if value < 1:
-                raise ValueError(f"[DeadNeuronCallback] {name} must be at least 1 but got {value}.")
+        at_least_1("DeadNeuronCallback", resample_every=resample_every, sample_size=sample_size)
         if resample_strategy not in self.STRATEGIES:
             raise ValueError(
                 f"[DeadNeuronCallback] resample_strategy must be one of {list(self.STRATEGIES)} "
@@ -60,6 +59,9 @@ class DeadNeuronCallback(Callback):
         self.threshold, self.every, self.strategy = threshold, resample_every, resample_strategy
         self.sample_size = sample_size
         self.resampled: list[tuple[int, int]] = []
+
+    def of(self, name: str) -> Callback:
+        return copy.deepcopy(self)
 
     def on_begin(self, run: Run) -> None:
         encoder, decoder = (run.state.params.get(part, {}) for part in ("encoder", "decoder"))

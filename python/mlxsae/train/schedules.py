@@ -13,13 +13,16 @@ Schedule = Callable[[int], float]
 
 def warmup_decay(total_steps: int, *, warmup: float, decay: float, shape: str = "linear") -> Schedule:
     """Linear warm-up, plateau, decay towards 0; ``warmup`` and ``decay`` are fractions of ``total_steps``, or steps
-    where over 1. ``shape`` is ``linear``, ``cosine`` or ``constant``, which leaves the decay out.
+    where over 1. ``shape`` is ``linear``, ``cosine`` or ``constant``, which leaves the decay out. A decay takes at most all
+    that follows the warm-up.
 
     The first step has rate ``1 / warmup_steps``, never 0; the last has the smallest positive rate of its
     slope, and the step after it would have 0.
     """
     rising = in_steps(warmup, total_steps)
     falling = 0 if shape == "constant" else in_steps(decay, total_steps)
+    if max(warmup, decay) > 1:  # of fractions it is checked
+        falling = min(falling, max(total_steps - rising, 0))
 
     def factor(step: int) -> float:
         up = min(1.0, (step + 1) / rising) if rising else 1.0

@@ -6,6 +6,7 @@ The libraries do the logging. Names are those of the field: ``train/loss``, ``tr
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -156,6 +157,10 @@ class LocalTracker:
 
     def begin(self, name: str, config: Mapping[str, Any], step: int) -> None:
         self.directory = self._root / _file_name(name) if name else self._root
+        if (held := name_of(self.directory)) not in (None, name):
+            raise ValueError(
+                f"[tracking] {name!r} must have a folder of its own but {self.directory} holds {held!r}."
+            )
         kept = [r for r in read_metrics(self.directory) if r["step"] <= step] if step else []
         lines = "".join(json.dumps(r) + "\n" for r in kept)
         atomic.write_files(
@@ -208,6 +213,13 @@ class TrackingCallback(Callback):
     def kind(self) -> str:
         return f"{type(self).__name__}({type(self.tracker).__name__})"
 
+    def of(self, name: str) -> Callback:
+        own, tracker = copy.copy(self), copy.copy(self.tracker)
+        own.tracker, own.name = tracker, "-".join(filter(None, (self.name, name)))
+        if isinstance(tracker, WandbTracker) and tracker._name:
+            tracker._name = f"{tracker._name}-{name}"
+        return own
+
     def on_begin(self, run: Run) -> None:
         self.tracker.begin(self.name or run.name, describe(run), run.state.step)
 
@@ -243,9 +255,10 @@ class TensorBoardCallback(TrackingCallback):
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What is logged once: the configuration, sizes, and what the SAE's metadata say of model and hook point."""
+    """What is logged once: the configuration, sizes (``rows`` of data that know their length), and what the SAE's metadata
+    say of model and hook point."""
     found = {"train": run.config.to_dict(), "engine": run.engine.name, "d_sae": run.widths.d_sae}
-    found |= {"d_in": run.widths.x, "d_out": run.widths.y}
+    found |= {"d_in": run.widths.x, "d_out": run.widths.y, "rows": getattr(run.source, "rows", None)}
     if run.widths.ours:
         rule = run.sae.rule
         found |= {"architecture": rule.architecture, "rule": rule.config(), "metadata": run.sae.metadata}
@@ -310,12 +323,15 @@ class Experiment:
             raise ValueError(f"[Experiment] track_with must name some of {list(known)} but got {unknown}.")
         self._config, self._wandb = dict(config or {}), dict(wandb or {})
         self._records: dict[str, list[dict[str, Any]]] = {}
-        self._trackers: list[Tracker] = []
+        self._trackers: dict[str, Tracker] = {}
         self._current: str | None = None
+        self._settings: dict[str, Any] = {}
+        self._begun = False
         self._step = 0
 
     def start_run(self, name: str, config: Mapping[str, Any] | None = None) -> Experiment:
-        """Begin a run; works as a context manager that ends it."""
+        """Begin a run; works as a context manager that ends it. One of this name is begun anew, unless ``fit`` goes on
+        from a checkpoint before anything else is logged: then what was logged up to there stays."""
         if self._current is not None:
             raise ValueError(f"[Experiment] {self._current} must be ended before {name} can begin.")
         made: dict[str, Any] = {
@@ -323,11 +339,22 @@ class Experiment:
             "tensorboard": lambda: TensorBoardTracker(self.directory / "tensorboard"),
             "wandb": lambda: WandbTracker(**({"project": self.name} | self._wandb)),
         }
-        self._trackers = [made[backend]() for backend in self._backends]
-        self._current, self._records[name], self._step = name, [], 0
-        for tracker in self._trackers:
-            tracker.begin(name, self._config | dict(config or {}), 0)
+        self._trackers = {backend: made[backend]() for backend in self._backends}
+        self._settings = self._config | dict(config or {})
+        self._current, self._begun, self._step = name, False, 0
         return self
+
+    def _begin(self, step: int = 0, earlier: Iterable[dict[str, Any]] = ()) -> None:
+        """Begin to track at ``step``, of a resumed run after the records ``earlier``; once a run."""
+        self._running()
+        if self._begun:
+            return
+        name = self._current or ""
+        for tracker in self._trackers.values():
+            tracker.begin(name, self._settings, step)
+        local = self._trackers.get("local")
+        kept = read_metrics(local.directory) if isinstance(local, LocalTracker) else []
+        self._begun, self._step, self._records[name] = True, step, kept or list(earlier)
 
     def get_callback(self) -> Callback:
         """For ``fit(callbacks=[...])``: sends the run's metrics here."""
@@ -336,24 +363,31 @@ class Experiment:
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Numbers of one's own, by default at the last step that was logged."""
-        self._running()
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        self._begin()
         self._step = self._step if step is None else step
-        numbers = {name: float(value) for name, value in metrics.items()}
         self._records[self._current or ""].append({"step": self._step} | numbers)
-        for tracker in self._trackers:
+        for tracker in self._trackers.values():
             tracker.log(self._step, numbers)
 
     def log_figure(self, name: str, figure: Any) -> None:
         """A matplotlib figure, HTML, or an image ``[h, w, 3]`` of uint8."""
-        self._running()
-        for tracker in self._trackers:
+        if _html(figure) is None and not hasattr(figure, "savefig"):
+            image = np.asarray(figure)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise ValueError(
+                    f"[Experiment] {name} must be a matplotlib figure, HTML, or an image [h, w, 3] of uint8 but got "
+                    f"{type(figure).__name__} of {image.dtype} {image.shape}."
+                )
+        self._begin()
+        for tracker in self._trackers.values():
             tracker.figure(name, figure, self._step)
 
     def end_run(self) -> None:
-        self._running()
-        for tracker in self._trackers:
+        self._begin()
+        for tracker in self._trackers.values():
             tracker.end()
-        self._trackers, self._current = [], None
+        self._trackers, self._current = {}, None
 
     def compare_runs(self, metric: str = "loss", mode: str = "min") -> Comparison:
         """All runs that logged ``metric`` (``recon_loss`` finds ``train/recon_loss``), the best value first. Runs of
@@ -363,14 +397,14 @@ class Experiment:
         runs = dict(self._records)
         local = self.directory / "local"
         if "local" in self._backends and local.is_dir():
-            for folder in sorted(p for p in local.iterdir() if (p / "run.json").is_file()):
-                name = json.loads((folder / "run.json").read_text(encoding="utf-8"))["name"]
-                runs.setdefault(name, read_metrics(folder))
+            for folder in sorted(local.iterdir()):
+                if (name := name_of(folder)) is not None:
+                    runs.setdefault(name, read_metrics(folder))
         rows, seen = [], set()
         for name, records in runs.items():
             values = []
             for record in records:
-                seen |= record.keys()
+                seen |= {n for n, v in record.items() if v is not None and math.isfinite(v)}
                 found = next((k for k in (metric, f"train/{metric}", f"val/{metric}") if k in record), None)
                 value = None if found is None else record[found]
                 if value is not None and math.isfinite(value):
@@ -382,7 +416,7 @@ class Experiment:
                 )
         if not rows:
             raise ValueError(
-                f"[Experiment] metric must be one of {sorted(seen - {'step'})} but got {metric!r}."
+                f"[Experiment] metric must be one of {sorted(seen - {'step'})} but got {metric!r}; these have finite values."
             )
         rows.sort(key=lambda row: row["best"], reverse=mode == "max")
         return Comparison(metric, rows)
@@ -391,7 +425,8 @@ class Experiment:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.end_run()
+        if self._current is not None:
+            self.end_run()
 
     def _running(self) -> None:
         if self._current is None:
@@ -399,19 +434,42 @@ class Experiment:
 
 
 class _ExperimentCallback(Callback):
-    def __init__(self, experiment: Experiment):
-        self._experiment = experiment
+    def __init__(self, experiment: Experiment, prefix: str = ""):
+        self._experiment, self._prefix = experiment, prefix
+
+    def of(self, name: str) -> Callback:
+        return _ExperimentCallback(self._experiment, f"{name}/")
+
+    def _named(self, record: dict[str, Any]) -> dict[str, float]:
+        return {self._prefix + name: value for name, value in tracked_names(record).items()}
 
     def on_begin(self, run: Run) -> None:
-        local = [t for t in self._experiment._trackers if isinstance(t, LocalTracker)]
-        for tracker in local:
-            atomic.write_files(tracker.directory, {"training.json": atomic.json_writer(describe(run))})
+        earlier = [(r["step"], self._named(r)) for r in (*run.history, *run.validations)]
+        earlier.sort(key=lambda entry: entry[0])
+        self._experiment._begin(run.state.step, [{"step": step} | names for step, names in earlier])
+        local = self._experiment._trackers.get("local")
+        if isinstance(local, LocalTracker):
+            atomic.write_files(local.directory, {"training.json": atomic.json_writer(describe(run))})
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
-        self._experiment.log_metrics(tracked_names(record), record["step"])
+        self._experiment.log_metrics(self._named(record), record["step"])
 
     def on_validation(self, run: Run, record: dict[str, Any]) -> None:
-        self._experiment.log_metrics(tracked_names(record), record["step"])
+        self._experiment.log_metrics(self._named(record), record["step"])
+
+    def state(self) -> dict[str, Any]:
+        return {backend: tracker.state() for backend, tracker in self._experiment._trackers.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for backend, tracker in self._experiment._trackers.items():
+            if backend in state:
+                tracker.restore(state[backend])
+
+
+def name_of(directory: Path) -> str | None:
+    """Of the run that a :class:`LocalTracker` logged there; None where there is none."""
+    path = directory / "run.json"
+    return json.loads(path.read_text(encoding="utf-8"))["name"] if path.is_file() else None
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
@@ -437,6 +495,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"[Experiment] {name} must be a number but got {value!r}.") from None
 
 
 def _html(figure: Any) -> str | None:

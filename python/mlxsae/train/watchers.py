@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -13,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlxsae.io import arrays, atomic, native
 from mlxsae.loss import RECONSTRUCTION
 from mlxsae.sae import SAE
-from mlxsae.train.callbacks import Callback
+from mlxsae.train.callbacks import Callback, at_least_1
 
 if TYPE_CHECKING:
     from mlxsae.train.loop import Run
@@ -42,7 +43,12 @@ class _Measured(Callback):
     def __init__(self, metric: str, mode: str):
         if mode not in ("min", "max"):
             raise ValueError(f"[callback] mode must be min or max but got {mode!r}.")
+        if not isinstance(metric, str):
+            raise ValueError(f"[callback] metric must be a name but got {metric!r}.")
         self.metric, self.mode = metric, mode
+
+    def of(self, name: str) -> Callback:
+        return copy.deepcopy(self)
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
         if not self.metric.startswith("val"):
@@ -84,8 +90,9 @@ class EarlyStoppingCallback(_Measured):
         self, patience: int = 10, metric: str = "val_loss", *, min_delta: float = 0.0, mode: str = "min"
     ):
         super().__init__(metric, mode)
-        if patience < 1:
-            raise ValueError(f"[EarlyStoppingCallback] patience must be at least 1 but got {patience}.")
+        at_least_1("EarlyStoppingCallback", patience=patience)
+        if not min_delta >= 0:
+            raise ValueError(f"[EarlyStoppingCallback] min_delta must not be negative but got {min_delta!r}.")
         self.patience, self.min_delta = patience, min_delta
         self.best, self.waited = self.worst, 0
 
@@ -110,7 +117,7 @@ class CheckpointCallback(_Measured):
     """Every ``save_every`` steps save the SAE as it would come out, and keep the ``keep_best`` best by ``metric``.
 
     Folders ``step_00005000`` in ``directory`` (by default ``best`` in the run's ``checkpoint_dir``) that
-    ``mlxsae.io.load`` reads; a module of one's own is saved as ``weights.safetensors``. A ``val_...`` metric is
+    ``mlxsae.io.load`` reads (of ``train_saes`` in a folder for each hook point); a module of one's own is saved as ``weights.safetensors``. A ``val_...`` metric is
     that of the latest validation, any other that of the very step. These are for use; what a run resumes from are ``fit``'s own checkpoints.
     """
 
@@ -124,9 +131,7 @@ class CheckpointCallback(_Measured):
         directory: str | os.PathLike | None = None,
     ):
         super().__init__(metric, mode)
-        for name, value in (("save_every", save_every), ("keep_best", keep_best)):
-            if value < 1:
-                raise ValueError(f"[CheckpointCallback] {name} must be at least 1 but got {value}.")
+        at_least_1("CheckpointCallback", save_every=save_every, keep_best=keep_best)
         self.save_every, self.keep_best = save_every, keep_best
         self.directory = None if directory is None else Path(directory)
         self.kept: list[tuple[float, str]] = []  # the best first
@@ -137,6 +142,11 @@ class CheckpointCallback(_Measured):
         """The folder of the best SAE so far."""
         return self.directory / self.kept[0][1] if self.kept and self.directory is not None else None
 
+    def of(self, name: str) -> Callback:
+        own = copy.deepcopy(self)
+        own.directory = None if self.directory is None else self.directory / name
+        return own
+
     def on_begin(self, run: Run) -> None:
         super().on_begin(run)
         if self.directory is None:
@@ -145,6 +155,7 @@ class CheckpointCallback(_Measured):
                     "[CheckpointCallback] directory must be given where the run has no checkpoint_dir."
                 )
             self.directory = run.checkpoint_dir / ("best" + run.name)
+        self.directory.mkdir(parents=True, exist_ok=True)  # what cannot be written is found now
 
     def on_log(self, run: Run, record: dict[str, Any]) -> None:
         """Nothing: a training metric is read when it decides."""

@@ -304,7 +304,9 @@ def test_configuration_builds_rule_and_loss() -> None:
     for (
         architecture,
         rule,
-    ) in RULES.items():  # AuxK by default where the largest are kept, else where it is named
+    ) in (
+        RULES.items()
+    ):  # AuxK by default where no penalty alone makes the code sparse, else where it is named
         of = {
             name: LossConfig(auxk=name).build(SAEConfig(architecture=architecture, d_sae=128).build(D))
             for name in ("auto", "openai")
@@ -312,7 +314,7 @@ def test_configuration_builds_rule_and_loss() -> None:
         assert (
             (of["auto"].auxk is not None)
             == rule.takes_auxk
-            == ("topk" in architecture or architecture in ("groupmax", "hierarchical"))
+            == (architecture not in ("relu", "gated", "sigmoid_gated"))
         )
         assert of["openai"].auxk is not None
 

@@ -46,7 +46,7 @@ class Rule(nn.Module):
     own_sae: ClassVar[str] = ""
     """The class of SAE that the rule is a part of; empty where any SAE may have it."""
     takes_auxk: ClassVar[bool] = True
-    """Whether AuxK is part of the loss unless it says otherwise: not where latents fire by a threshold of their own."""
+    """Whether AuxK is part of the loss unless it says otherwise: not where a penalty alone keeps latents from firing."""
     tf32 = False
     """Whether the GPU's float32 product decides as it is (:meth:`with_tf32`)."""
     PARAMETERS: ClassVar[tuple[str, ...]] = ()
@@ -318,7 +318,6 @@ class JumpReLU(Rule):
     """
 
     architecture = "jumprelu"
-    takes_auxk = False
     PARAMETERS = ("k", "bandwidth", "initial_threshold", "through_input")
     UNITS: ClassVar[dict[str, int]] = {"threshold": 1}
 

@@ -329,8 +329,9 @@ class SAETrainer:
             ]
             self.results = fit_many(jobs, source, **common)
             made = {n: result.sae for n, result in zip(each_of, self.results, strict=True)}
-            for n, sae in made.items() if save_path is not None else ():
-                native.save(sae, Path(save_path) / f"layer_{n}")
+            if save_path is not None:
+                for n, sae in made.items():
+                    native.save(sae, Path(save_path) / f"layer_{n}")
             return made
         watchers = [*callbacks, *tracking_callbacks(config.tracking)]
         assert coder is not None
@@ -501,10 +502,10 @@ class _Task:
             there = _count(batches(), enough=train.total_tokens / epochs)
             train = replace(train, total_tokens=min(train.total_tokens, epochs * there))
         config = replace(config, train=train)
-        again = 1 if texts.once else None
+        passes = 1 if texts.once else None
 
         def walk() -> Iterator[TokenBatch]:
-            return batches(max_tokens=train.total_tokens, seed=train.seed, epochs=again)
+            return batches(max_tokens=train.total_tokens, seed=train.seed, epochs=passes)
 
         if whole:
             return config, ContextActivations(self.lms[0], tuple(self.points), walk), held_out

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -691,15 +691,15 @@ def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
             )
         config = replace(config, total_tokens=max(1, math.ceil(config.epochs * rows)), epochs=None)
     if config.wake is None:  # decided before the first checkpoint, which a resumed run is held to
-        wakes = _wakes(job.sae) and (
-            config.loss.preset_for(job.sae.rule) if job.loss is None else getattr(job.loss, "auxk", None)
-        )
+        sae, wakes = job.sae, None
+        if _wakes(sae):
+            wakes = config.loss.preset_for(sae.rule) if job.loss is None else getattr(job.loss, "auxk", None)
         config = replace(config, wake=WAKE if wakes else 0.0)
     name = job.name or ("" if number is None else str(number))
     return replace(job, config=config, callbacks=listed(job.callbacks), name=name)
 
 
-def _wakes(sae: Any) -> bool:
+def _wakes(sae: Any) -> TypeGuard[SAE]:
     """Whether a bias can rise until its latent fires."""
     return isinstance(sae, SAE) and "bias" in sae.trainable_parameters().get("encoder", {})
 

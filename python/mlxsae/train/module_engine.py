@@ -47,7 +47,7 @@ def _checked(total: Any = None, terms: Any = None, *more: Any) -> tuple[mx.array
         )
     elif not isinstance(terms, (dict, type(None))):
         got = f"{type(terms).__name__} after total"
-    elif taken := [n for n in ("loss", "step", "tokens") if n in (terms or {}) and terms[n] is not total]:
+    elif taken := [n for n in ("loss", "step", "tokens") if terms and n in terms and terms[n] is not total]:
         got = f"the name {taken[0]}, which the run uses"
     else:
         got = next(

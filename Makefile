@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 # Which process takes what: tests/conftest.py.
 JOBS ?= auto
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -407,6 +408,17 @@ def test_tiled_gemm_follows_cblas() -> None:
     )
 
 
+@pytest.fixture
+def switched_back() -> Iterator[None]:
+    """Other tests of this process multiply on OpenBLAS again: without it models are ten times as slow."""
+    from mlxsae import blas
+
+    before = blas.status()
+    yield
+    assert (blas.enable() if before.active else blas.disable()).active == before.active
+
+
+@pytest.mark.usefixtures("switched_back")
 @pytest.mark.parametrize(("system", "active"), [("darwin", True), ("freebsd14", False)])
 def test_nothing_is_done_on_other_systems(monkeypatch: pytest.MonkeyPatch, system: str, active: bool) -> None:
     from mlxsae import blas

@@ -125,13 +125,13 @@ def test_flat_names_that_mean_a_term_of_the_architecture() -> None:
         return SAEConfig(**options).train.loss.terms
 
     assert terms(architecture="relu", use_ghost_grads=True) == {"ghost_gradients": 0.1, "l1": 1e-2}
-    assert terms(architecture="jumprelu", use_ghost_grads=True) == {"ghost_gradients": 0.1, "l0_target": 1.0}
     assert terms(architecture="relu", use_ghost_grads=True, l1_coefficient=0.5) == {
         "ghost_gradients": 0.1,
         "l1": 0.5,
     }
     assert terms(architecture="gated", l1_coefficient=0.5) == {"gate_l1": 0.5, "gate_reconstruction": 1.0}
     assert terms(architecture="topk", use_ghost_grads=True) is None  # AuxK
+    assert terms(architecture="jumprelu", use_ghost_grads=True) is None
     assert terms(architecture="relu") is None
     gated = SAEConfig(architecture="gated", d_sae=48, l1_coefficient=1e-2)
     assert SAEConfig.from_dict(json.loads(json.dumps(gated.to_dict()))) == gated

@@ -379,7 +379,7 @@ def test_steering_adds_the_difference_and_nothing_else(model: InterpretableModel
 
 def test_train_sae_in_one_line(folder: Path, tmp_path: Path) -> None:
     model = InterpretableModel("tiny")
-    texts = lm.tiny.texts(100, seed=0)
+    texts = lm.tiny.texts(50, seed=0)
     sae = model.train_sae(
         layer=2, component="residual", dataset=texts, save_path=tmp_path / "sae", progress=False
     )

@@ -54,8 +54,10 @@ from mlxsae.sae import SAE
 from mlxsae.train import FitResult, LossConfig, OptimizerConfig, SAEConfig, TrainConfig, fit
 
 # Few latents per token: with more, FVU is lower still, but fewer of them stand for one thing. A little whitening keeps
-# latents in use that quiet directions need; with much of it the concepts of loud ones fall apart.
+# latents in use that quiet directions need; with much of it the concepts of loud ones fall apart. The first 64 latents,
+# which must do alone, take the broad concepts (women, colours); without them each word has a latent of its own.
 K, EXPANSION_FACTOR, BATCH, LEARNING_RATE, WHITENING = 6, 8, 1024, 2e-3, 0.3
+PREFIXES = (1 / 16, 1 / 4)
 _ROWS, _BUFFER = 64, 131_072  # documents per pass of the model, activations held for shuffling
 _SORTED = 50_000  # words of documents that are sorted by length, so that little is padded
 _SHOWN, _EXAMPLES, _PROMPTS, _CANDIDATES = 10, 4, 16, 32
@@ -160,7 +162,10 @@ def _demonstrate(options: argparse.Namespace) -> tuple[DemoResults, SAE]:
             steered=steered,
             facts=[
                 ("model", f"{lm.name}: {lm.n_layers} blocks of width {lm.d_model}"),
-                ("SAE", f"TopK, k {K}, {result.sae.d_sae:,} latents (expansion {EXPANSION_FACTOR})"),
+                (
+                    "SAE",
+                    f"Matryoshka TopK, k {K}, {result.sae.d_sae:,} latents (expansion {EXPANSION_FACTOR})",
+                ),
                 (
                     "training",
                     f"{result.state.tokens:,} tokens in {result.state.step:,} steps, seed {options.seed}",
@@ -187,9 +192,11 @@ def _train(
             normalize="whiten",
             whitening=WHITENING,
             decoder_init="data",
-            wake=0.0,  # a risen bias makes a latent fire for more than one thing
+            wake=0.001,
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, decay=0.2),
-            loss=LossConfig(dead_after=max(1, options.tokens // 40)),
+            loss=LossConfig(
+                dead_after=max(1, options.tokens // 40), auxk="weakest", k_aux=32, prefixes=PREFIXES
+            ),
         ),
     )
     needed = config.train.total_steps * BATCH
@@ -350,7 +357,7 @@ def _show(results: DemoResults) -> None:
     print(f"F1 over {GOOD_F1}: {good} of {len(rows)} concepts ({share_detected(results.concepts):.0%})")
     core = _core(results.concepts)
     print(
-        f"Of the {len(core)} that are nearly one direction in the model itself (see its card): "
+        f"Of the {len(core)} that one direction tells in the model itself (see its card): "
         f"{sum(c.f1 > GOOD_F1 for c in core)} ({share_detected(core):.0%})"
     )
 

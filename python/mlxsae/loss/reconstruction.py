@@ -11,6 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlxsae import ops
+from mlxsae.code import SparseCode
 
 RowTerm = Callable[[mx.array, mx.array], mx.array]
 """From squared errors ``s [n]``, summed over coordinates, and target ``y [n, d_out]`` to a scalar."""
@@ -50,5 +51,9 @@ def squared_norms(rows: mx.array) -> mx.array:
 
 
 def sum_about_mean(rows: mx.array) -> mx.array:
-    """``sum (r - mean_n(r))^2`` over the batch: ``n d`` times the variance, as a scalar."""
-    return squared_norms(rows - rows.mean(axis=0)).sum()
+    """``sum (r - mean_n(r))^2`` over the batch ``[n, d]``: ``n d`` times the variance, as a scalar. Two passes of all
+    threads: the mean is a product, and what each row lacks is the residual of a code that has the mean alone."""
+    rows, n = rows.astype(mx.float32), max(rows.shape[0], 1)
+    mean = mx.full((1, rows.shape[0]), 1 / n) @ rows
+    code = SparseCode(mx.ones((rows.shape[0], 1)), mx.zeros((rows.shape[0], 1), mx.uint32))
+    return ops.decode_residual(code, mean, rows)[1].sum()

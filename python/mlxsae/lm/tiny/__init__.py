@@ -43,13 +43,13 @@ def folder() -> Path:
 
 
 def core_concepts() -> list[str]:
-    """Names of the concepts that are nearly one direction in the middle of the bundled model, in the order of `CONCEPTS`.
+    """Names of the concepts that one direction in the middle of the bundled model tells, in the order of `CONCEPTS`.
 
-    Measured when the model was trained, on the model itself and without any sparse autoencoder: see `CORE` and the
-    model card. The others can be known from the text too, but their tokens differ more than they agree.
+    Measured on the model itself and without any sparse autoencoder: see `CORE` and the model card. The others can be
+    known from the text too, and most by a probe of all directions, but no single feature can be expected to.
     """
     held = json.loads((folder() / "card.json").read_text("utf-8"))["concepts"]
-    return [concept.name for concept in CONCEPTS if held[concept.name]["common"] >= CORE]
+    return [concept.name for concept in CONCEPTS if held[concept.name]["direction_f1"] > CORE]
 
 
 def __getattr__(name: str) -> Any:

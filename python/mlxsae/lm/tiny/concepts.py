@@ -182,8 +182,8 @@ CONCEPTS: tuple[Concept, ...] = (
     *(Concept(name, description, True) for name, description in _CONTEXT.items()),
 )
 """All concepts, in the order of the columns of `Labelled.labels`."""
-CORE = 0.8
-"""A concept is core if its tokens have at least this share of their activation in common (``common`` in ``card.json``)."""
+CORE = 0.9
+"""A concept is core if its own direction detects it with an F1 over this (``direction_f1`` in ``card.json``)."""
 _COLUMN = {concept.name: i for i, concept in enumerate(CONCEPTS)}
 
 

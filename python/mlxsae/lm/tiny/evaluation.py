@@ -64,10 +64,12 @@ class Held(NamedTuple):
 
     probe_f1: float
     """F1 of a logistic regression, fitted on some documents and judged on others: can it be read off at all?"""
+    direction_f1: float
+    """The same of ``<x, m> >= t``, m the mean activation of the concept's tokens less that of all, t the best threshold on
+    the documents that m is from: can one direction tell it, as a single feature does?"""
     common: float
     """``|m|^2 / (|m|^2 + v)``: of what sets the concept's tokens apart from the average token, the share that they have
-    in common. m is the mean activation of its tokens less that of all tokens, v their mean squared distance from their
-    own mean. Near 1 the concept is one direction; where it is small, its tokens differ more than they agree."""
+    in common, v their mean squared distance from their own mean. Where it is small they differ more than they agree."""
 
 
 def how_held(
@@ -76,11 +78,12 @@ def how_held(
     """`Held` for each concept, from the residual stream after block `layer` on `n_tokens` words, twice."""
     (x, y), (x_test, y_test) = (_residual(model, layer, n_tokens, s) for s in (seed, seed + 1))
     mean, scale = x.mean(0), x.std(0)
-    common = {}
+    common, direction = {}, {}
     for i, concept in enumerate(CONCEPTS):
         own = x[y[:, i]]
-        apart = np.square(own.mean(0) - mean).sum()
-        common[concept.name] = float(apart / (apart + np.square(own - own.mean(0)).sum(1).mean()))
+        m = own.mean(0) - mean
+        common[concept.name] = float(m @ m / (m @ m + np.square(own - own.mean(0)).sum(1).mean()))
+        direction[concept.name] = _f1(x_test @ m >= _best_cut(x @ m, y[:, i]), y_test[:, i])
 
     inputs, inputs_test = (
         mx.array(np.c_[(part - mean) / scale, np.ones(len(part), np.float32)]) for part in (x, x_test)
@@ -100,8 +103,16 @@ def how_held(
     held = {}
     for i, concept in enumerate(CONCEPTS):
         cut = max(np.linspace(-3, 3, 25), key=lambda cut: _f1(scores[:, i] > cut, y[:, i]))
-        held[concept.name] = Held(_f1(scores_test[:, i] > cut, y_test[:, i]), common[concept.name])
+        probe = _f1(scores_test[:, i] > cut, y_test[:, i])
+        held[concept.name] = Held(probe, direction[concept.name], common[concept.name])
     return held
+
+
+def _best_cut(scores: np.ndarray, carries: np.ndarray) -> float:
+    """The score from which on saying yes has the best F1."""
+    order = np.argsort(-scores)
+    hits = np.cumsum(carries[order])
+    return float(scores[order][np.argmax(hits / (np.arange(1, len(order) + 1) + hits[-1]))])
 
 
 def _residual(model: Any, layer: int, n_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

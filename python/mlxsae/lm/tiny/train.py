@@ -141,7 +141,7 @@ def card(recipe: Recipe, folder: Path, seconds: float) -> dict[str, Any]:
         "held_out": {name: round(score, 4) for name, score in evaluate(model, tokenizer).items()},
         "hook_point": f"blocks.{middle}.hook_resid_post",
         "concepts": {
-            name: {"probe_f1": round(held.probe_f1, 3), "common": round(held.common, 3)}
+            name: {key: round(value, 3) for key, value in held._asdict().items()}
             for name, held in how_held(model, middle).items()
         },
     }
@@ -154,10 +154,10 @@ def card_text(facts: dict[str, Any]) -> str:
     recipe, concepts = facts["recipe"], facts["concepts"]
     table = "\n".join(f"| {task.replace('_', ' ')} | {100 * score:.1f} % |" for task, score in scores.items())
     readable = sum(concept["probe_f1"] > 0.9 for concept in concepts.values())
-    core = sum(concept["common"] >= CORE for concept in concepts.values())
+    core = sum(concept["direction_f1"] > CORE for concept in concepts.values())
     held = "\n".join(
-        f"| {name} | {concept['probe_f1']:.2f} | {concept['common']:.2f} |"
-        for name, concept in sorted(concepts.items(), key=lambda item: -item[1]["common"])
+        f"| {name} | {concept['probe_f1']:.2f} | {concept['direction_f1']:.2f} | {concept['common']:.2f} |"
+        for name, concept in sorted(concepts.items(), key=lambda item: -item[1]["direction_f1"])
     )
     return f"""# The tiny language model of mlxsae
 
@@ -188,13 +188,14 @@ Cross-entropy on held-out documents: {loss:.3f} nats a token. Repeat the table w
 The language labels {len(concepts)} concepts. Measured at `{facts["hook_point"]}`, without any sparse autoencoder:
 
 - *probe*: F1 of a linear probe on other documents than it was fitted on. {readable} concepts are readable (over 0.9).
+- *direction*: the same F1 of one direction, m, the mean of the concept's activations less the mean of all, with the best
+  threshold on the documents that m is from. One direction and a threshold are all that a feature has, so the {core}
+  concepts with more than {CORE} are those that a single feature can be asked for; these are the *core* concepts.
 - *common*: of what sets the concept's tokens apart from the average token, the share that they have in common:
-  |m|^2 / (|m|^2 + v) with m the mean of the concept's activations less the mean of all, v their mean squared distance
-  from their own mean. The {core} concepts with at least {CORE} are nearly one direction each; these are the *core*
-  concepts. A class such as the women's names is readable but not core: the names differ more than they agree.
+  |m|^2 / (|m|^2 + v), v their mean squared distance from their own mean.
 
-| concept | probe | common |
-|---|---|---|
+| concept | probe | direction | common |
+|---|---|---|---|
 {held}
 
 ## Limits

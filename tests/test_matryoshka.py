@@ -16,7 +16,7 @@ from mlxsae import loss as L
 from mlxsae import ops, to_dense
 from mlxsae.metrics import evaluate
 from mlxsae.sae import RULES, SAE, BatchTopK, GroupMax, JumpReLU, TopK, of_rule
-from mlxsae.train import Callback, LossConfig, Run, fit
+from mlxsae.train import Callback, LossConfig, Run, SAEConfig, fit
 from test_rules import D_SAE, D, K, data, half_dead, settings, source, weights
 
 
@@ -156,6 +156,18 @@ def test_k_is_annealed(rule: Any, engine: str) -> None:
     assert l0 == pytest.approx([round(12 - 0.8 * s) for s in range(10)] + [K] * 10)
     assert sae.rule.k == K
     config = replace(config, engine="auto")
+    # The warm-up of a sparsity that no penalty makes: k falls from 8 times itself, or from all.
+    seeds = SAEConfig(architecture=sae.rule.architecture, k=K, sparsity_warm_up_steps=5)
+    assert (seeds.train.k_start, seeds.train.k_warmup) == (8 * K, 5)
+    seeds = replace(config, k_start=8 * K, k_warmup=5)
+    sae = SAE(D, 4 * K, rule=rule(K), seed=0)
+    assert [seeds.k_at(s, sae.rule, 4 * K) for s in range(6)] == [
+        *(round(4 * K - 3 * K * s / 5) for s in range(5)),
+        None,
+    ]
+    l0 = [r["l0"] for r in fit(sae, source(), seeds).history]
+    assert l0[0] > 1.5 * K
+    assert l0[5:] == [K] * 15
     for rule, message in (
         (JumpReLU(), r"k_start wants a rule with a k but got JumpReLU"),
         (JumpReLU(K), r"\[JumpReLU\] k must not be annealed, since only the loss aims at it, but got k=12"),

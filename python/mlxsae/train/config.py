@@ -39,6 +39,8 @@ PRECISIONS = ("float32", "certified", "tf32", "bfloat16")
 """How the encoder multiplies in training (:class:`TrainConfig`)."""
 WAKE = 0.001
 """How much the bias of a dead latent rises in a step by default (:class:`TrainConfig`)."""
+K_FROM = 8
+"""``sparsity_warm_up_steps`` of a rule that keeps the k largest: k falls from so many times itself."""
 GHOSTS = 0.1
 """Weight of the term ``ghost_gradients`` by its flat name ``use_ghost_grads``."""
 MOMENTS = ("float32", "bfloat16")
@@ -138,8 +140,8 @@ class LossConfig(_Config):
     ``reconstruction`` is ``fvu``, ``mse`` or ``nmse``. ``auxk`` names a preset of :mod:`mlxsae.loss.auxk`, is None, or
     ``auto``: ``dictionary_learning`` for rules that keep the largest and for JumpReLU (FVU 0.0184 -> 0.0154, dead 45 ->
     20 %, in 600 steps on the bundled model), None for ReLU and gates (the same FVU with it, dead 38 -> 29 %, 37 -> 34 %;
-    ``saelens``, which aims at the whole residual, ruins all of these). ``auxk_weight`` and ``k_aux`` default to the preset's weight and ``d_in / 2``. A latent is dead
-    in a batch if it did not fire in the last ``dead_after`` tokens before it, by default a 100th of the run, at
+    ``saelens``, which aims at the whole residual, ruins all of these). ``auxk_weight`` and ``k_aux`` default to the preset's
+    weight and ``d_in / 2``. A latent is dead in a batch if it did not fire in the last ``dead_after`` tokens before it, by default a 100th of the run, at
     most 10M.
 
     ``terms`` are weights of further terms by their names in :data:`mlxsae.loss.TERMS`; None means those that the rule
@@ -384,14 +386,15 @@ class TrainConfig(_Config):
     def total_steps(self) -> int:
         return -(-self.total_tokens // self.rows_per_step)
 
-    def k_at(self, step: int, rule: Rule) -> int | None:
-        """The ``k`` of a step of an annealed run; None where it is the rule's own."""
-        steps = in_steps(self.k_warmup, self.total_steps)
+    def k_at(self, step: int, rule: Rule, d_sae: int) -> int | None:
+        """The ``k`` of a step of an annealed run, at most ``d_sae``; None where it is the rule's own."""
+        steps = min(in_steps(self.k_warmup, self.total_steps), self.total_steps)
         if self.k_start is None or step >= steps:
             return None
         if (k := getattr(rule, "k", None)) is None:
             raise ValueError(f"[fit] k_start wants a rule with a k but got {type(rule).__name__}.")
-        return round(self.k_start + (k - self.k_start) * step / steps)
+        start = min(self.k_start, d_sae)
+        return round(start + (k - start) * step / steps)
 
     @property
     def dead_after(self) -> int:
@@ -471,6 +474,10 @@ def _flat_names_too(cls: T) -> T:
         if (terms := _terms_of_flat_names(self, options)) is not None:
             loss = dataclasses.replace(self.train.loss, terms=terms)
             object.__setattr__(self, "train", dataclasses.replace(self.train, loss=loss))
+        if options.get("sparsity_warm_up_steps") and self.train.k_start is None:
+            rule = RULES[self.architecture]
+            if "k" in rule.PARAMETERS and rule.with_k is Rule.with_k:  # no penalty rises: k falls
+                object.__setattr__(self, "train", dataclasses.replace(self.train, k_start=K_FROM * self.k))
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls

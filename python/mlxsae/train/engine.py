@@ -100,7 +100,7 @@ class AutodiffEngine:
         auxk: bool,
         context: Context | None = None,
     ) -> tuple[Arrays, dict[str, mx.array]]:
-        k = self._config.k_at(step, self._sae.rule)
+        k = self._config.k_at(step, self._sae.rule, self._sae.d_sae)
         frozen = self._sae.parameters()
         scheduled = self._loss.scheduled(step, self._sae.d_sae, self._config.seed)
         scheduled |= {"lr": mx.array(lr, mx.float32), "step": mx.array(step, mx.int32)}
@@ -228,7 +228,7 @@ class FusedEngine:
         if shadow is None and config.precision in ("certified", "bfloat16"):
             dtype = mx.bfloat16 if config.precision == "bfloat16" else None
             shadow = ops.encoder_shadow(params.w_enc, dtype=dtype)
-        rule = rule_of_step(self._rule, config.k_at(step, self._rule), config)
+        rule = rule_of_step(self._rule, config.k_at(step, self._rule, self._d_sae), config)
         scheduled = self._loss.scheduled(step, self._d_sae, config.seed)
         carried = arrays["tokens_since_fired"], arrays.get("rule", {})
         f = self._forward(params, shadow, rule, *carried, x, y, auxk, scheduled.get("prefixes"))

@@ -168,7 +168,9 @@ class ModuleEngine:
         watched: dict[str, mx.array] = {}
         if isinstance(module, SAE):
             # As in training: in use a threshold has no gradient, and a BatchTopK has one only once it is trained.
-            rule = rule_of_step(module.rule, self._config.k_at(self._step, module.rule), self._config)
+            rule = rule_of_step(
+                module.rule, self._config.k_at(self._step, module.rule, module.d_sae), self._config
+            )
             code, state, pre_acts = module.learn(x, state, rule=rule)
             x_recon, z, rest = module.decode(code, x), module.to_dense(code), (pre_acts,)
             rest, watched = rest if pre_acts is not None else (), rule.metrics(state)

@@ -167,7 +167,7 @@ def test_k_is_annealed(rule: Any, engine: str) -> None:
     ]
     l0 = [r["l0"] for r in fit(sae, source(), seeds).history]
     assert l0[0] > 1.5 * K
-    assert l0[5:] == [K] * 15
+    assert max(l0[5:]) <= K
     for rule, message in (
         (JumpReLU(), r"k_start wants a rule with a k but got JumpReLU"),
         (JumpReLU(K), r"\[JumpReLU\] k must not be annealed, since only the loss aims at it, but got k=12"),

@@ -66,12 +66,16 @@ $(VENV)/installed: $(SOURCES) | $(BIN)/python
 	$(PIP) -e ".$(if $(MLX),[$(MLX)])"
 	@touch $@
 
+# The requirements of an extra, without building again what they are extras of.
+REQUIRED := $(BIN)/python -c 'import re, sys, importlib.metadata as m; print(*(r.split(";")[0].strip() \
+  for r in m.requires("mlxsae") if re.search(f"extra == .{sys.argv[1]}.$$", r) and not r.startswith("mlxsae")))'
+
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) $$($(BIN)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0].strip() for r in m.requires("mlxsae") if "extra == \"test\"" in r or "extra == '"'"'test'"'"'" in r))') cmake nanobind==3.1.0
+	$(PIP) $$($(REQUIRED) test) cmake nanobind==3.1.0
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test
-	$(PIP) -e ".[$(if $(MLX),$(MLX)$(comma))dev]"
+	$(PIP) $$($(REQUIRED) dev)
 	@touch $@
 
 # What it does not have it finds in $(VENV), so our library is compiled once.

@@ -225,7 +225,7 @@ def build(text: str, *, mode: str, compiler: str) -> Path:
         ]
         command += [str(RUNTIME / source), "-c", "-o"]
         objects.append(_built(cache_dir() / f"{key}-{Path(source).stem}.o", command))
-    kernels = library.with_suffix(".o")
+    kernels = library.with_suffix(f".{os.getpid()}.o")  # another process may be making the same library
     flags.append(f"-ffile-prefix-map={RUNTIME}={_RUNTIME_NAME}")
     _built(kernels, [compiler, *flags, f"-I{RUNTIME}", "-x", "c++", "-c", "-", "-o"], text)
     _built(library, [compiler, "-shared", str(kernels), *map(str, objects), "-lm", "-o"])

@@ -15,10 +15,10 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/mlxsae demo
 
-# Which process takes what: tests/conftest.py.
+# Each process takes whole files, so that what a module sets up is set up once, the long ones first.
 JOBS ?= auto
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

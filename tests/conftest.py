@@ -25,15 +25,8 @@ ON_THE_DEFAULT_DEVICE = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m gpu` runs some on a GPU, where there is one. Processes take whole files (``--dist loadgroup``), so that what a
-    module sets up is set up once, but for the Metal harness, which keeps what it compiles on disk: its long files are shared."""
-    items.sort(
-        key=lambda item: item.path.stem != "test_package"
-    )  # it builds a wheel: begun last it would end last
-    harness = Path(__file__).parent / "metal"
-    for item in items:
-        if harness not in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """`-m gpu` runs these on a GPU, where there is one. The file that builds a wheel goes first, or it would end last."""
+    items.sort(key=lambda item: item.path.stem != "test_package")
     if mx.default_device() == mx.gpu:
         for item in items:
             if item.path.stem in ON_THE_DEFAULT_DEVICE:

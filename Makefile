@@ -5,7 +5,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 MLX ?= $(if $(filter Linux,$(shell uname -s)),cpu)
-comma := ,
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake metal -type f)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check

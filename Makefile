@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | metal | clean. Each sets up all that it needs, in .venv.
+# make demo | test | test-slow | lint | bench | metal | clean. Each sets up all that it needs, in .venv.
 # Options: PYTHON=python3.12, VENV=.venv, MLX=cuda13 (on a machine with an NVIDIA GPU; default cpu on Linux),
 # JOBS=1 (processes of make test; default one for each processor, up to four)
 
@@ -9,15 +9,19 @@ BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc src cmake metal -type f)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test lint bench metal test-peers bench-peers clean
+.PHONY: demo test test-slow lint bench metal test-peers bench-peers clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlxsae demo
 
-# Each process takes whole files, so that what a module sets up is set up once, the long ones first.
+# Each process takes whole files, so that what a module sets up is set up once. test-slow runs what is marked slow: a wheel in an
+# environment of its own, every kernel through nvcc's compiler, the search for barriers that nothing needs, another processor's kernels.
 JOBS ?= auto
+PYTEST = $(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+test-slow: $(VENV)/installed-test
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -37,6 +37,7 @@ def results(compiler, isa, folder, *flags, emulator=()):
     return run(*emulator, program)
 
 
+@pytest.mark.slow
 def test_neon_kernels_give_the_bits_of_this_processor(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
     if not compiler or not emulator:

@@ -147,6 +147,7 @@ def test_wheel_works_in_another_environment(tmp_path):
     run(
         *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT),
         *("--config-settings", "cmake.build-type=Debug"),
+        *("--config-settings", f"build-dir={tmp_path / 'build'}"),
         env=os.environ | quickly,
     )
     (wheel,) = tmp_path.glob("mlxsae-*.whl")

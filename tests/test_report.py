@@ -248,7 +248,6 @@ def _browse(profile: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_in_a_real_browser(tmp_path: Path) -> None:
     """The page draws, fits a phone without sideways scrolling, and makes no request but for itself."""
     _browser()

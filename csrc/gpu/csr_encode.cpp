@@ -8,7 +8,7 @@ namespace {
 
 constexpr const char* kLibrary = "csr_encode";
 constexpr int64_t kUnitSimdgroups = 8, kSettleSimdgroups = 4, kScanThreads = 1024, kElementThreads = 256;
-constexpr int64_t kDigitBins = 2048, kDigitThreads = 256, kMaxParts = 32, kPartFeatures = 1024, kMaxGroups = 64;
+constexpr int64_t kDigitBins = 2048, kDigitThreads = 256, kMaxGroups = 64;
 // The digits of a positive key of 31 bits, from the highest.
 constexpr struct {
   uint32_t shift, bits;

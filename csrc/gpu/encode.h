@@ -8,6 +8,8 @@ namespace mlxsae::gpu {
 
 /** Up to so many rows are multiplied by our own kernel, for which reading the weights once is the floor. */
 constexpr int64_t kFewRows = 8;
+/** A row's features are looked at in up to so many parts, each of at least so many. */
+constexpr int64_t kMaxParts = 32, kPartFeatures = 1024;
 
 /** x [n, d_in], w_enc [d_sae, d_in] of one type, b_enc [d_sae] float32. */
 struct EncodeSizes {

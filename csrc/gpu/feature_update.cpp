@@ -13,7 +13,7 @@ constexpr int64_t kPieces = 4, kMaxSimdgroups = 16, kSumSimdgroups = 8, kScales 
 
 // The features are cut into parts that do not depend on the chip, because the sums over them are rounded by part. So
 // many keep the largest GPU busy a few times over; their partial sums stay below one hundredth of the parameters.
-constexpr int64_t kMaxParts = 2048, kFeaturesOfPart = 16;
+constexpr int64_t kMaxRanges = 2048, kFeaturesOfRange = 16;
 constexpr int64_t kRowsOfChunk = 64;  // of the residual, summed up by one threadgroup
 
 using Four = std::array<int, 4>;  // w_enc, b_enc, w_dec, b_dec
@@ -87,7 +87,7 @@ Plan feature_update(const FeatureUpdateSize& s, const FeatureUpdateOptions& o) {
 
   // A row of a simdgroup's registers, else of a threadgroup's, else blocks of it.
   int64_t width = lanes(s.aligned) * kSimd, needed = ceil_div(std::max(s.d_in, s.d_out), kPieces * width);
-  int64_t parts = std::clamp<int64_t>(s.d_sae / kFeaturesOfPart, 1, kMaxParts), blocks = ceil_div(s.d_out, width);
+  int64_t parts = std::clamp<int64_t>(s.d_sae / kFeaturesOfRange, 1, kMaxRanges), blocks = ceil_div(s.d_out, width);
   bool wide = needed > kMaxSimdgroups, single = needed <= 1;
   const char* kernel = wide     ? "feature_update_wide"
                        : single ? "feature_update_simdgroup"

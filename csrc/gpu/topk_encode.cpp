@@ -7,7 +7,6 @@ namespace mlxsae::gpu {
 namespace {
 
 constexpr int64_t kFilterSimdgroups = 8, kFinishThreads = 128;
-constexpr int64_t kMaxParts = 32, kPartFeatures = 1024;
 
 /** One selection: its lists, and where its code goes. */
 struct Selection {

@@ -11,7 +11,7 @@ namespace {
  * The definition in plain MLX ops. Rows are taken in chunks; the best so far stay in order of (row, feature), so that
  * among equal values the lowest place is the earliest.
  */
-Arrays graph(const Arrays& in, int k, mx::Stream s) {
+Arrays batch_topk_encode_graph(const Arrays& in, int k, mx::Stream s) {
   int n = in[0].shape(0), d_sae = in[1].shape(0), total = k * n;
   auto type = mx::promote_types(in[0].dtype(), in[1].dtype());
   if (n == 0)
@@ -61,7 +61,7 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
   if (hint && hint->size() != 1) fail(op, "hint must be one number but got shape ", hint->shape(), ".");
   auto product = check_product(op, shadow, tf32);
   if (shadow) check_shadow(op, *shadow, w_enc, s.device);
-  auto define = [k, s](const Arrays& in) { return graph(in, k, s); };
+  auto define = [k, s](const Arrays& in) { return batch_topk_encode_graph(in, k, s); };
   auto guess = hint ? mx::reshape(mx::astype(mx::stop_gradient(*hint, s), mx::float32, s), {}, s) : mx::array(0.0f);
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s), guess};
   if (!has_kernel(op, s.device)) return only_values(define(inputs), s);

@@ -5,7 +5,7 @@
 namespace mlxsae {
 namespace {
 
-Arrays graph(const Arrays& in, bool csr, mx::Stream s) {
+Arrays decode_residual_graph(const Arrays& in, bool csr, mx::Stream s) {
   std::optional<mx::array> bias, offsets;
   if (in.size() > 4u + csr) bias = in[4];
   if (csr) offsets = in.back();
@@ -34,7 +34,7 @@ std::pair<mx::array, mx::array> decode_residual(const mx::array& values, const m
   for (size_t i = 0; i < inputs.size(); ++i) all_float32 &= i == 1 || inputs[i].dtype() == mx::float32;
   bool csr = offsets.has_value();
   if (csr) inputs.push_back(*code.offsets);
-  auto define = [s, csr](const Arrays& in) { return graph(in, csr, s); };
+  auto define = [s, csr](const Arrays& in) { return decode_residual_graph(in, csr, s); };
   if (!has_kernel(op, s.device) || !all_float32) {
     auto out = define(inputs);
     return {out[0], out[1]};

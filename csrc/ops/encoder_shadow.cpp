@@ -7,7 +7,7 @@ namespace {
 
 /** The same bound with wider margins: sums in plain ops are not in a known order (cpu/kernel_screen.h has the terms).
  */
-Arrays graph(const Arrays& in, mx::Dtype dtype, mx::Stream s) {
+Arrays encoder_shadow_graph(const Arrays& in, mx::Dtype dtype, mx::Stream s) {
   const auto& w = in[0];
   float d = static_cast<float>(w.shape(1)), gamma = 2 * (d + 16) * 5.97e-8f, up = 1 + 1e-4f + d * 1e-6f;
   auto norm = [&](const mx::array& a) {
@@ -44,7 +44,7 @@ std::pair<mx::array, mx::array> encoder_shadow(const mx::array& w_enc, std::opti
   if (dtype != mx::bfloat16 && dtype != mx::int16) fail(op, "dtype must be bfloat16 or int16 but got ", dtype, ".");
   if (dtype == mx::int16) only_on_cpu(op, "dtype", s.device);
   auto w = mx::stop_gradient(mx::astype(w_enc, mx::float32, s), s);
-  auto define = [dtype, s](const Arrays& in) { return graph(in, dtype, s); };
+  auto define = [dtype, s](const Arrays& in) { return encoder_shadow_graph(in, dtype, s); };
   if (!has_kernel(op, s.device)) {
     auto out = define({w});
     return {out[0], out[1]};

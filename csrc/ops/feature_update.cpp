@@ -39,7 +39,7 @@ mx::array kept(const mx::array& value, mx::Dtype type, uint32_t seed, int moment
 }
 
 /** The definition in plain MLX ops, with dense gradients. */
-Arrays graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions& o, mx::Stream s) {
+Arrays feature_update_graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions& o, mx::Stream s) {
   const auto &x = in[0], &loss = in[1];
   size_t n_terms = csr.size();
   Arrays p(in.begin() + FeatureUpdate::place_of_offsets(csr, n_terms), in.end());
@@ -165,7 +165,7 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
     check_shadow(op, *shadow, params[0], s.device);
     inputs.insert(inputs.end(), {shadow->w16, shadow->columns});
   }
-  auto define = [csr, options, s](const Arrays& in) { return graph(in, csr, options, s); };
+  auto define = [csr, options, s](const Arrays& in) { return feature_update_graph(in, csr, options, s); };
   if (!has_kernel(op, s.device)) return define(inputs);
   for (auto& a : inputs) a = normal(a, s);
   auto primitive = std::make_shared<FeatureUpdate>(s, define, csr, options);

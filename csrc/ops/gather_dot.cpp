@@ -6,7 +6,7 @@
 namespace mlxsae {
 namespace {
 
-Arrays graph_csr(const Arrays& in, mx::Stream s) {
+Arrays gather_dot_graph_csr(const Arrays& in, mx::Stream s) {
   const auto &rows = in[0], &weight = in[1], &indices = in[2], &offsets = in[3];
   int nnz = indices.shape(0), n = offsets.shape(0) - 1;
   auto type = mx::promote_types(rows.dtype(), weight.dtype());
@@ -24,7 +24,7 @@ Arrays graph_csr(const Arrays& in, mx::Stream s) {
   return {mx::astype(mx::where(used, mx::concatenate(parts, 0, s), mx::array(0.0f), s), type, s)};
 }
 
-Arrays graph(const Arrays& in, mx::Stream s) {
+Arrays gather_dot_graph(const Arrays& in, mx::Stream s) {
   const auto &rows = in[0], &weight = in[1], &indices = in[2];
   auto r = mx::expand_dims(mx::astype(rows, mx::float32, s), 1, s);
   Arrays parts;
@@ -52,7 +52,7 @@ mx::array gather_dot(const mx::array& rows, const mx::array& weight, const mx::a
   if (weight.shape(0) == 0 && indices.size() > 0)
     fail(op, "weight must have at least one feature but got ", weight.shape(), ".");
   bool csr = offsets.has_value();
-  auto define = [s, csr](const Arrays& in) { return csr ? graph_csr(in, s) : graph(in, s); };
+  auto define = [s, csr](const Arrays& in) { return csr ? gather_dot_graph_csr(in, s) : gather_dot_graph(in, s); };
   Arrays inputs{rows, weight, code.indices};
   if (csr) inputs.push_back(*code.offsets);
   if (!has_kernel(op, s.device)) return define(inputs)[0];

@@ -13,7 +13,7 @@ mx::array scaled_rows(const mx::array& values, const mx::array& indices, const m
   return mx::where(mx::not_equal(v, mx::array(0.0f), s), mx::multiply(v, rows, s), mx::array(0.0f), s);
 }
 
-Arrays graph_csr(const Arrays& in, mx::Stream s) {
+Arrays sparse_decode_graph_csr(const Arrays& in, mx::Stream s) {
   const auto &values = in[0], &indices = in[1], &w = in[2], &offsets = in.back();
   int nnz = values.shape(0), n = offsets.shape(0) - 1, d = w.shape(1);
   auto row = entry_rows(offsets, nnz, s);
@@ -30,7 +30,7 @@ Arrays graph_csr(const Arrays& in, mx::Stream s) {
   return {mx::astype(out, mx::promote_types(values.dtype(), w.dtype()), s)};
 }
 
-Arrays graph(const Arrays& in, mx::Stream s) {
+Arrays sparse_decode_graph(const Arrays& in, mx::Stream s) {
   const auto &values = in[0], &indices = in[1], &w = in[2];
   auto type = mx::promote_types(values.dtype(), w.dtype());
   int n = values.shape(0), d = w.shape(1);
@@ -56,7 +56,9 @@ mx::array sparse_decode(const mx::array& values, const mx::array& indices, const
     fail(op, "w_dec must have at least one feature but got ", w_dec.shape(), ".");
   if (b_dec) check_vector(op, "b_dec", *b_dec, w_dec.shape(1), "d_out");
   bool csr = offsets.has_value();
-  auto define = [s, csr](const Arrays& in) { return csr ? graph_csr(in, s) : graph(in, s); };
+  auto define = [s, csr](const Arrays& in) {
+    return csr ? sparse_decode_graph_csr(in, s) : sparse_decode_graph(in, s);
+  };
   Arrays inputs{values, code.indices, w_dec};
   if (b_dec) inputs.push_back(*b_dec);
   if (csr) inputs.push_back(*code.offsets);

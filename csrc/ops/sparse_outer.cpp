@@ -6,7 +6,7 @@
 namespace mlxsae {
 namespace {
 
-Arrays graph_csr(const Arrays& in, int d_sae, mx::Stream s) {
+Arrays sparse_outer_graph_csr(const Arrays& in, int d_sae, mx::Stream s) {
   const auto &values = in[0], &indices = in[1], &rows = in[2], &offsets = in[3];
   int nnz = values.shape(0), n = rows.shape(0), d = rows.shape(1);
   auto out = mx::zeros({d_sae, d}, mx::float32, s);
@@ -26,7 +26,7 @@ Arrays graph_csr(const Arrays& in, int d_sae, mx::Stream s) {
   return {mx::astype(out, mx::promote_types(values.dtype(), rows.dtype()), s)};
 }
 
-Arrays graph(const Arrays& in, int d_sae, mx::Stream s) {
+Arrays sparse_outer_graph(const Arrays& in, int d_sae, mx::Stream s) {
   const auto &values = in[0], &indices = in[1], &rows = in[2];
   int n = rows.shape(0), d = rows.shape(1);
   auto r = mx::expand_dims(mx::astype(rows, mx::float32, s), 1, s);
@@ -52,7 +52,9 @@ mx::array sparse_outer(const mx::array& values, const mx::array& indices, const 
     fail(op, "the code and rows [n, d] must share n but got n=", code.n, " and ", rows.shape(), ".");
   if (d_sae <= 0) fail(op, "d_sae must be positive but got ", d_sae, ".");
   bool csr = offsets.has_value();
-  auto define = [s, csr, d_sae](const Arrays& in) { return csr ? graph_csr(in, d_sae, s) : graph(in, d_sae, s); };
+  auto define = [s, csr, d_sae](const Arrays& in) {
+    return csr ? sparse_outer_graph_csr(in, d_sae, s) : sparse_outer_graph(in, d_sae, s);
+  };
   Arrays inputs{values, code.indices, rows};
   if (csr) inputs.push_back(*code.offsets);
   if (!has_kernel(op, s.device)) return define(inputs)[0];

@@ -7,7 +7,7 @@ namespace mlxsae {
 namespace {
 
 /** The definition in plain MLX ops, rows in chunks: each entry goes to its rank in the order of (row, feature). */
-Arrays graph(const Arrays& in, int capacity, mx::Stream s) {
+Arrays threshold_encode_graph(const Arrays& in, int capacity, mx::Stream s) {
   int n = in[0].shape(0), d_sae = in[1].shape(0);
   auto values = mx::zeros({capacity + 1}, mx::float32, s);  // the last one takes what finds no room
   auto indices = mx::zeros({capacity + 1}, mx::int32, s);
@@ -41,7 +41,7 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
   if (threshold.size() != 1 && threshold.shape() != mx::Shape{d_sae})
     fail(op, "threshold must be one number or of shape [d_sae] = [", d_sae, "] but got ", threshold.shape(), ".");
   if (capacity < 0 || capacity == INT32_MAX) fail(op, "capacity must be in [0, 2^31 - 1) but got ", capacity, ".");
-  auto define = [capacity, s](const Arrays& in) { return graph(in, capacity, s); };
+  auto define = [capacity, s](const Arrays& in) { return threshold_encode_graph(in, capacity, s); };
   auto t = mx::astype(mx::stop_gradient(threshold, s), mx::float32, s);
   t = mx::broadcast_to(threshold.size() == 1 ? mx::reshape(t, {1}, s) : t, {d_sae}, s);
   // relu comes first; and a threshold of NaN is seen in the values

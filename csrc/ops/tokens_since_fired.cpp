@@ -5,7 +5,7 @@
 namespace mlxsae {
 namespace {
 
-Arrays graph(const Arrays& in, bool csr, int n_tokens, mx::Stream s) {
+Arrays tokens_since_fired_graph(const Arrays& in, bool csr, int n_tokens, mx::Stream s) {
   const auto& counts = in[0];
   auto values = in[1], indices = in[2];
   if (csr) {  // entries of no row have not fired
@@ -33,7 +33,7 @@ mx::array tokens_since_fired(const mx::array& counts, const mx::array& values, c
   auto code = check_code(op, &values, indices, offsets, s);
   if (n_tokens < 0) fail(op, "n_tokens must be at least 0 but got ", n_tokens, ".");
   bool csr = offsets.has_value();
-  auto define = [s, csr, n_tokens](const Arrays& in) { return graph(in, csr, n_tokens, s); };
+  auto define = [s, csr, n_tokens](const Arrays& in) { return tokens_since_fired_graph(in, csr, n_tokens, s); };
   Arrays inputs{counts, values, code.indices};
   if (csr) inputs.push_back(*code.offsets);
   if (!has_kernel(op, s.device)) return define(inputs)[0];

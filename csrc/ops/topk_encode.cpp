@@ -10,7 +10,7 @@ namespace {
 /**
  * The definition in plain MLX ops. Features are taken in chunks, so that no [n, d_sae] array exists here either.
  */
-Arrays graph(const Arrays& in, int k, int k_aux, mx::Stream s) {
+Arrays topk_encode_graph(const Arrays& in, int k, int k_aux, mx::Stream s) {
   const auto &x = in[0], &w = in[1];
   auto out_type = mx::promote_types(x.dtype(), w.dtype());
   auto x32 = mx::astype(x, mx::float32, s);
@@ -54,7 +54,7 @@ Arrays encode(const char* op, const mx::array& x, const mx::array& w_enc, const 
   }
   auto product = check_product(op, shadow, tf32);
   if (shadow) check_shadow(op, *shadow, w_enc, s.device);
-  auto define = [k, k_aux, s](const Arrays& in) { return graph(in, k, k_aux, s); };
+  auto define = [k, k_aux, s](const Arrays& in) { return topk_encode_graph(in, k, k_aux, s); };
   Arrays inputs{x, w_enc, bias_or_zeros(b_enc, d_sae, s)};
   if (mask) inputs.push_back(*mask);
   Arrays out;

@@ -366,6 +366,7 @@ def test_no_race_in_any_schedule(n: int) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["encode_products", "topk_encode", "csr_encode"])
 def test_every_barrier_is_needed(library: str) -> None:
     """Without any one of its barriers a kernel fails in checked mode, or gives another result."""

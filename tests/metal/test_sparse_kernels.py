@@ -663,6 +663,7 @@ def without_barrier(library, check):
     return msl.survivors(path, lambda lib: check({library: lib}), include=[run_plan.METAL])
 
 
+@pytest.mark.slow
 def test_every_barrier_is_needed():
     """A source without one of its barriers is a race, or gives another result."""
     rng = np.random.default_rng(0)

@@ -73,6 +73,12 @@ struct Shadow {
   }
 };
 static Shadow buffers[max_buffers];
+// The addresses that an access of buffer `place` may have gone astray to.
+struct Reach {
+  const char *begin, *end;
+  int place;
+};
+static std::vector<Reach> bound;
 struct SlotShadow {
   int id;
   size_t bytes;
@@ -90,8 +96,11 @@ static Shadow& shadow_of(const Slot_& slot) {
 
 void begin() {
   slot_shadows.clear();
+  bound.clear();
   for (int i = 0; i < max_buffers; ++i) {
     const Buffer& b = launch.buffers[i];
+    const char* p = (const char*)b.data;
+    if (p) bound.push_back({p - (1 << 19), p + b.size + (1 << 19), i});
     if (b.data && (b.writable || b.undefined)) buffers[i].reset(b.size, b.cell);
   }
 }
@@ -104,8 +113,16 @@ void end() {
   for (auto& s : buffers) s.cells.clear();
 }
 
+struct Name {
+  char text[24];
+};
+static Name name_of(int buffer) {
+  Name name{"threadgroup memory"};
+  if (buffer >= 0) snprintf(name.text, sizeof name.text, "buffer(%d)", buffer);
+  return name;
+}
 struct Place {
-  const char* memory;  // "buffer(3)" or "threadgroup memory"
+  int buffer;  // -1: threadgroup memory
   uint64_t offset;
   uint32_t bytes;
   bool write, atomic;
@@ -116,8 +133,8 @@ struct Place {
   stop("data_race", at.site, other.site,
        "%s%s of %u bytes at %s + %llu by thread %u of threadgroup %u (at {0}) is not ordered after the %s by thread %u "
        "of threadgroup %u (at {1})",
-       at.atomic ? "atomic " : "", at.write ? "write" : "read", at.bytes, at.memory, (unsigned long long)at.offset,
-       running->thread.index, current_group, what, t % max_threads, t / max_threads);
+       at.atomic ? "atomic " : "", at.write ? "write" : "read", at.bytes, name_of(at.buffer).text,
+       (unsigned long long)at.offset, running->thread.index, current_group, what, t % max_threads, t / max_threads);
 }
 
 static void visit(Shadow& shadow, uint64_t offset, const Place& at, bool device, bool must_be_written,
@@ -131,7 +148,7 @@ static void visit(Shadow& shadow, uint64_t offset, const Place& at, bool device,
     if (!at.write && must_be_written && c.written != written_mark)
       stop("uninitialised", at.site, 0,
            "read of %u bytes at %s + %llu, which nobody has written, by thread %u of threadgroup %u at {0}", at.bytes,
-           at.memory, (unsigned long long)at.offset, running->thread.index, current_group);
+           name_of(at.buffer).text, (unsigned long long)at.offset, running->thread.index, current_group);
     if (unordered(c.write, me, device)) race(c.write, "write", at);
     if ((at.write || !at.atomic) && unordered(c.atomic_writes, me, device) && !at.atomic)
       race(c.atomic_writes, "atomic write", at);
@@ -172,30 +189,28 @@ void access(const volatile void* address, uint32_t bytes, bool write, bool atomi
       stop("misaligned", site, 0,
            "%s of %u bytes at offset %llu of threadgroup memory by thread %u of threadgroup %u at {0}", verb, bytes,
            (unsigned long long)offset, index, current_group);
-    Place at{"threadgroup memory", offset, bytes, write, atomic, site};
+    Place at{-1, offset, bytes, write, atomic, site};
     visit(shadow_of(*slot), offset, at, false, !launch.allow_uninitialised, running->threadgroup);
     return;
   }
-  for (int i = 0; i < max_buffers; ++i) {
+  for (const Reach& reach : bound) {
+    if (p < reach.begin || p >= reach.end) continue;
+    int i = reach.place;
     const Buffer& b = launch.buffers[i];
-    const char* base = (const char*)b.data;
-    if (!base || p < base - (1 << 19) || p >= base + b.size + (1 << 19)) continue;
-    char name[24];
-    snprintf(name, sizeof name, "buffer(%d)", i);
-    long long offset = p - base;
+    long long offset = p - (const char*)b.data;
     if (offset < 0 || offset + (long long)bytes > (long long)b.size)
       stop("out_of_bounds", site, 0,
            "%s of %u bytes at %s %+lld, which holds %llu bytes, by thread %u of threadgroup %u at {0}", verb, bytes,
-           name, offset, (unsigned long long)b.size, index, current_group);
+           name_of(i).text, offset, (unsigned long long)b.size, index, current_group);
     if (write && !b.writable)
       stop("read_only", site, 0,
-           "write of %u bytes at %s + %lld, which is const, by thread %u of threadgroup %u at {0}", bytes, name, offset,
-           index, current_group);
+           "write of %u bytes at %s + %lld, which is const, by thread %u of threadgroup %u at {0}", bytes,
+           name_of(i).text, offset, index, current_group);
     if (misplaced)
       stop("misaligned", site, 0, "%s of %u bytes at %s + %lld by thread %u of threadgroup %u at {0}", verb, bytes,
-           name, offset, index, current_group);
+           name_of(i).text, offset, index, current_group);
     if (b.writable || b.undefined) {
-      Place at{name, (uint64_t)offset, bytes, write, atomic, site};
+      Place at{i, (uint64_t)offset, bytes, write, atomic, site};
       visit(buffers[i], (uint64_t)offset, at, true, b.undefined, running->device);
     }
     return;

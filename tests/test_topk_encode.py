@@ -326,6 +326,19 @@ for n, d, f, k in [(1, 64, 5000, 9), (70, 100, 6000, 20), (200, 33, 513, 513)]:
         assert got == best
 
 
+@pytest.mark.parametrize("wrong", ["0", "-1", "two", "2x", "99999999999"])
+def test_a_wrong_number_of_threads_is_refused(wrong):
+    program = "import mlxsae, mlx.core as mx; print(mlxsae.ops.num_threads())"
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MLXSAE_NUM_THREADS": wrong},
+    )
+    assert out.returncode and not out.stdout
+    assert f"MLXSAE_NUM_THREADS must be a whole number of at least 1 but got {wrong}." in out.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "k", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 
 MLX_VERSION = "0.32.4"
@@ -71,8 +72,16 @@ def _import_ext() -> None:
         ) from e
 
 
+def _check_environment() -> None:
+    """Here, as the compiled module is asked for its threads where it cannot raise."""
+    wanted = os.environ.get("MLXSAE_NUM_THREADS")
+    if wanted and not (wanted.isascii() and wanted.isdigit() and 1 <= int(wanted) < 2**31):
+        raise ImportError(f"MLXSAE_NUM_THREADS must be a whole number of at least 1 but got {wanted}.")
+
+
 def load() -> None:
     """Imports MLX and ``_ext``, checked."""
+    _check_environment()
     _import_mlx()
     _check_version()
     _import_ext()

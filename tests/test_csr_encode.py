@@ -136,7 +136,9 @@ def test_no_result_depends_on_the_hint(hint):
 
 
 @pytest.mark.parametrize("hint", [None, 1.0])
-@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "negative", "few", "one row", "late"])
+@pytest.mark.parametrize(
+    "order", ["ascending", "descending", "equal", "negative", "few", "one row", "late", "early"]
+)
 def test_batch_adversarial_orders(order, hint):
     """The sample of features misleads, or everything is a tie at the edge; nothing may be lost, nor any memory."""
     n, d_sae, k = 70, 9000, 11
@@ -149,6 +151,7 @@ def test_batch_adversarial_orders(order, hint):
         "few": np.where(j % 1000 == 999, 1.0, -1.0),
         "one row": 1 + j % 3,
         "late": np.where(j < 600, 1000.0, 1.0) * (j % 50 == 0),
+        "early": np.where(j < 10, 1.0 + j, -1.0),  # plenty in the sample, fewer than k in all
     }[order]
     w = np.zeros((d_sae, 4), np.float32)
     w[:, 0] = score

@@ -131,25 +131,34 @@ def test_dense_and_sparse_routes_agree(n, d_in, d_out):
     np.testing.assert_allclose(dense[3].item(), sparse[3].item(), rtol=1e-5)
 
 
-def test_a_feature_twice_in_a_token_counts_twice():
-    """Such a code is no matrix: it is walked, however often its features are used."""
+@pytest.mark.parametrize("whose", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("few", [False, True])
+def test_a_feature_twice_in_a_token_counts_twice(whose, few):
+    """Such a feature has no place in a matrix: it is walked, however often this term or another uses it."""
     rng = np.random.default_rng(0)
     n, d, d_sae = 64, 20, 50
-    x, terms, params, m, v = problem(rng, n, d, d, d_sae, 40, 1)
-    residual, values, indices, scale = terms[0]
-    indices = np.repeat(indices[:, ::2], 2, axis=1)
+    x, terms, params, m, v = problem(rng, n, d, d, d_sae, 40, 2)
+    for q in whose:
+        residual, values, indices, scale = terms[q]
+        indices = indices.copy()
+        if few:
+            indices[:, 1] = indices[:, 0] = 5
+        else:
+            indices = np.repeat(indices[:, ::2], 2, axis=1)
+        terms[q] = (residual, values, indices, scale)
     out, want = (
         run(
             ops.feature_update,
-            *mlx_args(x, [(residual, values, indices, scale)], params, m, v),
+            *mlx_args(x, terms, params, m, v),
             loss=mx.array(1.0),
             lr=1e-2,
             step=1,
         )
         for run in (lambda f, *a, **q: f(*a, **q), graph_of)
     )
-    for got, exact in zip(out[0], want[0], strict=True):
+    for got, exact in zip((*out[0], *out[1]), (*want[0], *want[1]), strict=True):
         np.testing.assert_allclose(np.array(got), np.array(exact), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out[3].item(), want[3].item(), rtol=1e-5)
 
 
 def test_equals_autodiff_with_mlx_adam_over_many_steps():

@@ -137,15 +137,18 @@ bool dense_residual(const Code& code, const float* w, const float* bias, const f
 
 DenseTerms::DenseTerms(const std::vector<Term>& terms, int64_t n, int64_t d_sae) {
   apart_.assign(d_sae, 0);
+  // A matrix has one place for a feature and a token, in every term that becomes one.
+  std::vector<uint8_t> twice(d_sae, 0);
+  for (auto& term : terms)
+    for (int64_t j = 0; j < d_sae; ++j)
+      for (int64_t e = term.by.starts[j] + 1; e < term.by.starts[j + 1]; ++e)
+        twice[j] |= term.by.rows[e] == term.by.rows[e - 1];
   for (auto& term : terms) {
     std::vector<uint32_t> often;
     int64_t entries = 0;
     for (int64_t j = 0; j < d_sae; ++j) {
       int64_t begin = term.by.starts[j], end = term.by.starts[j + 1];
-      if (4 * (end - begin) < n || begin == end) continue;  // as dense_pays, one by one
-      bool once = true;                                     // a matrix has one place for a feature and a token
-      for (int64_t e = begin + 1; e < end; ++e) once &= term.by.rows[e] != term.by.rows[e - 1];
-      if (!once) continue;
+      if (4 * (end - begin) < n || begin == end || twice[j]) continue;  // as dense_pays, one by one
       often.push_back(static_cast<uint32_t>(j));
       entries += end - begin;
     }

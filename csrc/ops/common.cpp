@@ -146,11 +146,29 @@ std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, c
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 
+int batch_of(const Arrays& inputs, const std::vector<int>& axes) {
+  for (size_t i = 0; i < axes.size(); ++i)
+    if (axes[i] >= 0) return inputs[i].shape(axes[i]);
+  return 1;
+}
+
 std::pair<Arrays, std::vector<int>> vmap_each(const FusedPrimitive::Graph& f, const Arrays& inputs,
                                               const std::vector<int>& axes, mx::Stream s) {
-  int batch = 0;
-  for (size_t i = 0; i < axes.size(); ++i)
-    if (axes[i] >= 0) batch = inputs[i].shape(axes[i]);
+  int batch = batch_of(inputs, axes);
+  if (batch == 0) {  // the shapes are those of one element
+    Arrays one, outputs;
+    for (size_t i = 0; i < axes.size(); ++i) {
+      auto shape = inputs[i].shape();
+      if (axes[i] >= 0) shape.erase(shape.begin() + axes[i]);
+      one.push_back(mx::zeros(shape, inputs[i].dtype(), s));
+    }
+    for (auto& out : f(one)) {
+      auto shape = out.shape();
+      shape.insert(shape.begin(), 0);
+      outputs.push_back(mx::zeros(shape, out.dtype(), s));
+    }
+    return {outputs, std::vector<int>(outputs.size(), 0)};
+  }
   std::vector<Arrays> results;  // [output][element]
   for (int b = 0; b < batch; ++b) {
     Arrays one;

@@ -311,6 +311,31 @@ def test_unused_entries_have_no_gradient():
     assert grad.tolist() == [[3.0, 3.0], [0.0, 0.0], [0.0, 0.0]]
 
 
+def one_code():
+    capped = lambda x, w, b: ops.threshold_encode_capped(x, w, b, threshold=mx.array(0.3), capacity=4000)[0]  # noqa: E731
+    return [
+        lambda x, w, b: ops.topk_encode(x, w, b, k=3),
+        lambda x, w, b: ops.batch_topk_encode(x, w, b, k=3)[0],
+        capped,
+        lambda x, w, b: capped(x, w, None),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_compiled_once_for_any_number_of_rows(which):
+    """Constants keep the shapes of the first call: none may have the shape that another call needs."""
+    rng = np.random.default_rng(0)
+    _, w, b = problem(rng, 1, 8, 90)
+    encode = one_code()[which]
+    gradients = mx.grad(lambda w, b, x: encode(x, w, b).values.square().sum(), argnums=(0, 1))
+    for f in (lambda w, b, x: tuple(encode(x, w, b)), gradients):
+        compiled = mx.compile(f, shapeless=True)
+        for n in (20, 7, 600):
+            x = array(rng.standard_normal((n, 8)), mx.float32)
+            for got, want in zip(compiled(w, b, x), f(w, b, x), strict=True):
+                np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-5)
+
+
 def test_compile_and_vmap():
     x, w, b = problem(np.random.default_rng(0), 12, 8, 40)
     xs = mx.stack([x, 2 * x, -x])

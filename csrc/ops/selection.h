@@ -86,6 +86,9 @@ inline void keep_best(mx::array& values, mx::array& places, int k, mx::Stream s)
   places = mx::take_along_axis(places, order, 1, s);
 }
 
+/** Ones [n, 1], in the shape of a sum of x's rows: unlike a constant's it follows mx.compile(shapeless=True). */
+inline mx::array ones_column(const mx::array& x, mx::Stream s) { return mx::ones_like(mx::sum(x, 1, true, s), s); }
+
 /** A cotangent where the value is positive (or NaN), else 0. */
 inline mx::array gate(const mx::array& values, const mx::array& ct, mx::Stream s) {
   return mx::where(mx::less_equal(values, mx::array(0, values.dtype()), s), mx::zeros_like(ct, s), ct, s);

@@ -161,6 +161,14 @@ def test_a_feature_twice_in_a_token_counts_twice(whose, few):
     np.testing.assert_allclose(out[3].item(), want[3].item(), rtol=1e-5)
 
 
+def test_rows_of_no_length():
+    """Nothing is left but the encoder's bias, which has no gradient."""
+    args = mlx_args(*problem(np.random.default_rng(0), 3, 0, 0, 5, 2, 1))
+    out = ops.feature_update(*args, loss=mx.array(1.0), lr=1e-2, step=1)
+    assert out.params.w_enc.shape == out.params.w_dec.shape == (5, 0)
+    assert np.isfinite(np.array(out.params.b_enc)).all()
+
+
 def test_equals_autodiff_with_mlx_adam_over_many_steps():
     """The two engines of the trainer: same start, same parameters."""
     import mlx.optimizers as optim

@@ -289,6 +289,10 @@ def test_an_index_out_of_range_is_an_error_when_evaluated():
     with pytest.raises(RuntimeError, match=r"indices must be below d_sae=20 but got 50"):
         mx.eval(ops.sparse_decode(code, mx.zeros((20, 4))))
     mx.eval(ops.sparse_decode(code, mx.zeros((51, 4))))  # the stream works on
+    for wrong in (-1, 2**32 + 1, -(2**32)):  # not what 32 bits are left with
+        code = SparseCode(mx.ones((1, 1)), mx.array([[wrong]], mx.int64))
+        with pytest.raises(RuntimeError, match="indices must be below d_sae=20"):
+            mx.eval(ops.sparse_decode(code, mx.zeros((20, 4))))
 
 
 def fired(code, counts=None, **options):

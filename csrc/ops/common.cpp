@@ -28,7 +28,10 @@ Checked check_code(const char* op, const mx::array* values, const mx::array& ind
     if (values->shape() != indices.shape())
       fail(op, "values and indices must have one shape but got ", values->shape(), " and ", indices.shape(), ".");
   }
-  Checked code{mx::astype(indices, mx::uint32, s), std::nullopt, indices.shape(0)};
+  auto ids = indices;
+  if (mx::size_of(ids.dtype()) == 8)  // what has no place in 32 bits stays out of range
+    ids = mx::minimum(mx::astype(ids, mx::uint64, s), mx::array(UINT32_MAX, mx::uint64), s);
+  Checked code{mx::astype(ids, mx::uint32, s), std::nullopt, indices.shape(0)};
   if (offsets) {
     code.offsets = mx::stop_gradient(mx::astype(*offsets, mx::int64, s), s);
     code.n = offsets->shape(0) - 1;

@@ -161,6 +161,24 @@ def test_a_feature_twice_in_a_token_counts_twice(whose, few):
     np.testing.assert_allclose(out[3].item(), want[3].item(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["x", "residual"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_token_that_uses_nothing_adds_nothing(where, value):
+    """Whatever its rows hold, and also where features are used so often that dense products would be cheaper."""
+    n, d, d_sae = 150, 70, 45
+    x, terms, params, m, v = problem(np.random.default_rng(0), n, d, d, d_sae, 32, 2)
+    for _, values, _, _ in terms:
+        values[3] = 0
+    outcomes = []
+    for held in (1.0, value):
+        (x if where == "x" else terms[1][0])[3] = held
+        outcomes.append(
+            ops.feature_update(*mlx_args(x, terms, params, m, v), loss=mx.array(1.0), lr=1e-2, step=3)
+        )
+    for got, want in zip((*outcomes[1][0], outcomes[1][3]), (*outcomes[0][0], outcomes[0][3]), strict=True):
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-5)
+
+
 def test_rows_of_no_length():
     """Nothing is left but the encoder's bias, which has no gradient."""
     args = mlx_args(*problem(np.random.default_rng(0), 3, 0, 0, 5, 2, 1))

@@ -168,6 +168,25 @@ def test_masked_selection_with_a_shadow():
             assert mx.array_equal(a.values, b.values)
 
 
+@pytest.mark.parametrize("masked", [3, 200])
+@pytest.mark.parametrize("overflows", [1, 40])
+def test_masked_selection_of_tokens_that_overflow(overflows, masked):
+    """A pre-activation of -infinity is as low as none: the slot is filled the same way with a shadow as without."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((64, 16), (500, 16)))
+    x[5 : 5 + overflows] = -3e38
+    w[100:300] = np.abs(w[100:300]) + 1
+    mask = np.zeros(500, bool)
+    mask[100 : 100 + masked] = True
+    args = (mx.array(x), mx.array(w))
+    want = ops.topk_encode_masked(*args, mask=mx.array(mask), k=5, k_aux=10)
+    for dtype in TYPES:
+        shadow = ops.encoder_shadow(args[1], dtype=dtype)
+        got = ops.topk_encode_masked(*args, mask=mx.array(mask), k=5, k_aux=10, shadow=shadow)
+        for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+            np.testing.assert_array_equal(np.array(a), np.array(b))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_shadow_is_renewed_by_the_update(dtype):
     from mlxsae.ops import Params, Term

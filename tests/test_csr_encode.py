@@ -136,7 +136,9 @@ def test_no_result_depends_on_the_hint(hint):
 
 
 @pytest.mark.parametrize("hint", [None, 1.0])
-@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "negative", "few", "one row", "late"])
+@pytest.mark.parametrize(
+    "order", ["ascending", "descending", "equal", "negative", "few", "one row", "late", "early"]
+)
 def test_batch_adversarial_orders(order, hint):
     """The sample of features misleads, or everything is a tie at the edge; nothing may be lost, nor any memory."""
     n, d_sae, k = 70, 9000, 11
@@ -149,6 +151,7 @@ def test_batch_adversarial_orders(order, hint):
         "few": np.where(j % 1000 == 999, 1.0, -1.0),
         "one row": 1 + j % 3,
         "late": np.where(j < 600, 1000.0, 1.0) * (j % 50 == 0),
+        "early": np.where(j < 10, 1.0 + j, -1.0),  # plenty in the sample, fewer than k in all
     }[order]
     w = np.zeros((d_sae, 4), np.float32)
     w[:, 0] = score
@@ -306,6 +309,31 @@ def test_unused_entries_have_no_gradient():
     x, w = mx.ones((3, 2)), mx.array([[1.0, 0], [-1.0, 0], [0.0, -1]])
     grad = mx.grad(lambda w: mx.sum(ops.batch_topk_encode(x, w, k=3)[0].values))(w)
     assert grad.tolist() == [[3.0, 3.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+def one_code():
+    capped = lambda x, w, b: ops.threshold_encode_capped(x, w, b, threshold=mx.array(0.3), capacity=4000)[0]  # noqa: E731
+    return [
+        lambda x, w, b: ops.topk_encode(x, w, b, k=3),
+        lambda x, w, b: ops.batch_topk_encode(x, w, b, k=3)[0],
+        capped,
+        lambda x, w, b: capped(x, w, None),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_compiled_once_for_any_number_of_rows(which):
+    """Constants keep the shapes of the first call: none may have the shape that another call needs."""
+    rng = np.random.default_rng(0)
+    _, w, b = problem(rng, 1, 8, 90)
+    encode = one_code()[which]
+    gradients = mx.grad(lambda w, b, x: encode(x, w, b).values.square().sum(), argnums=(0, 1))
+    for f in (lambda w, b, x: tuple(encode(x, w, b)), gradients):
+        compiled = mx.compile(f, shapeless=True)
+        for n in (20, 7, 600):
+            x = array(rng.standard_normal((n, 8)), mx.float32)
+            for got, want in zip(compiled(w, b, x), f(w, b, x), strict=True):
+                np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-5)
 
 
 def test_compile_and_vmap():

@@ -131,25 +131,60 @@ def test_dense_and_sparse_routes_agree(n, d_in, d_out):
     np.testing.assert_allclose(dense[3].item(), sparse[3].item(), rtol=1e-5)
 
 
-def test_a_feature_twice_in_a_token_counts_twice():
-    """Such a code is no matrix: it is walked, however often its features are used."""
+@pytest.mark.parametrize("whose", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("few", [False, True])
+def test_a_feature_twice_in_a_token_counts_twice(whose, few):
+    """Such a feature has no place in a matrix: it is walked, however often this term or another uses it."""
     rng = np.random.default_rng(0)
     n, d, d_sae = 64, 20, 50
-    x, terms, params, m, v = problem(rng, n, d, d, d_sae, 40, 1)
-    residual, values, indices, scale = terms[0]
-    indices = np.repeat(indices[:, ::2], 2, axis=1)
+    x, terms, params, m, v = problem(rng, n, d, d, d_sae, 40, 2)
+    for q in whose:
+        residual, values, indices, scale = terms[q]
+        indices = indices.copy()
+        if few:
+            indices[:, 1] = indices[:, 0] = 5
+        else:
+            indices = np.repeat(indices[:, ::2], 2, axis=1)
+        terms[q] = (residual, values, indices, scale)
     out, want = (
         run(
             ops.feature_update,
-            *mlx_args(x, [(residual, values, indices, scale)], params, m, v),
+            *mlx_args(x, terms, params, m, v),
             loss=mx.array(1.0),
             lr=1e-2,
             step=1,
         )
         for run in (lambda f, *a, **q: f(*a, **q), graph_of)
     )
-    for got, exact in zip(out[0], want[0], strict=True):
+    for got, exact in zip((*out[0], *out[1]), (*want[0], *want[1]), strict=True):
         np.testing.assert_allclose(np.array(got), np.array(exact), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out[3].item(), want[3].item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["x", "residual"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_token_that_uses_nothing_adds_nothing(where, value):
+    """Whatever its rows hold, and also where features are used so often that dense products would be cheaper."""
+    n, d, d_sae = 150, 70, 45
+    x, terms, params, m, v = problem(np.random.default_rng(0), n, d, d, d_sae, 32, 2)
+    for _, values, _, _ in terms:
+        values[3] = 0
+    outcomes = []
+    for held in (1.0, value):
+        (x if where == "x" else terms[1][0])[3] = held
+        outcomes.append(
+            ops.feature_update(*mlx_args(x, terms, params, m, v), loss=mx.array(1.0), lr=1e-2, step=3)
+        )
+    for got, want in zip((*outcomes[1][0], outcomes[1][3]), (*outcomes[0][0], outcomes[0][3]), strict=True):
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_no_length():
+    """Nothing is left but the encoder's bias, which has no gradient."""
+    args = mlx_args(*problem(np.random.default_rng(0), 3, 0, 0, 5, 2, 1))
+    out = ops.feature_update(*args, loss=mx.array(1.0), lr=1e-2, step=1)
+    assert out.params.w_enc.shape == out.params.w_dec.shape == (5, 0)
+    assert np.isfinite(np.array(out.params.b_enc)).all()
 
 
 def test_equals_autodiff_with_mlx_adam_over_many_steps():
@@ -378,7 +413,8 @@ def test_same_bits_in_every_run_and_with_every_number_of_threads():
         (dict(x=mx.zeros((7, 6))), "must fit x"),
         (dict(x=mx.zeros((8, 5))), "must fit x"),
         (dict(x=mx.zeros((8, 6), dtype=mx.float16)), "must be float32"),
-        (dict(m=Params(*(mx.zeros(3),) * 4)), "moments must have the shapes"),
+        (dict(params=lambda p: p._replace(w_enc=mx.array(1.0))), "w_enc [d_sae, d_in], b_enc [d_sae]"),
+        (dict(m=Params(*(mx.zeros(3),) * 4)), "the shapes of their parameters but got (3) for (20,6)"),
         (dict(m=lambda p: p._replace(w_enc=p.w_enc.astype(mx.float16))), "must be float32 or bfloat16"),
         (dict(m=lambda p: p._replace(w_dec=p.w_dec.astype(mx.bfloat16))), "moments of both matrices must be"),
         (dict(v=lambda p: in_bfloat16(p)), "moments of both matrices must be"),

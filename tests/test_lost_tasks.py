@@ -1,4 +1,5 @@
-"""Errors that a CPU task throws must not stop later evaluations, however many there were."""
+"""Errors that a CPU task throws must not stop later evaluations, however many there were; nor may a change of the number
+of threads meanwhile."""
 
 from __future__ import annotations
 
@@ -32,6 +33,46 @@ for _ in range(400):
     y = y + 1
 print(seen, y[0, 0].item())
 """
+
+
+CHANGE = """
+import threading, time
+import mlx.core as mx
+from mlxsae import ops
+
+x, w = mx.random.normal((128, 32)), mx.random.normal((4096, 32))
+want, _ = ops.batch_topk_encode(x, w, k=16)
+mx.eval(want)
+done = False
+
+
+def change():
+    n = 0
+    while not done:
+        n = n % 7 + 1
+        ops.set_num_threads(n)
+        time.sleep(0.0005)
+
+
+other = threading.Thread(target=change)
+other.start()
+end, same = time.monotonic() + 4, True
+while time.monotonic() < end:
+    code, _ = ops.batch_topk_encode(x, w, k=16)
+    same &= mx.array_equal(code.values, want.values).item()
+done = True
+other.join()
+print(same)
+"""
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the number is that of the CPU kernels' threads")
+def test_the_number_of_threads_may_change_at_any_time() -> None:
+    """It waits for what is computing, which has sized its memory by it."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGE], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="only CPU tasks look at the indices they are given")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from mlxsae import SparseCode, ops, to_dense
+from mlxsae import SparseCode, SparseCodeCSR, ops, to_dense
 from mlxsae.code import DenseCode
 from tools import DTYPES, array, finite_difference, graph_of, numpy
 
@@ -196,6 +196,39 @@ def test_vmap():
             np.testing.assert_allclose(np.array(out[q]), np.array(one(q)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="only CPU tasks look at the indices they are given")
+@pytest.mark.parametrize("wrong", [11, 21, 2**32 - 5])
+def test_vmap_refuses_indices_out_of_range(wrong):
+    """The batch is one problem with a block of features for each element: none may reach into another's."""
+    indices = mx.array([[[0, wrong]], [[1, 2]], [[3, 4]]], mx.uint32)
+    out = mx.vmap(lambda i, r: ops.sparse_outer(SparseCode(mx.ones((1, 2)), i), r, d_sae=11))(
+        indices, mx.ones((3, 1, 7))
+    )
+    with pytest.raises(RuntimeError, match="indices must be below"):
+        mx.eval(out)
+
+
+@pytest.mark.parametrize("csr", [False, True])
+def test_vmap_over_nothing(csr):
+    shape = (6,) if csr else (5, 2)
+    offsets = mx.zeros(6, mx.int64)
+    code = lambda v, i: SparseCodeCSR(v, i, offsets) if csr else SparseCode(v, i)  # noqa: E731
+    values, indices = mx.zeros((0, *shape)), mx.zeros((0, *shape), mx.uint32)
+    x, w = mx.zeros((0, 5, 7)), mx.zeros((11, 7))
+    cases = [
+        (lambda v, i: ops.sparse_decode(code(v, i), w), (values, indices), [(0, 5, 7)]),
+        (lambda r, i: ops.gather_dot(r, w, code(i, i) if csr else i), (x, indices), [(0, *shape)]),
+        (lambda v, i, r: ops.sparse_outer(code(v, i), r, d_sae=11), (values, indices, x), [(0, 11, 7)]),
+        (lambda v, i, r: ops.decode_residual(code(v, i), w, r), (values, indices, x), [(0, 5, 7), (0, 5)]),
+        (lambda x: ops.topk_encode(x, w, k=3), (x,), [(0, 5, 3)] * 2),
+        (lambda x: tuple(ops.batch_topk_encode(x, w, k=3)[0]), (x,), [(0, 15), (0, 15), (0, 6)]),
+    ]
+    for f, args, want in cases:
+        out = mx.vmap(f)(*args)
+        assert [a.shape for a in (out if isinstance(out, tuple) else (out,))] == want
+        mx.eval(out)
+
+
 def test_code_keeps_its_type_through_transforms():
     x, w = mx.random.normal((4, 8)), mx.random.normal((20, 8))
     code = mx.compile(lambda x: ops.topk_encode(x, w, k=2))(x)
@@ -256,6 +289,10 @@ def test_an_index_out_of_range_is_an_error_when_evaluated():
     with pytest.raises(RuntimeError, match=r"indices must be below d_sae=20 but got 50"):
         mx.eval(ops.sparse_decode(code, mx.zeros((20, 4))))
     mx.eval(ops.sparse_decode(code, mx.zeros((51, 4))))  # the stream works on
+    for wrong in (-1, 2**32 + 1, -(2**32)):  # not what 32 bits are left with
+        code = SparseCode(mx.ones((1, 1)), mx.array([[wrong]], mx.int64))
+        with pytest.raises(RuntimeError, match="indices must be below d_sae=20"):
+            mx.eval(ops.sparse_decode(code, mx.zeros((20, 4))))
 
 
 def fired(code, counts=None, **options):

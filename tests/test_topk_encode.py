@@ -296,6 +296,19 @@ def test_compile_vmap_and_equivalence():
     assert grad.shape == w.shape
 
 
+def test_vmap_over_encoders_of_one_token():
+    """Their definition orders one row by constants that are not batched."""
+    x, weights = mx.random.normal((1, 8)), mx.random.normal((4, 3000, 8))
+    codes = mx.vmap(lambda w: ops.topk_encode(x, w, k=5))(weights)
+    with ops.plain():
+        batch = mx.vmap(lambda w: tuple(ops.batch_topk_encode(x, w, k=5)[0]))(weights)
+    for i in range(4):
+        want = ops.topk_encode(x, weights[i], k=5)
+        assert mx.array_equal(codes.indices[i], want.indices)
+        assert mx.array_equal(batch[1][i], want.indices[0])
+        np.testing.assert_allclose(np.array(codes.values[i]), np.array(want.values), rtol=1e-5)
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "plain"])
 def test_every_instruction_set_and_thread_count_selects_the_same(isa):
     program = """

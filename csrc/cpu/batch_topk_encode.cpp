@@ -67,10 +67,10 @@ cpu::SortedHits collect_counted(Above e, int64_t total, int64_t most) {
   int64_t above, above_here;
   auto coarse = histogram(e, 0, 16);
   int64_t bin = coarse.find(total, above);
-  int64_t key = 1;
+  e.bound = 0;  // not a guess's: where fewer than `total` are positive, all of them are kept
   if (bin >= 0) {
     auto fine = histogram(e, bin << 16, 0);
-    key = (bin << 16) + fine.find(total - above, above_here);
+    int64_t key = (bin << 16) + fine.find(total - above, above_here);
     e.bound = bound_below(key);
     if (above + above_here + fine.bins[key & 0xffff] > most) {
       // More equal values at the edge than there is room for: each row's share of them is settled beforehand.

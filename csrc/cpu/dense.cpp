@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -39,6 +40,17 @@ void multiply(const std::vector<std::pair<Product, int64_t>>& products) {
     const Task& t = tasks[i];
     kernels().product(*t.of, t.i0, t.i1, t.panel);
   });
+}
+
+bool all_finite(const float* numbers, int64_t n) {
+  std::atomic<bool> finite = true;
+  parallel_ranges(n, 1 << 16, [&](int64_t begin, int64_t end) {
+    constexpr uint32_t exponent = 0x7f800000;
+    bool here = true;
+    for (int64_t i = begin; i < end; ++i) here &= (std::bit_cast<uint32_t>(numbers[i]) & exponent) != exponent;
+    if (!here) finite = false;
+  });
+  return finite;
 }
 
 }  // namespace
@@ -135,21 +147,27 @@ bool dense_residual(const Code& code, const float* w, const float* bias, const f
   return true;
 }
 
-DenseTerms::DenseTerms(const std::vector<Term>& terms, int64_t n, int64_t d_sae) {
+DenseTerms::DenseTerms(const std::vector<Term>& terms, const float* x, int64_t n, int64_t d_in, int64_t d_out,
+                       int64_t d_sae) {
   apart_.assign(d_sae, 0);
+  // A matrix has one place for a feature and a token, in every term that becomes one.
+  std::vector<uint8_t> twice(d_sae, 0);
+  for (auto& term : terms)
+    for (int64_t j = 0; j < d_sae; ++j)
+      for (int64_t e = term.by.starts[j] + 1; e < term.by.starts[j + 1]; ++e)
+        twice[j] |= term.by.rows[e] == term.by.rows[e - 1];
   for (auto& term : terms) {
     std::vector<uint32_t> often;
     int64_t entries = 0;
     for (int64_t j = 0; j < d_sae; ++j) {
       int64_t begin = term.by.starts[j], end = term.by.starts[j + 1];
-      if (4 * (end - begin) < n || begin == end) continue;  // as dense_pays, one by one
-      bool once = true;                                     // a matrix has one place for a feature and a token
-      for (int64_t e = begin + 1; e < end; ++e) once &= term.by.rows[e] != term.by.rows[e - 1];
-      if (!once) continue;
+      if (4 * (end - begin) < n || begin == end || twice[j]) continue;  // as dense_pays, one by one
       often.push_back(static_cast<uint32_t>(j));
       entries += end - begin;
     }
-    bool dense = dense_pays(n, static_cast<int64_t>(often.size()), entries);
+    // A token that does not use a feature adds nothing to it: zero times infinity would.
+    bool dense = dense_pays(n, static_cast<int64_t>(often.size()), entries) && all_finite(term.residual, n * d_out) &&
+                 all_finite(x, n * d_in);
     (dense ? dense_ : sparse_).push_back(term);
     if (dense)
       for (uint32_t j : often) apart_[j] = 1;

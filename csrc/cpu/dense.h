@@ -38,7 +38,8 @@ bool dense_residual(const Code& code, const float* w, const float* bias, const f
 /** Which features of an update are taken apart from the walk, and the terms in which they are dense. */
 class DenseTerms {
  public:
-  DenseTerms(const std::vector<Term>& terms, int64_t n, int64_t d_sae);
+  /** x [n, d_in] as in Update. */
+  DenseTerms(const std::vector<Term>& terms, const float* x, int64_t n, int64_t d_in, int64_t d_out, int64_t d_sae);
   bool any() const { return !features_.empty(); }
   /** [d_sae], for Update. */
   const uint8_t* apart() const { return any() ? apart_.data() : nullptr; }

@@ -57,6 +57,7 @@ void dispatch(mx::Stream s, const Arrays& inputs, Arrays& outputs, Task task) {
   for (auto& a : outputs) encoder.set_output_array(a);
   encoder.dispatch([task = std::move(task)]() mutable {
     try {
+      Computing computing;
       task();
     } catch (...) {
       task_failed();

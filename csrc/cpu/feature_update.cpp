@@ -67,7 +67,7 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
         }
         // A fixed number of ranges, so that sums over them do not depend on the number of threads.
         auto cuts = grouped[0].ranges(64, 3.0);
-        cpu::DenseTerms dense(walk, n, d_sae);
+        cpu::DenseTerms dense(walk, x, n, d_in, d_out, d_sae);
         int64_t ranges = static_cast<int64_t>(cuts.size()) - 1, parts = ranges + dense.parts();
         std::vector<float> through(o.b_dec_to_input ? parts * d_in : 0, 0.0f);
         std::vector<double> squares(parts, 0.0);

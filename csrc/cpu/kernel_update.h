@@ -170,10 +170,11 @@ inline void finish(const Update& u, int64_t j, const Gathered& g, double& square
 inline void update(const Update& u) {
   static thread_local Scratch mem;
   const int64_t d_in = u.d_in, d_out = u.d_out;
-  const int64_t width = (d_out + kLanes - 1) / kLanes * kLanes + (d_in + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = (d_out + kLanes - 1) / kLanes * kLanes + (d_in + kLanes - 1) / kLanes * kLanes;
+  const int64_t width = padded > 0 ? padded : kLanes;
   constexpr int64_t kCompany = 16, kMany = 64, kCacheBytes = 512 << 10;
   const int64_t fit = kCacheBytes / 4 / (4 * width), company = fit < 1 ? 1 : fit < kCompany ? fit : kCompany;
-  const int64_t block = 8 + kCacheBytes / (4 * (d_in + d_out));
+  const int64_t block = 8 + kCacheBytes / (4 * width);
   float* rows = mem.get<float>((1 + company) * width);
   auto scratch = [&](int64_t place) {
     float* dec = rows + place * width;

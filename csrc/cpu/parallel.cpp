@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <shared_mutex>
 #include <thread>
 #include <vector>
 
@@ -141,13 +142,20 @@ std::mutex team_mutex;
 Team* team = nullptr;  // leaked at exit on purpose: joining threads in a static destructor can deadlock
 int threads = 0;
 
+// Shared by all that compute, owned by a change of the number of threads.
+std::shared_mutex* computing = new std::shared_mutex;
+thread_local int held = 0;
+
 Team& get_team() {
   std::lock_guard lock(team_mutex);
   if (!team) {
     static bool registered = false;
     if (!registered) {  // threads do not survive fork: the child starts a team of its own
       registered = true;
-      pthread_atfork(nullptr, nullptr, [] { team = nullptr; });
+      pthread_atfork(nullptr, nullptr, [] {
+        team = nullptr;
+        computing = new std::shared_mutex;  // what held the old one is gone
+      });
     }
     if (threads == 0) threads = default_threads();
     team = new Team(threads);
@@ -163,18 +171,29 @@ int num_threads() {
   return threads;
 }
 
+Computing::Computing() {
+  if (held++ == 0) computing->lock_shared();
+}
+
+Computing::~Computing() {
+  if (--held == 0) computing->unlock_shared();
+}
+
 void set_num_threads(int n) {
+  std::unique_lock nobody(*computing);
   std::lock_guard lock(team_mutex);
   if (n < 1 || n == threads) return;
-  delete team;  // joins; nobody may be computing while the number changes
+  delete team;  // joins
   team = nullptr;
   threads = n;
 }
 
 void parallel_for(int64_t n, const std::function<void(int64_t, int)>& task) {
   if (n <= 0) return;
-  bool alone = n == 1 || Team::busy() || num_threads() == 1;
-  if (!alone && get_team().run(n, task)) return;
+  if (n > 1 && !Team::busy()) {
+    Computing whole;
+    if (num_threads() > 1 && get_team().run(n, task)) return;
+  }
   for (int64_t i = 0; i < n; ++i) task(i, 0);
 }
 

@@ -158,13 +158,10 @@ void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
     }
     cpu::kernels().merge({to, 1, t1 - t0, 0, t1 - t0});
   });
-  cpu::Encode plain = e;
-  plain.mask = nullptr, plain.k_aux = 0;
-  if (found.redo().size() * 8 > static_cast<size_t>(n)) {
-    encode_all(plain, 0, n);
-  } else {
-    for (int64_t t : found.redo()) encode_all(plain, t, t + 1);
-  }
+  if (found.redo().size() * 8 > static_cast<size_t>(n)) return encode_all(e, 0, n);
+  if (e.mask) encode_masked(e, static_cast<const float*>(e.w.data));
+  // With the mask: only here may pre-activations be infinite, and what is as low as unused is filled from all features.
+  for (int64_t t : found.redo()) encode_all(e, t, t + 1);
 }
 
 }  // namespace
@@ -198,7 +195,6 @@ void TopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
     // nothing.
     if (e.x.n < 32 || 4 * e.k > e.w.n || !by.usable()) return encode_all(e, 0, e.x.n);
     encode_screened(e, by);
-    if (e.mask) encode_masked(e, static_cast<const float*>(e.w.data));
   });
 }
 

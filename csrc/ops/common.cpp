@@ -28,7 +28,10 @@ Checked check_code(const char* op, const mx::array* values, const mx::array& ind
     if (values->shape() != indices.shape())
       fail(op, "values and indices must have one shape but got ", values->shape(), " and ", indices.shape(), ".");
   }
-  Checked code{mx::astype(indices, mx::uint32, s), std::nullopt, indices.shape(0)};
+  auto ids = indices;
+  if (mx::size_of(ids.dtype()) == 8)  // what has no place in 32 bits stays out of range
+    ids = mx::minimum(mx::astype(ids, mx::uint64, s), mx::array(UINT32_MAX, mx::uint64), s);
+  Checked code{mx::astype(ids, mx::uint32, s), std::nullopt, indices.shape(0)};
   if (offsets) {
     code.offsets = mx::stop_gradient(mx::astype(*offsets, mx::int64, s), s);
     code.n = offsets->shape(0) - 1;
@@ -146,11 +149,29 @@ std::pair<Arrays, std::vector<int>> FusedPrimitive::vmap(const Arrays& inputs, c
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 
+int batch_of(const Arrays& inputs, const std::vector<int>& axes) {
+  for (size_t i = 0; i < axes.size(); ++i)
+    if (axes[i] >= 0) return inputs[i].shape(axes[i]);
+  return 1;
+}
+
 std::pair<Arrays, std::vector<int>> vmap_each(const FusedPrimitive::Graph& f, const Arrays& inputs,
                                               const std::vector<int>& axes, mx::Stream s) {
-  int batch = 0;
-  for (size_t i = 0; i < axes.size(); ++i)
-    if (axes[i] >= 0) batch = inputs[i].shape(axes[i]);
+  int batch = batch_of(inputs, axes);
+  if (batch == 0) {  // the shapes are those of one element
+    Arrays one, outputs;
+    for (size_t i = 0; i < axes.size(); ++i) {
+      auto shape = inputs[i].shape();
+      if (axes[i] >= 0) shape.erase(shape.begin() + axes[i]);
+      one.push_back(mx::zeros(shape, inputs[i].dtype(), s));
+    }
+    for (auto& out : f(one)) {
+      auto shape = out.shape();
+      shape.insert(shape.begin(), 0);
+      outputs.push_back(mx::zeros(shape, out.dtype(), s));
+    }
+    return {outputs, std::vector<int>(outputs.size(), 0)};
+  }
   std::vector<Arrays> results;  // [output][element]
   for (int b = 0; b < batch; ++b) {
     Arrays one;

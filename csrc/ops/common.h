@@ -105,6 +105,9 @@ class CodePrimitive : public FusedPrimitive {
   bool csr_;
 };
 
+/** The length of the axes that are batched; 1 where none is. */
+int batch_of(const Arrays& inputs, const std::vector<int>& axes);
+
 /** vmap, one element of the batch after the other: for ops whose batch is no bigger problem of the same kind. */
 std::pair<Arrays, std::vector<int>> vmap_each(const FusedPrimitive::Graph& f, const Arrays& inputs,
                                               const std::vector<int>& axes, mx::Stream s);

@@ -39,8 +39,7 @@ Arrays CsrEncode::vjp(const Arrays& primals, const Arrays& cotangents, const std
     } else if (a == 1) {
       grads.push_back(mx::astype(sparse_outer(d_pre, indices, x, w.shape(0), offsets, s), w.dtype(), s));
     } else if (a == 2) {
-      auto ones = mx::ones({x.shape(0), 1}, mx::float32, s);
-      auto d = sparse_outer(mx::astype(d_pre, mx::float32, s), indices, ones, w.shape(0), offsets, s);
+      auto d = sparse_outer(mx::astype(d_pre, mx::float32, s), indices, ones_column(x, s), w.shape(0), offsets, s);
       grads.push_back(mx::astype(mx::squeeze(d, 1, s), primals[2].dtype(), s));
     } else {
       grads.push_back(mx::zeros_like(primals[a], s));

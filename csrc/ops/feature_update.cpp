@@ -133,7 +133,7 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
     if (code.offsets) offsets.push_back(*code.offsets);
   }
   inputs.insert(inputs.end(), offsets.begin(), offsets.end());
-  int d_sae = params[0].shape(0);
+  int d_sae = params[0].ndim() == 2 ? params[0].shape(0) : -1;
   if (params[0].shape() != mx::Shape{d_sae, x.shape(-1)} || params[1].shape() != mx::Shape{d_sae} ||
       params[2].shape() != mx::Shape{d_sae, d_out} || params[3].shape() != mx::Shape{d_out} ||
       (options.b_dec_to_input && x.shape(1) != d_out))
@@ -148,7 +148,9 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
   for (auto* group : {&params, &m, &v})
     for (size_t i = 0; i < 4; ++i) {
       const auto& a = (*group)[i];
-      if (a.shape() != params[i].shape()) fail(op, "moments must have the shapes of their parameters.");
+      if (a.shape() != params[i].shape())
+        fail(op, "moments must have the shapes of their parameters but got ", a.shape(), " for ", params[i].shape(),
+             ".");
       types.push_back(group != &params && i % 2 == 0 ? moments : mx::float32);
       if (group != &params && a.dtype() != types.back())
         fail(op, "moments of ", i % 2 ? "biases" : "both matrices", " must be ", types.back(), " but got ", a.dtype(),

@@ -90,7 +90,7 @@ Arrays GatherDot::jvp(const Arrays& primals, const Arrays& tangents, const std::
 
 std::pair<Arrays, std::vector<int>> GatherDot::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   auto s = stream();
-  if (csr_)
+  if (csr_ || batch_of(inputs, axes) == 0)
     return vmap_each([&](const Arrays& in) -> Arrays { return {gather_dot(in[0], in[1], in[2], offsets_of(in), s)}; },
                      inputs, axes, s);
   if (axes[1] >= 0) return FusedPrimitive::vmap(inputs, axes);

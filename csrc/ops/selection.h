@@ -74,7 +74,7 @@ inline mx::array descending_key(const mx::array& values, mx::Stream s) {
   auto key = mx::where(mx::isnan(v, s), mx::array(0x7fffffff), mx::bitwise_xor(bits, flip, s), s);
   auto high = mx::left_shift(mx::astype(mx::bitwise_invert(key, s), mx::int64, s), mx::array(32, mx::int64), s);
   auto low = mx::broadcast_to(mx::arange(0, v.shape(1), mx::int64, s), v.shape(), s);
-  return mx::bitwise_or(high, low, s);
+  return mx::add(high, low, s);  // not bitwise_or: under vmap MLX reads an operand that is not batched past its end
 }
 
 /** The k best of values [n, m] at places [n, m], back in ascending order of place. */
@@ -85,6 +85,9 @@ inline void keep_best(mx::array& values, mx::array& places, int k, mx::Stream s)
   values = mx::take_along_axis(values, order, 1, s);
   places = mx::take_along_axis(places, order, 1, s);
 }
+
+/** Ones [n, 1], in the shape of a sum of x's rows: unlike a constant's it follows mx.compile(shapeless=True). */
+inline mx::array ones_column(const mx::array& x, mx::Stream s) { return mx::ones_like(mx::sum(x, 1, true, s), s); }
 
 /** A cotangent where the value is positive (or NaN), else 0. */
 inline mx::array gate(const mx::array& values, const mx::array& ct, mx::Stream s) {

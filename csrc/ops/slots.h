@@ -36,9 +36,7 @@ inline mx::array columns(const mx::array& a, int begin, int end, mx::Stream s) {
 
 /** Matrices of which some are batched along an axis, as taller matrices: (batch, each [batch * n, ...]). */
 inline std::pair<int, Arrays> batch_rows(const Arrays& arrays, const std::vector<int>& axes, mx::Stream s) {
-  int batch = 1;
-  for (size_t i = 0; i < axes.size(); ++i)
-    if (axes[i] >= 0) batch = arrays[i].shape(axes[i]);
+  int batch = batch_of(arrays, axes);
   Arrays rows;
   for (size_t i = 0; i < axes.size(); ++i) {
     auto a = axes[i] >= 0 ? mx::moveaxis(arrays[i], axes[i], 0, s) : mx::expand_dims(arrays[i], 0, s);

@@ -106,7 +106,7 @@ std::pair<Arrays, std::vector<int>> SparseDecode::vmap(const Arrays& inputs, con
   auto again = [&](const Arrays& in) -> Arrays {
     return {sparse_decode(in[0], in[1], in[2], optional(in, 3), offsets_of(in), s)};
   };
-  if (csr_) return vmap_each(again, inputs, axes, s);
+  if (csr_ || batch_of(inputs, axes) == 0) return vmap_each(again, inputs, axes, s);
   for (size_t i = 2; i < axes.size(); ++i)
     if (axes[i] >= 0) return FusedPrimitive::vmap(inputs, axes);
   // More rows of the same problem.

@@ -93,7 +93,7 @@ Arrays SparseOuter::jvp(const Arrays& primals, const Arrays& tangents, const std
 
 std::pair<Arrays, std::vector<int>> SparseOuter::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   auto s = stream();
-  if (csr_)
+  if (csr_ || batch_of(inputs, axes) == 0)
     return vmap_each(
         [&](const Arrays& in) -> Arrays { return {sparse_outer(in[0], in[1], in[2], d_sae_, offsets_of(in), s)}; },
         inputs, axes, s);
@@ -102,7 +102,10 @@ std::pair<Arrays, std::vector<int>> SparseOuter::vmap(const Arrays& inputs, cons
   auto [batch, rows] = batch_rows(inputs, axes, s);
   if (static_cast<int64_t>(batch) * d_sae_ > INT32_MAX) return FusedPrimitive::vmap(inputs, axes);
   auto block = mx::expand_dims(mx::repeat(mx::arange(0, batch, mx::uint32, s), n, 0, s), 1, s);
-  auto ids = mx::add(rows[1], mx::multiply(block, mx::array(d_sae_, mx::uint32), s), s);
+  auto width = mx::array(d_sae_, mx::uint32);
+  auto ids = mx::add(rows[1], mx::multiply(block, width, s), s);
+  // What is out of range stays so, and is refused: it must not become a feature of another block.
+  ids = mx::where(mx::less(rows[1], width, s), ids, mx::array(UINT32_MAX, mx::uint32), s);
   auto out = sparse_outer(rows[0], ids, rows[2], batch * d_sae_, std::nullopt, s);
   return {{mx::unflatten(out, 0, {batch, d_sae_}, s)}, {0}};
 }

@@ -43,10 +43,13 @@ Arrays encode(const mx::array& x, const mx::array& w_enc, const std::optional<mx
   if (capacity < 0 || capacity == INT32_MAX) fail(op, "capacity must be in [0, 2^31 - 1) but got ", capacity, ".");
   auto define = [capacity, s](const Arrays& in) { return threshold_encode_graph(in, capacity, s); };
   auto t = mx::astype(mx::stop_gradient(threshold, s), mx::float32, s);
-  t = mx::broadcast_to(threshold.size() == 1 ? mx::reshape(t, {1}, s) : t, {d_sae}, s);
+  if (threshold.size() == 1) t = mx::reshape(t, {1}, s);
+  // Last of all: mx.compile(shapeless=True) takes an elementwise op to have the shape from before a broadcast.
+  auto for_each = [&](const mx::array& a) { return mx::broadcast_to(a, {d_sae}, s); };
   // relu comes first; and a threshold of NaN is seen in the values
-  auto bounds = mx::where(mx::greater(t, mx::array(0.0f), s), t, mx::array(0.0f), s);
-  auto bias = mx::where(mx::isnan(t, s), t, bias_or_zeros(b_enc, d_sae, s), s);
+  auto bounds = for_each(mx::where(mx::greater(t, mx::array(0.0f), s), t, mx::array(0.0f), s));
+  auto given = b_enc ? mx::astype(*b_enc, mx::float32, s) : mx::array(0.0f);
+  auto bias = for_each(mx::where(mx::isnan(t, s), t, given, s));
   Arrays inputs{x, w_enc, bias, bounds};
   if (!has_kernel(op, s.device)) return only_values(define(inputs), s);
   one_type_on_gpu(inputs, s);

@@ -121,7 +121,7 @@ Arrays TopKEncode::vjp(const Arrays& primals, const Arrays& cotangents, const st
                        const Arrays& outputs) {
   auto s = stream();
   const auto &x = primals[0], &w = primals[1];
-  auto ones = mx::ones({x.shape(0), 1}, mx::float32, s);
+  auto ones = ones_column(x, s);
   Arrays grads;
   for (int a : argnums) {
     Arrays terms;  // one for each selection

@@ -574,7 +574,8 @@ def num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Sets the threads of the CPU kernels. No result depends on it. Raises ``ValueError`` for ``n < 1``."""
+    """Sets the threads of the CPU kernels, once nothing is computing. No result depends on it. Raises ``ValueError`` for
+    ``n < 1``."""
     _ext.set_num_threads(n)
 
 

@@ -138,6 +138,23 @@ def test_eval_on_another_dataset_and_as_a_table(trained: Path, tmp_path: Path, c
         assert word in out
 
 
+def test_eval_knows_the_text_of_the_training_by_what_it_holds(
+    trained: Path, stories: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """However it is spelt, and a copy too; of another text under the same name all is used."""
+    wanted = run_of(trained)["results"]["fvu"]
+    monkeypatch.chdir(stories.parent)
+    copy = shutil.copy(stories, tmp_path / "copy.json")
+    for spelling in (stories.name, f"./{stories.name}", copy):
+        assert main(["eval", str(trained), "--dataset", str(spelling), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["fvu"] == pytest.approx(wanted, rel=1e-6), spelling
+    monkeypatch.chdir(tmp_path)
+    texts = json.loads(stories.read_text())
+    Path(stories.name).write_text(json.dumps([t for t in texts if not in_heldout(t)]))
+    assert main(["eval", str(trained), "--dataset", stories.name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_tokens"] == 1_500
+
+
 def test_eval_of_a_folder_that_says_nothing_of_its_origin(
     trained: Path, model: str, tmp_path: Path, capsys
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import finite, place, read
+from mlxsae.cli.run_file import finite, place, read, same
 from mlxsae.cli.text_source import TextSource, default_context
 from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint
@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> int:
     )
     hook_point = _hook_point(options, sae.metadata.get("hook_name"))
     # The same file under another name is still the text that was trained on; only a --dataset of its own is not.
-    split = None if options.dataset and options.dataset != made.get("dataset") else "heldout"
+    own = options.dataset and not ("dataset" in trained and same(trained["dataset"], options.dataset))
+    split = None if own else "heldout"
     tokens = options.heldout_tokens or data.get("validation_tokens", 50_000)
     metrics = evaluate_in_model(lm, sae, hook_point, text.heldout(tokens, split=split))
     if options.json:

@@ -148,6 +148,13 @@ def unchanged(run: dict[str, Any], *names: str) -> None:
                 )
 
 
+def same(named: dict[str, Any], path_or_name: str) -> bool:
+    """Whether a path now names what a fingerprint is of: a file by what it holds, a folder by where it lies, else by name."""
+    now = fingerprint(path_or_name)
+    key = next(key for key in ("sha256", "path", "name") if key in named or key in now)
+    return named.get(key) == now.get(key)
+
+
 def place(named: dict[str, Any] | None) -> str | None:
     """Where a fingerprint's thing lies: its full path while that exists, else its name."""
     if not named:

@@ -297,6 +297,58 @@ def test_eval_of_damaged_weights(trained: Path, tmp_path: Path, capsys) -> None:
     assert "run.json must be JSON" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"status": None}, "its status is None"),
+        ({"results": None}, "its results is None"),
+        ({"options": []}, "its options is []"),
+        ({"dataset": None}, "its dataset is None"),
+        ({"model": "x"}, "its model is 'x'"),
+        ({"model": {"path": "x"}}, "its model is {'path': 'x'}"),
+    ],
+)
+def test_a_damaged_run_file(changes: dict, said: str, trained: Path, tmp_path: Path, capsys) -> None:
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    (broken / "run.json").write_text(json.dumps(run_of(trained) | changes))
+    for command in (["train", "--resume", str(broken)], ["eval", str(broken)]):
+        assert main(command) == 1
+        err = capsys.readouterr().err
+        assert "run.json must be whole but " + said in err
+
+
+def test_metadata_that_says_other_things(trained: Path, tmp_path: Path, capsys) -> None:
+    """SAE.metadata is the user's own: no command fails for what it holds, and none goes by it."""
+    folder = shutil.copytree(trained, tmp_path / "other")
+    (folder / "run.json").unlink()
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["metadata"] |= {
+        "evaluation": 5,
+        "training": None,
+        "model_name": [1],
+        "context_size": "x",
+        "hook_name": 7,
+    }
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    assert main(["info", str(folder)]) == 0
+    assert main(["eval", str(folder)]) == 1
+    assert "--model must be given" in capsys.readouterr().err
+
+
+def test_resuming_with_another_thing_where_a_name_was(tmp_path: Path, capsys, monkeypatch) -> None:
+    """ "tiny" named the bundled model; now a folder of that name lies there."""
+    from mlxsae import lm
+
+    path, out = tmp_path / "facts.json", tmp_path / "run"
+    path.write_text(json.dumps(lm.tiny.texts(100, seed=3)))
+    assert main(arguments("tiny", path, out, max_tokens=500, heldout_tokens=100)) == 0
+    (out / "run.json").write_text(json.dumps(run_of(out) | {"status": "interrupted"}))
+    shutil.copytree(lm.tiny.folder(), tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", str(out)]) == 1
+    assert "--model must be as when the run began but tiny is gone or has changed" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(model: str, stories: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [*COMMAND, *arguments(model, stories, out, max_tokens=5_000_000, checkpoint_every=1_000_000)]

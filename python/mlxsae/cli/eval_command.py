@@ -47,8 +47,12 @@ def run(options: argparse.Namespace) -> int:
     sae = native.load(options.directory)
     trained = read(options.directory) or read(options.directory.resolve().parent)  # one of several of a run
     made: dict[str, Any] = trained.get("options", {})
-    model = options.model or place(trained.get("model")) or sae.metadata.get("model_name")
-    dataset = options.dataset or place(trained.get("dataset")) or sae.metadata.get("dataset_path")
+    kinds_of = {"model_name": str, "dataset_path": str, "hook_name": str, "context_size": int}
+    about = {
+        n: v for n, kind in kinds_of.items() if isinstance(v := sae.metadata.get(n), kind)
+    }  # written by anybody
+    model = options.model or place(trained.get("model")) or about.get("model_name")
+    dataset = options.dataset or place(trained.get("dataset")) or about.get("dataset_path")
     if not model or not dataset:
         missing = "--dataset" if model else "--model"
         raise ValueError(f"[eval] {missing} must be given: {options.directory} does not say which was used.")
@@ -57,11 +61,11 @@ def run(options: argparse.Namespace) -> int:
     text = TextSource(
         lm,
         Documents(dataset, options.text_field or (None if options.dataset else made.get("text_field"))),
-        options.context_size or sae.metadata.get("context_size") or default_context(lm),
+        options.context_size or about.get("context_size") or default_context(lm),
         options.lm_batch_size,
         data.get("validation_split", 0.1),
     )
-    hook_point = _hook_point(options, sae.metadata.get("hook_name"))
+    hook_point = _hook_point(options, about.get("hook_name"))
     # The same file under another name is still the text that was trained on; only a --dataset of its own is not.
     own = options.dataset and not ("dataset" in trained and same(trained["dataset"], options.dataset))
     split = None if own else "heldout"

@@ -97,9 +97,10 @@ def _of_sae(directory: Path) -> dict[str, Any]:
     about = sae.metadata
     where = ("model_name", "hook_name", "hook_name_out", "inputs", "targets", "sources", "dataset_path")
     found |= {name: about[name] for name in where if name in about}
-    training = about.get("training", {})
+    training, measured = (
+        value if isinstance(value := about.get(name), dict) else {} for name in ("training", "evaluation")
+    )
     found |= {f"training_{name}": training[name] for name in ("steps", "tokens") if name in training}
-    measured = about.get("evaluation", {})
     return found | {name: measured[name] for name in ("fvu", "l0", "dead_fraction") if name in measured}
 
 

@@ -129,10 +129,21 @@ def read(directory: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"[run] {path} must be JSON but is damaged: {e}.") from e
     if not isinstance(content, dict) or content.get("format") != "mlxsae-run":
         raise ValueError(f"[run] {path} must be written by mlxsae but is not.")
+    wanted: dict[str, type] = {"command": str, "status": str, "options": dict}
+    wanted |= {"results": dict} if content.get("status") == "done" else {}
+    wanted |= {"model": dict, "dataset": dict} if content.get("command") == "train" else {}
+    for key, kind in (
+        wanted | {key: dict for key in ("model", "dataset", "activations", "config") if key in content}
+    ).items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"[run] {path} must be whole but its {key} is {content.get(key)!r}.")
+    for key in ("model", "dataset", "activations"):
+        if key in content and not isinstance(content[key].get("name"), str):
+            raise ValueError(f"[run] {path} must be whole but its {key} is {content[key]!r}.")
     return content
 
 
@@ -144,7 +155,8 @@ def unchanged(run: dict[str, Any], *names: str) -> None:
         for key in ("sha256", "config_sha256"):
             if now.get(key) != old.get(key):
                 raise ValueError(
-                    f"[resume] --{name} must be as when the run began but {old['path']} is gone or has changed."
+                    f"[resume] --{name} must be as when the run began but {old.get('path', old['name'])} is gone or has "
+                    "changed."
                 )
 
 

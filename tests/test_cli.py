@@ -218,6 +218,10 @@ BAD = {
     "unknown optimizer": ({"optimizer": "magic"}, 2, "must be one of adadelta"),
     "no config": ({"config": "nowhere.json"}, 1, "nowhere.json"),
     "all held out": ({"heldout_fraction": 1.5}, 2, "below 1"),
+    "a seed too large": ({"seed": 2**64}, 2, "--seed: must be at most 18446744073709551615"),
+    "an empty folder": ({"out": ""}, 2, "--out: must be a path but is empty"),
+    "an empty dataset": ({"dataset": ""}, 1, "source must be a file, a folder or a name but is empty"),
+    "an empty model": ({"model": ""}, 1, "must be a folder, 'owner/name' on the hub, or 'tiny' but got ''"),
     "no number": ({"learning_rate": "fast"}, 2, "must be a number"),
 }
 
@@ -226,7 +230,11 @@ BAD = {
 def test_bad_input(case: str, model: str, stories: Path, tmp_path: Path, capsys) -> None:
     options, code, said = BAD[case]
     options = dict(options)
-    chosen = options.pop("model", model), options.pop("dataset", stories), tmp_path / "run"
+    chosen = (
+        options.pop("model", model),
+        options.pop("dataset", stories),
+        options.pop("out", tmp_path / "run"),
+    )
     assert main(arguments(*chosen, **options)) == code
     err = capsys.readouterr().err
     assert said in err
@@ -234,6 +242,50 @@ def test_bad_input(case: str, model: str, stories: Path, tmp_path: Path, capsys)
     if code == 1:
         last = err.strip().splitlines()[-1]
         assert last.startswith("mlxsae: error: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"data": null}', "data must be an object but got None"),
+        ('{"train": 5}', "train must be an object but got 5"),
+        ('{"train": {"optimizer": null}, "learning_rate": 1e-3}', "optimizer must be an object but got None"),
+    ],
+)
+def test_a_config_that_options_cannot_overrule(
+    config: str, said: str, model: str, stories: Path, tmp_path: Path, capsys
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(config)
+    options = {"config": path, "optimizer": "adamw", "heldout_fraction": 0.2}
+    assert main(arguments(model, stories, tmp_path / "run", **options)) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_home_and_the_working_directory(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The shell leaves the ``~`` of ``--out=~/run``."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["demo", "--tokens", "1000", "--heldout-tokens", "1000", "--quiet", "--out=~/demo"]) == 0
+    assert (tmp_path / "home" / "demo" / "cfg.json").exists()
+    assert list(Path.cwd().iterdir()) == []
+    assert main(["info", "~/demo"]) == 0
+    capsys.readouterr()
+    assert main(["demo", "--port", "70000"]) == 2  # before the training and not after
+    assert "--port: must be at most 65535" in capsys.readouterr().err
+
+
+def test_one_run_a_folder(model: str, stories: Path, tmp_path: Path, capsys) -> None:
+    from mlxsae.cli.run_file import alone
+
+    out = tmp_path / "run"
+    with alone("train", out):
+        for command in (arguments(model, stories, out), ["demo", "--out", str(out)]):
+            assert main(command) == 1
+            assert "must have one run at a time but another one is at work" in capsys.readouterr().err
+        assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["[]", '["", "  "]'])
@@ -280,7 +332,14 @@ def test_out_that_cannot_be_written(model: str, stories: Path, tmp_path: Path, c
     (tmp_path / "file").write_text("mine")
     assert main(arguments(model, stories, tmp_path / "file" / "run")) == 1
     assert "--out must be a folder that can be written" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path / "file" / "run")]) == 1
+    assert "[demo] --out must be a folder that can be written" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_eval_of_longer_texts_than_the_model_reads(trained: Path, capsys) -> None:
+    assert main(["eval", str(trained), "--context-size", "100000"]) == 1
+    assert "context_size must be at most the model's 256 but got 100000" in capsys.readouterr().err
 
 
 def test_eval_of_damaged_weights(trained: Path, tmp_path: Path, capsys) -> None:

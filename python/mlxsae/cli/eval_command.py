@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from mlxsae import lm as lm_room
@@ -21,10 +20,11 @@ from mlxsae.cli.text_source import TextSource, default_context
 from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
+from mlxsae.train.doors import fitting_context
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="folder of the SAE")
+    parser.add_argument("directory", type=kinds.path, metavar="DIR", help="folder of the SAE")
     parser.add_argument("--model", help="mlx-lm model folder or hub name (that of the training)")
     parser.add_argument("--layer", type=kinds.whole(0), help="number of the block (that of the training)")
     parser.add_argument(
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     text = TextSource(
         lm,
         Documents(dataset, options.text_field or (None if options.dataset else made.get("text_field"))),
-        options.context_size or about.get("context_size") or default_context(lm),
+        fitting_context(lm, options.context_size or about.get("context_size")) or default_context(lm),
         options.lm_batch_size,
         data.get("validation_split", 0.1),
     )

@@ -15,13 +15,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 import mlxsae
+from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
 from mlxsae.cli.run_file import device, finite, versions
 from mlxsae.io import native
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="folder of a saved SAE")
+    parser.add_argument("directory", nargs="?", type=kinds.path, metavar="DIR", help="folder of a saved SAE")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
 
 

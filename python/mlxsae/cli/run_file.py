@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,7 +55,7 @@ def device() -> dict[str, Any]:
 def fingerprint(path_or_name: str) -> dict[str, Any]:
     """What a path names at this moment: a file's size and SHA-256, a model folder's config hash and weight sizes.
     A name of the hub, or what does not exist, is only named."""
-    path = Path(path_or_name).expanduser()
+    path = Path(path_or_name or os.devnull).expanduser()  # Path("") would be the working directory
     found: dict[str, Any] = {"name": path_or_name}
     if path.is_file():
         found |= {"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -105,6 +109,35 @@ class RunFile:
 
     def _write(self) -> None:
         atomic.write_files(self._directory, {NAME: atomic.json_writer(finite(self.content))})
+
+
+@contextlib.contextmanager
+def writable(command: str, out: Path) -> Iterator[None]:
+    """Say of what the system refuses in here that ``--out`` is at fault."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(
+            f"[{command}] --out must be a folder that can be written but {out} gives: {e.strerror or e}."
+        ) from e
+
+
+@contextlib.contextmanager
+def alone(command: str, out: Path) -> Iterator[None]:
+    """Hold ``out``, which is made if absent, against other runs: two would write over each other's results."""
+    with writable(command, out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"[{command}] {out} must have one run at a time but another one is at work."
+            ) from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def finite(value: Any) -> Any:

@@ -79,7 +79,7 @@ def read_index(directory: str | os.PathLike) -> dict[str, Any] | None:
 def _must_have(path: Path, what: str, entry: Any, kinds: Mapping[str, type]) -> None:
     for key, kind in kinds.items():
         value = entry.get(key) if isinstance(entry, dict) else None
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
+        if type(value) is not kind or (type(value) is int and value < 1):
             raise ValueError(
                 f"[activations] {path} must be whole but {key} of {what} is {value!r}, not {kind.__name__}."
             )

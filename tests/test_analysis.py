@@ -227,7 +227,7 @@ def test_an_exact_sae_costs_the_model_nothing(model, batch: TokenBatch) -> None:
 
 
 def test_effects_are_the_change_that_ablation_makes(model, batch: TokenBatch) -> None:
-    point = HookPoint(3, "resid_post")
+    point = HookPoint(1, "resid_post")  # what comes after reads other tokens too
     sae = SAE(model.d_model, 512, k=16, seed=0)
     found = survey(model, sae, point, [batch])
     feature = int(found.statistics().maximum.argmax())
@@ -237,7 +237,8 @@ def test_effects_are_the_change_that_ablation_makes(model, batch: TokenBatch) ->
     changes = []
     for example in examples:
         tokens = mx.array([[model.bos_id, *example.tokens[: example.peak + 1].tolist()]])
-        with lm.splice(model, {point: steer(sae, {feature: 0.0})}):
+        peak = mx.array([[False] * (example.peak + 1) + [True]])  # after BOS; nowhere else
+        with lm.splice(model, {point: lm.only_at(steer(sae, {feature: 0.0}), peak)}):
             without = model(tokens)[0, -1]
         with_feature = model(tokens)[0, -1]
         changes.append(np.array(mx.log(mx.softmax(with_feature)) - mx.log(mx.softmax(without))))

@@ -138,6 +138,23 @@ def test_eval_on_another_dataset_and_as_a_table(trained: Path, tmp_path: Path, c
         assert word in out
 
 
+def test_eval_knows_the_text_of_the_training_by_what_it_holds(
+    trained: Path, stories: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """However it is spelt, and a copy too; of another text under the same name all is used."""
+    wanted = run_of(trained)["results"]["fvu"]
+    monkeypatch.chdir(stories.parent)
+    copy = shutil.copy(stories, tmp_path / "copy.json")
+    for spelling in (stories.name, f"./{stories.name}", copy):
+        assert main(["eval", str(trained), "--dataset", str(spelling), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["fvu"] == pytest.approx(wanted, rel=1e-6), spelling
+    monkeypatch.chdir(tmp_path)
+    texts = json.loads(stories.read_text())
+    Path(stories.name).write_text(json.dumps([t for t in texts if not in_heldout(t)]))
+    assert main(["eval", str(trained), "--dataset", stories.name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_tokens"] == 1_500
+
+
 def test_eval_of_a_folder_that_says_nothing_of_its_origin(
     trained: Path, model: str, tmp_path: Path, capsys
 ) -> None:
@@ -201,6 +218,10 @@ BAD = {
     "unknown optimizer": ({"optimizer": "magic"}, 2, "must be one of adadelta"),
     "no config": ({"config": "nowhere.json"}, 1, "nowhere.json"),
     "all held out": ({"heldout_fraction": 1.5}, 2, "below 1"),
+    "a seed too large": ({"seed": 2**64}, 2, "--seed: must be at most 18446744073709551615"),
+    "an empty folder": ({"out": ""}, 2, "--out: must be a path but is empty"),
+    "an empty dataset": ({"dataset": ""}, 1, "source must be a file, a folder or a name but is empty"),
+    "an empty model": ({"model": ""}, 1, "must be a folder, 'owner/name' on the hub, or 'tiny' but got ''"),
     "no number": ({"learning_rate": "fast"}, 2, "must be a number"),
 }
 
@@ -209,7 +230,11 @@ BAD = {
 def test_bad_input(case: str, model: str, stories: Path, tmp_path: Path, capsys) -> None:
     options, code, said = BAD[case]
     options = dict(options)
-    chosen = options.pop("model", model), options.pop("dataset", stories), tmp_path / "run"
+    chosen = (
+        options.pop("model", model),
+        options.pop("dataset", stories),
+        options.pop("out", tmp_path / "run"),
+    )
     assert main(arguments(*chosen, **options)) == code
     err = capsys.readouterr().err
     assert said in err
@@ -217,6 +242,50 @@ def test_bad_input(case: str, model: str, stories: Path, tmp_path: Path, capsys)
     if code == 1:
         last = err.strip().splitlines()[-1]
         assert last.startswith("mlxsae: error: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"data": null}', "data must be an object but got None"),
+        ('{"train": 5}', "train must be an object but got 5"),
+        ('{"train": {"optimizer": null}, "learning_rate": 1e-3}', "optimizer must be an object but got None"),
+    ],
+)
+def test_a_config_that_options_cannot_overrule(
+    config: str, said: str, model: str, stories: Path, tmp_path: Path, capsys
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(config)
+    options = {"config": path, "optimizer": "adamw", "heldout_fraction": 0.2}
+    assert main(arguments(model, stories, tmp_path / "run", **options)) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_home_and_the_working_directory(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The shell leaves the ``~`` of ``--out=~/run``."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["demo", "--tokens", "1000", "--heldout-tokens", "1000", "--quiet", "--out=~/demo"]) == 0
+    assert (tmp_path / "home" / "demo" / "cfg.json").exists()
+    assert list(Path.cwd().iterdir()) == []
+    assert main(["info", "~/demo"]) == 0
+    capsys.readouterr()
+    assert main(["demo", "--port", "70000"]) == 2  # before the training and not after
+    assert "--port: must be at most 65535" in capsys.readouterr().err
+
+
+def test_one_run_a_folder(model: str, stories: Path, tmp_path: Path, capsys) -> None:
+    from mlxsae.cli.run_file import alone
+
+    out = tmp_path / "run"
+    with alone("train", out):
+        for command in (arguments(model, stories, out), ["demo", "--out", str(out)]):
+            assert main(command) == 1
+            assert "must have one run at a time but another one is at work" in capsys.readouterr().err
+        assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["[]", '["", "  "]'])
@@ -263,7 +332,14 @@ def test_out_that_cannot_be_written(model: str, stories: Path, tmp_path: Path, c
     (tmp_path / "file").write_text("mine")
     assert main(arguments(model, stories, tmp_path / "file" / "run")) == 1
     assert "--out must be a folder that can be written" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path / "file" / "run")]) == 1
+    assert "[demo] --out must be a folder that can be written" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_eval_of_longer_texts_than_the_model_reads(trained: Path, capsys) -> None:
+    assert main(["eval", str(trained), "--context-size", "100000"]) == 1
+    assert "context_size must be at most the model's 256 but got 100000" in capsys.readouterr().err
 
 
 def test_eval_of_damaged_weights(trained: Path, tmp_path: Path, capsys) -> None:
@@ -278,6 +354,58 @@ def test_eval_of_damaged_weights(trained: Path, tmp_path: Path, capsys) -> None:
     shutil.copy(trained / "sae_weights.safetensors", broken)
     assert main(["eval", str(broken)]) == 1
     assert "run.json must be JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"status": None}, "its status is None"),
+        ({"results": None}, "its results is None"),
+        ({"options": []}, "its options is []"),
+        ({"dataset": None}, "its dataset is None"),
+        ({"model": "x"}, "its model is 'x'"),
+        ({"model": {"path": "x"}}, "its model is {'path': 'x'}"),
+    ],
+)
+def test_a_damaged_run_file(changes: dict, said: str, trained: Path, tmp_path: Path, capsys) -> None:
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    (broken / "run.json").write_text(json.dumps(run_of(trained) | changes))
+    for command in (["train", "--resume", str(broken)], ["eval", str(broken)]):
+        assert main(command) == 1
+        err = capsys.readouterr().err
+        assert "run.json must be whole but " + said in err
+
+
+def test_metadata_that_says_other_things(trained: Path, tmp_path: Path, capsys) -> None:
+    """SAE.metadata is the user's own: no command fails for what it holds, and none goes by it."""
+    folder = shutil.copytree(trained, tmp_path / "other")
+    (folder / "run.json").unlink()
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["metadata"] |= {
+        "evaluation": 5,
+        "training": None,
+        "model_name": [1],
+        "context_size": "x",
+        "hook_name": 7,
+    }
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    assert main(["info", str(folder)]) == 0
+    assert main(["eval", str(folder)]) == 1
+    assert "--model must be given" in capsys.readouterr().err
+
+
+def test_resuming_with_another_thing_where_a_name_was(tmp_path: Path, capsys, monkeypatch) -> None:
+    """ "tiny" named the bundled model; now a folder of that name lies there."""
+    from mlxsae import lm
+
+    path, out = tmp_path / "facts.json", tmp_path / "run"
+    path.write_text(json.dumps(lm.tiny.texts(100, seed=3)))
+    assert main(arguments("tiny", path, out, max_tokens=500, heldout_tokens=100)) == 0
+    (out / "run.json").write_text(json.dumps(run_of(out) | {"status": "interrupted"}))
+    shutil.copytree(lm.tiny.folder(), tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", str(out)]) == 1
+    assert "--model must be as when the run began but tiny is gone or has changed" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(model: str, stories: Path, tmp_path: Path) -> None:

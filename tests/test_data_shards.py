@@ -483,6 +483,29 @@ def test_truncated_missing_and_foreign_files(fresh: Path, tmp_path: Path) -> Non
         ActivationDataset.open(fresh)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.pop("streams"), "streams of the index is None, not dict"),
+        (lambda index: index.pop("shards"), "shards of the index is None, not list"),
+        (lambda index: index.update(complete="no"), "complete of the index is 'no', not bool"),
+        (lambda index: index.update(origin=None), "origin of the index is None"),
+        (lambda index: index.update(format_version="x"), "format_version of the index is 'x'"),
+        (lambda index: index.update(streams={"a": 5}), "d of a is None, not int"),
+        (lambda index: index["shards"][1].pop("rows"), "rows of shard 1 is None, not int"),
+        (lambda index: index["shards"][1].update(rows="x"), "rows of shard 1 is 'x', not int"),
+        (lambda index: index["shards"][1].update(rows=-5), "rows of shard 1 is -5"),
+    ],
+)
+def test_damaged_index(fresh: Path, change, message: str) -> None:
+    path = fresh / "dataset.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"dataset.json must be whole but {message}"):
+        ActivationDataset.open(fresh)
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"must be empty or a dataset but holds thesis.tex"):

@@ -258,6 +258,32 @@ def test_json_that_is_none(saved: tuple) -> None:
         load(saved[0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": 5}, r"rule an object but got 1 and 5 in metadata\.json"),
+        ({"format_version": "one"}, "format_version must be an integer"),
+        ({"rule": {"architecture": []}}, None),
+        ({"rule": {"architecture": "relu"}}, "must be one of topk but is relu"),
+    ],
+)
+def test_damaged_metadata(saved: tuple, changes: dict, message: str | None) -> None:
+    path = saved[0] / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if message is None:
+        load(saved[0])
+        return
+    with pytest.raises(ValueError, match=message):
+        load(saved[0])
+
+
+@pytest.mark.parametrize("k", ["8", 8.0, None, True])
+def test_a_rule_of_other_types(saved: tuple, k: object) -> None:
+    edit(saved[0], k=k)
+    with pytest.raises(ValueError, match=r"must fit the rule topk but \[TopK\] k must be an int"):
+        load(saved[0])
+
+
 def test_metadata_of_a_newer_format(saved: tuple) -> None:
     (saved[0] / "metadata.json").write_text('{"format": "mlxsae", "format_version": 99, "metadata": {}}')
     with pytest.raises(ValueError, match=r"format_version must be at most 1 but got 99; update mlxsae"):
@@ -313,6 +339,25 @@ def with_header(header: bytes, data: bytes = b"") -> bytes:
             with_header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"00000"),
             "has .* bytes where",
         ),
+        *(
+            (
+                with_header(b'{"a": {"dtype": "F32", "shape": %s, "data_offsets": %s}}' % (shape, ends)),
+                "a has the",
+            )
+            for shape, ends in (
+                (b"[-1, -1]", b"[0, 4]"),
+                (b"[1.0]", b"[0, 4]"),
+                (b"[true]", b"[0, 4]"),
+                (b'"1"', b"[0, 4]"),
+                (b"[1]", b"[0, 4, 8]"),
+                (b"[1]", b"[0, null]"),
+            )
+        ),
+        (
+            with_header(b'{"a": {"dtype": "F32", "shape": [%d], "data_offsets": [0, 4]}}' % 2**70),
+            "a should take",
+        ),
+        (with_header(b"[" * 100_000), "its header is damaged"),
     ],
 )
 def test_damaged_weights(saved: tuple, raw: bytes, message: str) -> None:

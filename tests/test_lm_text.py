@@ -84,6 +84,10 @@ def test_text_field(tmp_path: Path) -> None:
         ("a.json", b"[3]", "entry 0 of .* must be a string or an object but is int"),
         ("a.jsonl", b'{"text": ', "line 1 of .* must be JSON but is damaged"),
         ("a.txt", b"\xff\xfe\x00a", "must be UTF-8"),
+        ("a.json", b"[" * 100_000, "must be JSON but is damaged"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of .* must be JSON but is damaged"),
+        ("a.json", rb'["a \ud83d b"]', r"entry 0 of .* holds the lone surrogate '\\ud83d'"),
+        ("a.jsonl", rb'{"text": "\ude00"}', r"line 1 of .* holds the lone surrogate"),
         ("a.csv", b"a,b", r"file must be one of .json, .jsonl, .txt"),
     ],
 )
@@ -99,6 +103,13 @@ def test_a_bad_line_is_named_when_its_turn_comes(tmp_path: Path) -> None:
     assert next(texts) == "fine"
     with pytest.raises(ValueError, match=r"line 2 of"):
         next(texts)
+
+
+def test_an_empty_name(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine.txt").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is empty"):
+        lm.read_texts("")
 
 
 @pytest.mark.parametrize("name", ["absent.json", "/absent", "./absent", "a/b/c", "~/absent.txt"])

@@ -553,3 +553,10 @@ def test_an_exception_leaves_the_model_as_it_was(model: InterpretableModel) -> N
         raise RuntimeError
     assert model._traces == []
     assert mx.array_equal(model("a cat"), plain)
+
+
+def test_load_saes_names_the_file_that_is_damaged(tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "cfg.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a/cfg\.json must be JSON but is damaged"):
+        mlxsae.load_saes(tmp_path)

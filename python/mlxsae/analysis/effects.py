@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxsae.analysis.examples import Example
 from mlxsae.analysis.steering import steer
-from mlxsae.lm import HookPoint, LanguageModel, splice
+from mlxsae.lm import HookPoint, LanguageModel, only_at, splice
 from mlxsae.sae import SAE
 
 
@@ -48,7 +48,8 @@ def direct_effects(
     for example in examples:
         tokens = mx.array([start + example.tokens[: example.peak + 1].tolist()], mx.int32)
         with_feature = _next_token(lm, tokens)
-        with splice(lm, {hook_point: ablate}):
+        there = mx.arange(tokens.shape[1])[None] == tokens.shape[1] - 1
+        with splice(lm, {hook_point: only_at(ablate, there)}):
             without = _next_token(lm, tokens)
         changes.append(with_feature - without)
         likely.append(mx.exp(with_feature))

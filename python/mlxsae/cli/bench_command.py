@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="with AuxK over dead latents (off)",
     )
     step.add_argument("--steps", type=kinds.whole(), default=10, help="steps to time (%(default)s)")
-    step.add_argument("--seed", type=kinds.whole(0), default=0, help="(%(default)s)")
+    step.add_argument("--seed", type=kinds.seed, default=0, help="(%(default)s)")
     step.add_argument("--json", action="store_true", help="one JSON line instead of a table")
 
 

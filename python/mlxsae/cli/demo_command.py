@@ -32,7 +32,7 @@ from mlxsae.analysis import (
 )
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import RunFile, fingerprint
+from mlxsae.cli.run_file import RunFile, alone, fingerprint, writable
 from mlxsae.data import ShuffleBuffer
 from mlxsae.data.model_activations import ModelActivations
 from mlxsae.io import atomic, native
@@ -67,28 +67,37 @@ REPORT = "report.html"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (%(default)s)")
-    parser.add_argument("--seed", type=kinds.whole(0), default=0, help="(%(default)s)")
+    parser.add_argument(
+        "--out", type=kinds.path, default=Path("out/demo"), help="folder to write (%(default)s)"
+    )
+    parser.add_argument("--seed", type=kinds.whole(0, 2**64 - 2), default=0, help="(%(default)s)")
     parser.add_argument("--tokens", type=kinds.whole(), default=1_000_000, help="to train on (%(default)s)")
     parser.add_argument(
         "--heldout-tokens", type=kinds.whole(), default=60_000, help="to evaluate on (%(default)s)"
     )
     parser.add_argument(
-        "--port", type=kinds.whole(0), help="then serve the report here, on this machine only; 0 picks one"
+        "--port",
+        type=kinds.whole(0, 65_535),
+        help="then serve the report here, on this machine only; 0 picks one",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def run(options: argparse.Namespace) -> int:
-    out: Path = options.out
-    record = RunFile(
-        out,
-        "demo",
-        options.argv,
-        seed=options.seed,
-        options={name: getattr(options, name) for name in ("tokens", "heldout_tokens")},
-        model=fingerprint(str(tiny.folder())) | {"name": "tiny"},
-    )
+    with alone("demo", options.out):
+        return _run(options, options.out)
+
+
+def _run(options: argparse.Namespace, out: Path) -> int:
+    with writable("demo", out):
+        record = RunFile(
+            out,
+            "demo",
+            options.argv,
+            seed=options.seed,
+            options={name: getattr(options, name) for name in ("tokens", "heldout_tokens")},
+            model=fingerprint(str(tiny.folder())) | {"name": "tiny"},
+        )
     try:
         results, sae = _demonstrate(options)
         known = {"model_name": "tiny", "hook_name": results.hook_point, "context_size": tiny.CONTEXT}

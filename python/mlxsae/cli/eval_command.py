@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import finite, place, read
+from mlxsae.cli.run_file import finite, place, read, same
 from mlxsae.cli.text_source import TextSource, default_context
 from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint
 from mlxsae.metrics.in_model import diagnose, evaluate_in_model
+from mlxsae.train.doors import fitting_context
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="folder of the SAE")
+    parser.add_argument("directory", type=kinds.path, metavar="DIR", help="folder of the SAE")
     parser.add_argument("--model", help="mlx-lm model folder or hub name (that of the training)")
     parser.add_argument("--layer", type=kinds.whole(0), help="number of the block (that of the training)")
     parser.add_argument(
@@ -47,8 +47,12 @@ def run(options: argparse.Namespace) -> int:
     sae = native.load(options.directory)
     trained = read(options.directory) or read(options.directory.resolve().parent)  # one of several of a run
     made: dict[str, Any] = trained.get("options", {})
-    model = options.model or place(trained.get("model")) or sae.metadata.get("model_name")
-    dataset = options.dataset or place(trained.get("dataset")) or sae.metadata.get("dataset_path")
+    kinds_of = {"model_name": str, "dataset_path": str, "hook_name": str, "context_size": int}
+    about = {
+        n: v for n, kind in kinds_of.items() if isinstance(v := sae.metadata.get(n), kind)
+    }  # written by anybody
+    model = options.model or place(trained.get("model")) or about.get("model_name")
+    dataset = options.dataset or place(trained.get("dataset")) or about.get("dataset_path")
     if not model or not dataset:
         missing = "--dataset" if model else "--model"
         raise ValueError(f"[eval] {missing} must be given: {options.directory} does not say which was used.")
@@ -57,13 +61,14 @@ def run(options: argparse.Namespace) -> int:
     text = TextSource(
         lm,
         Documents(dataset, options.text_field or (None if options.dataset else made.get("text_field"))),
-        options.context_size or sae.metadata.get("context_size") or default_context(lm),
+        fitting_context(lm, options.context_size or about.get("context_size")) or default_context(lm),
         options.lm_batch_size,
         data.get("validation_split", 0.1),
     )
-    hook_point = _hook_point(options, sae.metadata.get("hook_name"))
+    hook_point = _hook_point(options, about.get("hook_name"))
     # The same file under another name is still the text that was trained on; only a --dataset of its own is not.
-    split = None if options.dataset and options.dataset != made.get("dataset") else "heldout"
+    own = options.dataset and not ("dataset" in trained and same(trained["dataset"], options.dataset))
+    split = None if own else "heldout"
     tokens = options.heldout_tokens or data.get("validation_tokens", 50_000)
     metrics = evaluate_in_model(lm, sae, hook_point, text.heldout(tokens, split=split))
     if options.json:

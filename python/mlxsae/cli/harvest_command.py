@@ -18,12 +18,13 @@ from typing import Any
 from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import fingerprint, finite
+from mlxsae.cli.run_file import fingerprint, finite, writable
 from mlxsae.cli.text_source import default_context
 from mlxsae.data import ActivationDataset
 from mlxsae.data.encoding import DTYPES
 from mlxsae.data.shards import read_index
 from mlxsae.lm import Documents
+from mlxsae.train.doors import fitting_context
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +77,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--shard-mib", type=kinds.whole(), default=128, help="size of a shard; memory holds two (%(default)s)"
     )
     out = parser.add_argument_group("output")
-    out.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write, or to go on in")
+    out.add_argument(
+        "--out", required=True, type=kinds.path, metavar="DIR", help="folder to write, or to go on in"
+    )
     out.add_argument("--verify", action="store_true", help="compare all checksums at the end")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
     out.add_argument("--json", action="store_true", help="one JSON line instead of a table")
@@ -85,6 +88,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     start, before = time.perf_counter(), _rows(options.out)
     lm = lm_room.load(options.model)
+    with writable("harvest", options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
     dataset = fingerprint(options.dataset)
     try:
         made = ActivationDataset.from_texts(
@@ -95,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
             cache_dir=options.out,
             max_samples=options.max_tokens,
             seed=options.seed,
-            context_size=options.context_size or default_context(lm),
+            context_size=fitting_context(lm, options.context_size) or default_context(lm),
             lm_batch_size=options.lm_batch_size,
             split="train",
             heldout_fraction=options.heldout_fraction,

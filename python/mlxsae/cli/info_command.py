@@ -15,13 +15,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 import mlxsae
+from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
 from mlxsae.cli.run_file import device, finite, versions
 from mlxsae.io import native
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="folder of a saved SAE")
+    parser.add_argument("directory", nargs="?", type=kinds.path, metavar="DIR", help="folder of a saved SAE")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of tables")
 
 
@@ -97,9 +98,10 @@ def _of_sae(directory: Path) -> dict[str, Any]:
     about = sae.metadata
     where = ("model_name", "hook_name", "hook_name_out", "inputs", "targets", "sources", "dataset_path")
     found |= {name: about[name] for name in where if name in about}
-    training = about.get("training", {})
+    training, measured = (
+        value if isinstance(value := about.get(name), dict) else {} for name in ("training", "evaluation")
+    )
     found |= {f"training_{name}": training[name] for name in ("steps", "tokens") if name in training}
-    measured = about.get("evaluation", {})
     return found | {name: measured[name] for name in ("fvu", "l0", "dead_fraction") if name in measured}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlxsae.lm.hook_point import HookPoint
@@ -14,7 +15,7 @@ from mlxsae.train.config import PRECISIONS
 from mlxsae.train.optimizers import OPTIMIZERS
 
 
-def whole(least: int = 1) -> Callable[[str], int]:
+def whole(least: int = 1, most: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text.replace("_", ""))
@@ -22,9 +23,21 @@ def whole(least: int = 1) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number but got {text!r}.") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least} but got {value}.")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most} but got {value}.")
         return value
 
     return parse
+
+
+seed = whole(0, 2**64 - 1)  # what MLX's generator takes
+
+
+def path(text: str) -> Path:
+    """A file or folder. The shell leaves the ``~`` of ``--out=~/run`` as it is."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path but is empty.")
+    return Path(text).expanduser()
 
 
 class Several(argparse.Action):

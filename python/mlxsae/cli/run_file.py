@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,7 +55,7 @@ def device() -> dict[str, Any]:
 def fingerprint(path_or_name: str) -> dict[str, Any]:
     """What a path names at this moment: a file's size and SHA-256, a model folder's config hash and weight sizes.
     A name of the hub, or what does not exist, is only named."""
-    path = Path(path_or_name).expanduser()
+    path = Path(path_or_name or os.devnull).expanduser()  # Path("") would be the working directory
     found: dict[str, Any] = {"name": path_or_name}
     if path.is_file():
         found |= {"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -107,6 +111,35 @@ class RunFile:
         atomic.write_files(self._directory, {NAME: atomic.json_writer(finite(self.content))})
 
 
+@contextlib.contextmanager
+def writable(command: str, out: Path) -> Iterator[None]:
+    """Say of what the system refuses in here that ``--out`` is at fault."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(
+            f"[{command}] --out must be a folder that can be written but {out} gives: {e.strerror or e}."
+        ) from e
+
+
+@contextlib.contextmanager
+def alone(command: str, out: Path) -> Iterator[None]:
+    """Hold ``out``, which is made if absent, against other runs: two would write over each other's results."""
+    with writable(command, out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"[{command}] {out} must have one run at a time but another one is at work."
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
 def finite(value: Any) -> Any:
     """``value`` with null for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
@@ -129,10 +162,21 @@ def read(directory: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"[run] {path} must be JSON but is damaged: {e}.") from e
     if not isinstance(content, dict) or content.get("format") != "mlxsae-run":
         raise ValueError(f"[run] {path} must be written by mlxsae but is not.")
+    wanted: dict[str, type] = {"command": str, "status": str, "options": dict}
+    wanted |= {"results": dict} if content.get("status") == "done" else {}
+    wanted |= {"model": dict, "dataset": dict} if content.get("command") == "train" else {}
+    for key, kind in (
+        wanted | {key: dict for key in ("model", "dataset", "activations", "config") if key in content}
+    ).items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"[run] {path} must be whole but its {key} is {content.get(key)!r}.")
+    for key in ("model", "dataset", "activations"):
+        if key in content and not isinstance(content[key].get("name"), str):
+            raise ValueError(f"[run] {path} must be whole but its {key} is {content[key]!r}.")
     return content
 
 
@@ -144,8 +188,16 @@ def unchanged(run: dict[str, Any], *names: str) -> None:
         for key in ("sha256", "config_sha256"):
             if now.get(key) != old.get(key):
                 raise ValueError(
-                    f"[resume] --{name} must be as when the run began but {old['path']} is gone or has changed."
+                    f"[resume] --{name} must be as when the run began but {old.get('path', old['name'])} is gone or has "
+                    "changed."
                 )
+
+
+def same(named: dict[str, Any], path_or_name: str) -> bool:
+    """Whether a path now names what a fingerprint is of: a file by what it holds, a folder by where it lies, else by name."""
+    now = fingerprint(path_or_name)
+    key = next(key for key in ("sha256", "path", "name") if key in named or key in now)
+    return named.get(key) == now.get(key)
 
 
 def place(named: dict[str, Any] | None) -> str | None:

@@ -29,7 +29,7 @@ from typing import Any
 from mlxsae import lm as lm_room
 from mlxsae.cli import options as kinds
 from mlxsae.cli import terminal
-from mlxsae.cli.run_file import RunFile, fingerprint, finite, place, read, unchanged
+from mlxsae.cli.run_file import RunFile, alone, fingerprint, finite, place, read, unchanged, writable
 from mlxsae.cli.text_source import TextSource, default_context
 from mlxsae.data import ActivationDataset, ContextActivations, ShuffleBuffer
 from mlxsae.data.dataset import hook_points_of
@@ -53,6 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("what to train on")
     where.add_argument(
         "--activations",
+        type=lambda text: str(kinds.path(text)),
         metavar="STORED",
         help="folder that `mlxsae harvest` wrote: train on it, and take from it what else is not given here",
     )
@@ -106,7 +107,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("training")
     how.add_argument(
         "--config",
-        type=Path,
+        type=kinds.path,
         metavar="FILE",
         help="JSON of an SAEConfig, as far as it differs from the defaults; other options overrule it",
     )
@@ -139,7 +140,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"of the encoder's product: {', '.join(PRECISIONS)} (float32)",
     )
     how.add_argument("--moments", choices=MOMENTS, help="type in which Adam's moments are kept (float32)")
-    how.add_argument("--seed", type=kinds.whole(0), help="(0)")
+    how.add_argument("--seed", type=kinds.seed, help="(0)")
     how.add_argument("--lm-batch-size", type=kinds.whole(), help="rows per model pass (16)")
     how.add_argument(
         "--buffer-tokens",
@@ -159,14 +160,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     begin = how.add_mutually_exclusive_group()
     begin.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with the run in DIR, whose options all hold"
+        "--resume", type=kinds.path, metavar="DIR", help="go on with the run in DIR, whose options all hold"
     )
     begin.add_argument(
         "--restart", action="store_true", help="drop the checkpoints of an unfinished run in --out"
     )
 
     out = parser.add_argument_group("output")
-    out.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
+    out.add_argument("--out", type=kinds.path, metavar="DIR", help="folder to write")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
     out.add_argument("--json", action="store_true", help="the metrics as one JSON line instead of a table")
     parser.set_defaults(parser=parser)
@@ -202,6 +203,11 @@ _CONFIGURED = {
 
 
 def run(options: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as held:
+        return _run(options, held)
+
+
+def _run(options: argparse.Namespace, held: contextlib.ExitStack) -> int:
     parser = options.parser
     given = {
         name: value
@@ -218,6 +224,7 @@ def run(options: argparse.Namespace) -> int:
         if old["status"] == "done":
             _show(options, old["results"], out)
             return 0
+        held.enter_context(alone("train", out))
         chosen = old["options"]
         unchanged(old, "model", "dataset")
         origin = {name: old[name] for name in _ORIGINS if name in old}
@@ -233,10 +240,11 @@ def run(options: argparse.Namespace) -> int:
             given["config"] = _read_config(given["config"])
         chosen = _DEFAULTS | given
         _config(chosen)  # a fault in it is found before anything is written
-        with _writable(out):
+        held.enter_context(alone("train", out))
+        with writable("train", out):
             _claim(out, restart)
         origin = {name: fingerprint(chosen[name]) for name in _ORIGINS if name in chosen}
-    with _writable(out):
+    with writable("train", out):
         record = RunFile(
             out,
             "train",
@@ -387,13 +395,16 @@ def _train(chosen: dict[str, Any], record: RunFile, out: Path, *, quiet: bool) -
 
 def _config(chosen: dict[str, Any]) -> SAEConfig:
     tree: dict[str, Any] = json.loads(json.dumps(chosen.get("config", {})))
-    tree["data"] = {"validation_split": 0.1, "validation_tokens": 50_000} | tree.get("data", {})
+    if isinstance(data := tree.get("data", {}), dict):  # anything else is refused below
+        tree["data"] = {"validation_split": 0.1, "validation_tokens": 50_000} | data
     for option, path in _CONFIGURED.items():
         if option in chosen:
             *parents, last = path.split(".")
             level = tree
             for name in parents:
                 level = level.setdefault(name, {})
+                if not isinstance(level, dict):
+                    raise ValueError(f"[config] {name} must be an object but got {level!r}.")
             level[last] = None if option == "aux" and chosen[option] == "none" else chosen[option]
     config = SAEConfig.from_dict(tree, partial=True)
     if config.data.hook_point is not None:
@@ -485,16 +496,6 @@ def _claim(out: Path, restart: bool) -> None:
             f"mlxsae train --resume {out}, drop it by --restart, or choose another --out."
         )
     shutil.rmtree(out / CHECKPOINTS)
-
-
-@contextlib.contextmanager
-def _writable(out: Path):  # type: ignore[no-untyped-def]
-    try:
-        yield
-    except OSError as e:
-        raise OSError(
-            f"[train] --out must be a folder that can be written but {out} gives: {e.strerror or e}."
-        ) from e
 
 
 class _Say:

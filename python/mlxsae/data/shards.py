@@ -34,6 +34,17 @@ FORMAT, FORMAT_VERSION = "mlxsae-activations", 1
 _WRITE_BYTES = 512 << 10  # gathered, measured, hashed and written while they are in a core's cache
 _OPEN_FILES = 64
 _MOMENTS = ("mean", "scatter", "norms")
+_INDEX_HAS: dict[str, type] = {
+    "format_version": int,
+    "streams": dict,
+    "shard_rows": int,
+    "recipe": dict,
+    "origin": dict,
+    "complete": bool,
+    "exhausted": bool,
+    "shards": list,
+}
+_SHARD_HAS: dict[str, type] = {"file": str, "rows": int, "bytes": int, "sha256": str, "end": dict}
 
 
 def read_index(directory: str | os.PathLike) -> dict[str, Any] | None:
@@ -48,16 +59,30 @@ def read_index(directory: str | os.PathLike) -> dict[str, Any] | None:
         return None
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"[activations] {path} must be JSON but is damaged: {e}.") from e
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"[activations] {path} must be written by mlxsae but is not.")
-    if index.get("format_version", 0) > FORMAT_VERSION:
+    version = index.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
-            f"[activations] format_version must be at most {FORMAT_VERSION} but got "
-            f"{index['format_version']}; update mlxsae."
+            f"[activations] format_version must be at most {FORMAT_VERSION} but got {version}; update mlxsae."
         )
+    _must_have(path, "the index", index, _INDEX_HAS)
+    for name, stream in index["streams"].items():
+        _must_have(path, name, stream, {"d": int, "dtype": str})
+    for number, shard in enumerate(index["shards"]):
+        _must_have(path, f"shard {number}", shard, _SHARD_HAS)
     return index
+
+
+def _must_have(path: Path, what: str, entry: Any, kinds: Mapping[str, type]) -> None:
+    for key, kind in kinds.items():
+        value = entry.get(key) if isinstance(entry, dict) else None
+        if type(value) is not kind or (type(value) is int and value < 1):
+            raise ValueError(
+                f"[activations] {path} must be whole but {key} of {what} is {value!r}, not {kind.__name__}."
+            )
 
 
 def streams_of(index: dict[str, Any]) -> dict[str, Stream]:

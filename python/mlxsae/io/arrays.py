@@ -144,16 +144,29 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             header.pop("__metadata__", None)
             end = 0
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                begin, stop = entry["data_offsets"]
+                offsets, shape = entry["data_offsets"], entry["shape"]
                 if entry["dtype"] not in _DTYPES:
                     raise fault(f"{name} has the unknown dtype {entry['dtype']}")
-                expected = int(np.prod(entry["shape"], dtype=np.int64)) * _DTYPES[entry["dtype"]].size
+                for sizes in (offsets, shape):
+                    if not isinstance(sizes, list) or not all(type(n) is int and n >= 0 for n in sizes):
+                        raise fault(f"{name} has the shape {shape!r} and the offsets {offsets!r}")
+                if len(offsets) != 2:
+                    raise fault(f"{name} has the offsets {offsets!r}")
+                begin, stop = offsets
+                expected = math.prod(shape) * _DTYPES[entry["dtype"]].size
                 if begin != end or stop - begin != expected:
                     raise fault(
                         f"{name} should take bytes {end} to {end + expected} and claims {begin} to {stop}"
                     )
                 end = stop
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+            RecursionError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise fault(f"its header is damaged ({error})") from error
     if size != 8 + length + end:
         raise fault(f"has {size} bytes where its header says {8 + length + end}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -78,7 +77,7 @@ def load_saes(directory: str | os.PathLike[str]) -> SAEs:
     FileNotFoundError
         No SAE there.
     ValueError
-        One that does not say where it belongs, or two for one hook point (names the folders).
+        A damaged cfg.json, one that does not say where the SAE belongs, or two for one hook point (names the files).
     """
     root = Path(directory).expanduser()
     found: dict[str, Path] = {}
@@ -103,6 +102,5 @@ def _check_fit(lm: LanguageModel | None, point: Point, sae: SAE) -> None:
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    metadata = config.get("metadata") if isinstance(config, dict) else None
+    metadata = native.read_json(folder / native.CONFIG).get("metadata")
     return metadata if isinstance(metadata, dict) else {}

@@ -128,7 +128,7 @@ def load(directory: str | os.PathLike) -> SAE:
     config = None if (directory / CONFIG).exists() else cross_layer.foreign(directory)
     if config is None:
         _must_exist(directory / CONFIG)
-        config = _read_json(directory / CONFIG)
+        config = read_json(directory / CONFIG)
     name = config.get("architecture")
     names = {_name(function, shape): (function, shape) for function in FUNCTIONS for shape in _SHAPES}
     if not isinstance(name, str) or name not in names:
@@ -136,7 +136,7 @@ def load(directory: str | os.PathLike) -> SAE:
     function, kind = names[name]
     _check_config(config, _SHAPES[kind], set(FUNCTIONS[function].arguments))
     dtype = _DTYPES[config["dtype"]]
-    ours = _metadata(_read_json(directory / METADATA)) if (directory / METADATA).exists() else {}
+    ours = _metadata(read_json(directory / METADATA)) if (directory / METADATA).exists() else {}
     if kind == "cross_layer_transcoder":
         sae = cross_layer.load(directory, function, config, dtype, ours.get("rule", {}))
         return _described(sae, config, ours)
@@ -277,18 +277,22 @@ def _must_exist(path: Path) -> None:
 def _metadata(ours: dict[str, Any]) -> dict[str, Any]:
     if ours.get("format") != "mlxsae" or not isinstance(ours.get("metadata"), dict):
         raise ValueError(f"[load] {METADATA} must be written by mlxsae but has the keys {sorted(ours)}.")
-    if ours.get("format_version", 0) > FORMAT_VERSION:
+    version, rule = ours.get("format_version", 0), ours.get("rule", {})
+    if not isinstance(version, int) or not isinstance(rule, dict):
         raise ValueError(
-            f"[load] format_version must be at most {FORMAT_VERSION} but got {ours['format_version']}; "
-            "update mlxsae."
+            f"[load] format_version must be an integer and rule an object but got {version!r} and {rule!r} in {METADATA}."
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"[load] format_version must be at most {FORMAT_VERSION} but got {version}; update mlxsae."
         )
     return ours
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"[load] {path} must be JSON but is damaged ({error}).") from error
     if not isinstance(value, dict):
         raise ValueError(f"[load] {path} must be a JSON object but is a {type(value).__name__}.")

@@ -80,14 +80,17 @@ def rule_of(name: str, config: dict[str, Any], arrays: Mapping[str, mx.array], o
     """The rule of a function; the one that it was trained by where our own metadata, ``ours``, remember that."""
     function = FUNCTIONS[name]
     options = {key: value for key, value in ours.items() if key != "architecture"}
-    made = RULES.get(ours.get("architecture", ""), function.rule)
+    made = RULES.get(str(ours.get("architecture")), function.rule)
     if made is not function.rule and (name, made) != ("jumprelu", BatchTopK):
         raise ValueError(
             f"[load] the rule in metadata.json must be one of {name} but is {made.architecture}."
         )
     if unknown := sorted(options.keys() - set(made.PARAMETERS)):
         raise ValueError(f"[load] the rule in metadata.json must have only known keys but has {unknown}.")
-    rule = made(**options | {argument: config[argument] for argument in function.arguments})
+    try:
+        rule = made(**options | {argument: config[argument] for argument in function.arguments})
+    except TypeError as error:
+        raise ValueError(f"[load] cfg.json and metadata.json must fit the rule {name} but {error}") from error
     if made is function.rule:
         for array in function.arrays:
             value = arrays[array]

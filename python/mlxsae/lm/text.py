@@ -53,6 +53,8 @@ def read_texts(source: str | os.PathLike[str], text_field: str | None = None) ->
     Files are checked when their turn comes; the first document is read before this function returns.
     """
     name = os.fspath(source)
+    if not name:  # Path("") would be the working directory
+        raise FileNotFoundError("[read_texts] source must be a file, a folder or a name but is empty.")
     path = Path(name).expanduser()
     field = text_field or "text"
     if path.is_dir():
@@ -109,11 +111,16 @@ class Documents:
 
 
 def _text_of(entry: Any, field: str, where: str) -> str:
-    if isinstance(entry, str):
-        return entry
+    text = entry.get(field) if isinstance(entry, dict) else entry
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:  # JSON can spell half of a surrogate pair, and no tokenizer takes it
+            raise ValueError(
+                f"[read_texts] {where} must be Unicode but holds the lone surrogate {text[e.start]!r}."
+            ) from e
+        return text
     if isinstance(entry, dict):
-        if isinstance(entry.get(field), str):
-            return entry[field]
         fields = ", ".join(key for key, value in entry.items() if isinstance(value, str)) or "none"
         raise ValueError(f"[read_texts] {where} must have a string {field!r}; its string fields: {fields}.")
     raise ValueError(f"[read_texts] {where} must be a string or an object but is {type(entry).__name__}.")
@@ -143,14 +150,14 @@ def _read_file(path: Path, field: str) -> Iterator[str]:
                         yield "".join(lines).strip()
     except UnicodeDecodeError as e:
         raise ValueError(f"[read_texts] {str(path)!r} must be UTF-8 but is not: {e}.") from e
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"[read_texts] {str(path)!r} must be JSON but is damaged: {e}.") from e
 
 
 def _json_line(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, RecursionError) as e:
         raise ValueError(
             f"[read_texts] line {number} of {str(path)!r} must be JSON but is damaged: {e}."
         ) from e

@@ -358,7 +358,7 @@ class TrainConfig(_Config):
             "keep_checkpoints",
         ):
             _require(name, getattr(self, name), getattr(self, name) > 0, "be positive")
-        _require("seed", self.seed, self.seed >= 0, "not be negative")
+        _require("seed", self.seed, 0 <= self.seed < 2**64, "be in [0, 2^64)")
         if self.epochs is not None:
             _require("epochs", self.epochs, self.epochs > 0, "be positive")
         for name, values in (

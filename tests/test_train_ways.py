@@ -608,6 +608,38 @@ def test_normalisation_folds_into_every_rule(architecture: str, d_out: int | Non
     np.testing.assert_allclose(np.array(acts), np.array(inside["acts"]), atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "topk_jumprelu", "relu", "gated"])
+def test_latents_ranked_by_decoder_norm_come_out_as_they_were_trained(architecture: str) -> None:
+    """Thresholds are then measured like the target, and what is used is what was trained."""
+    x = dictionary_data()
+    y = 7 * x[:, ::-1] + 1
+    rule = SAEConfig(d_sae=D_SAE, architecture=architecture, k=4).build(D).rule
+    sae = SAE(D, D_SAE, rule=rule, d_out=D, rank_by_decoder_norm=True, seed=0)
+    settings = config(normalize_decoder=False, total_tokens=200 * 64)
+    record = fit(sae, ArraySource(x, y, batch_size=64), settings, validation=(x[:1000], y[:1000])).validations
+    found = evaluate(sae, [(mx.array(x[:1000]), mx.array(y[:1000]))])
+    assert found["l0"] == pytest.approx(
+        record[-1]["val_l0"], rel=0.1 if architecture == "batchtopk" else 1e-3
+    )
+    assert found["fvu"] == pytest.approx(record[-1]["val_fvu"], rel=0.1)
+    rows = mx.array(x[:50])
+    used = sae.to_dense(sae.encode(rows))
+    if architecture != "batchtopk":
+        learned = sae.to_dense(sae.learn(rows, {}).code)
+        np.testing.assert_allclose(np.array(used), np.array(learned), atol=1e-5 * mx.abs(used).max().item())
+
+
+@pytest.mark.parametrize("decoder_norm", [0.2, 3.0])
+@pytest.mark.parametrize("architecture", ["jumprelu", "relu", "gated", "sigmoid_gated"])
+def test_a_ranked_start_fires_as_wanted(architecture: str, decoder_norm: float) -> None:
+    x = np.concatenate([dictionary_data(), dictionary_data(seed=3)], axis=1)
+    rule = SAEConfig(d_sae=128, architecture=architecture, k=8).build(D).rule
+    sae = Crosscoder(D, 2, 128, rule=rule, decoder_norm=decoder_norm, seed=0)
+    wanted = None if architecture == "jumprelu" else 8.0
+    settings = config(total_tokens=64, normalize_decoder=False, loss=LossConfig(target_l0=wanted))
+    assert fit(sae, ArraySource(x, batch_size=64), settings).history[0]["l0"] == pytest.approx(8, rel=0.2)
+
+
 def test_whitening_refuses_what_it_cannot_do() -> None:
     constant, tied = np.ones((640, D), np.float32), SAE(D, 32, k=4, tied=True)
     with pytest.raises(ValueError, match="activations must vary to be whitened"):

@@ -204,8 +204,10 @@ def begin(sae: SAE, x: mx.array, y: mx.array, l0: float | None) -> SAE:
     """
     if isinstance(sae.rule, SigmoidGated) and l0 is not None:
         sae.rule.gate_weight = sae.encoder.weight
-    bias = sae.rule.start(sae.pre_acts(x), l0)
+    ranks = sae.ranks(sae.rule)
+    bias = sae.rule.start(sae.pre_acts(x) * ranks, l0)
     if bias is not None:
+        bias = mx.where(ranks > 0, bias / ranks, 0)
         encoders = _encoders(sae)
         for encoder, own in zip(encoders, mx.split(bias, len(encoders)), strict=True):
             encoder.bias = own.astype(sae.dtype)

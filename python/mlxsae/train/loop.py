@@ -180,7 +180,8 @@ class Run:
         dtypes = {name: p.dtype for name, p in flat(sae.parameters()).items()}
         sae.update(tree_unflatten([(name, p.astype(dtypes[name])) for name, p in flat(raw).items()]))
         if isinstance(sae, SAE):
-            sae.rule.finish(state.rule, state.scale[0])
+            # A threshold of what latents write is measured like the target.
+            sae.rule.finish(state.rule, state.scale[1 if sae.rank_by_decoder_norm else 0])
             if self.config.normalize == "layer_norm":
                 sae.normalize_activations = "layer_norm"
         mx.eval(sae.parameters())

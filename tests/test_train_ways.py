@@ -220,6 +220,16 @@ def test_checkpointing_saves_memory_and_changes_no_bit() -> None:
     assert type(layer.body.layers[0]) is kind
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpointing_changes_no_bit_of_an_sae(tied: bool) -> None:
+    found = []
+    for active in (False, True):
+        sae = new_sae(tied=tied)
+        settings = config(total_tokens=3 * 64, gradient_checkpointing=active, engine="autodiff")
+        found.append(weights(fit(sae, source(), settings).sae))
+    assert_same_bits(*found)
+
+
 def test_what_is_computed_twice_draws_the_same_mask() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:

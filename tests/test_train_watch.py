@@ -74,6 +74,21 @@ def test_validation_changes_nothing_and_takes_arrays_and_pairs() -> None:
         fit(new_sae(), source(), config(), validation=[])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_short_last_batch_does_not_rule_the_validation(stream: bool) -> None:
+    """FVU of one row is its squared error, whatever the data's variance."""
+
+    def measured(n: int) -> float:
+        held_out: Any = mx.array(100 * HELD_OUT[:n])
+        if stream:
+            held_out = [held_out[i : i + 64] for i in range(0, n, 64)]
+        settings = config(normalize="none", total_tokens=640, validate_every=100)
+        data = ArraySource(dictionary_data(scale=30), batch_size=64)
+        return fit(new_sae(), data, settings, validation=held_out).validations[-1]["val_fvu"]
+
+    assert measured(257) == pytest.approx(measured(256), rel=0.1)
+
+
 # ---- classes of people who know nothing of ours -------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -560,7 +561,7 @@ class _Session:
             held = _Batch(self._prepared(batch))
             metrics, counts = _evaluate(run, *held.pair(run), held.context(run))
             mx.eval(metrics, counts)
-            rows = batch[0].shape[0]
+            rows = held.arrays[0].shape[0]  # preprocessing may leave some out
             fired += np.array(counts, np.int64)
             n += rows
             for name, value in metrics.items():
@@ -942,11 +943,15 @@ def _places(fields: tuple[int, ...] | None, n: int) -> tuple[int, int]:
 
 
 def _walk(validation: Validation, batch_size: int) -> Iterator[tuple[mx.array, ...]]:
+    """Batches of at most ``batch_size`` rows, or as they are given, none much shorter than the others: a term that divides
+    by the variance of its batch says nothing about a few rows, and of one row it is the squared error itself."""
     if isinstance(validation, (mx.array, np.ndarray)):
         validation = (validation,)
     if isinstance(validation, tuple) and all(isinstance(a, (mx.array, np.ndarray)) for a in validation):
-        for begin in range(0, len(validation[0]), batch_size):
-            yield tuple(mx.array(a[begin : begin + batch_size]) for a in validation)
+        n = len(validation[0])
+        parts = -(-n // batch_size)
+        for begin, end in itertools.pairwise(n * i // max(parts, 1) for i in range(parts + 1)):
+            yield tuple(mx.array(a[begin:end]) for a in validation)
         return
     if not isinstance(validation, Iterable):
         raise ValueError(
@@ -954,8 +959,17 @@ def _walk(validation: Validation, batch_size: int) -> Iterator[tuple[mx.array, .
         )
     if iter(validation) is validation:
         raise ValueError("[fit] validation must be something that can be walked again but is an iterator.")
+    held: list[tuple[mx.array, ...]] = []  # the last two
     for batch in validation:
-        yield tuple(mx.array(a) for a in (batch if isinstance(batch, tuple) else (batch,)))
+        held.append(tuple(mx.array(a) for a in (batch if isinstance(batch, tuple) else (batch,))))
+        if len(held) > 2:
+            yield held.pop(0)
+    short = len(held) == 2 and 2 * len(held[1][0]) < len(held[0][0])
+    if short and all(len(_activations(batch)) == len(batch) for batch in held):
+        half = (len(held[0][0]) + len(held[1][0])) // 2
+        both = [mx.concatenate(list(field)) for field in zip(*held, strict=True)]
+        held = [tuple(a[:half] for a in both), tuple(a[half:] for a in both)]
+    yield from held
 
 
 def _mean(x: mx.array) -> mx.array:

@@ -190,6 +190,26 @@ def test_early_stopping(metric: str, tmp_path: Path) -> None:
     assert resumed.state.step == 16
 
 
+def test_early_stopping_of_what_is_no_number_and_at_the_end() -> None:
+    watcher = EarlyStoppingCallback(patience=3, metric="loss")
+    data = [{"loss": float("nan")}] * 3
+
+    class Told:
+        reason = ""
+
+        def stop(self, reason: str) -> None:
+            self.reason = reason
+
+    run: Any = Told()
+    for record in data:
+        assert not run.reason
+        watcher.on_log(run, record)
+    assert "for 3 measurements" in run.reason
+    settings = config(log_every=1, total_tokens=640)
+    late = EarlyStoppingCallback(patience=9, metric="l0")  # TopK's never changes
+    assert fit(new_sae(), source(), settings, callbacks=[late]).stopped == ""
+
+
 def test_early_stopping_lets_a_run_go_on_that_gets_better() -> None:
     result = fit(
         new_sae(), source(), config(), callbacks=[EarlyStoppingCallback(2, "train/loss", min_delta=0)]

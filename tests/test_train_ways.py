@@ -19,9 +19,18 @@ from mlx.utils import tree_flatten
 from mlxsae import io
 from mlxsae import loss as L
 from mlxsae.analysis import steer
-from mlxsae.data import ArraySource
+from mlxsae.data import ArraySource, ShuffleBuffer
 from mlxsae.metrics import evaluate
-from mlxsae.sae import RULES, SAE, Activation, Crosscoder, CrossLayerTranscoder, of_rule
+from mlxsae.sae import (
+    RULES,
+    SAE,
+    Activation,
+    Crosscoder,
+    CrossLayerTranscoder,
+    HierarchicalSAE,
+    ReLU,
+    of_rule,
+)
 from mlxsae.train import (
     OPTIMIZERS,
     Callback,
@@ -31,6 +40,7 @@ from mlxsae.train import (
     EarlyStoppingCallback,
     Job,
     LossConfig,
+    NonFiniteError,
     OptimizerConfig,
     ProfiSAETrainer,
     Run,
@@ -417,6 +427,80 @@ def test_a_run_whose_data_end_says_so_and_has_its_last_record(tmp_path: Path) ->
     again = fit(Wide(D, 40), batches, settings, validation=HELD_OUT, checkpoint_dir=tmp_path, resume=True)
     assert (again.state.step, again.stopped, again.history) == (3, result.stopped, result.history)
     assert not fit(Wide(D, 40), batches, own(total_tokens=3 * 64)).stopped
+
+
+def test_data_that_end_just_at_a_checkpoint_leave_the_end_in_it(tmp_path: Path) -> None:
+    batches = [mx.array(dictionary_data(64, seed=i)) for i in range(3)]
+    settings = own(total_tokens=10 * 64, log_every=100, checkpoint_every=3)
+    found = [
+        fit(Wide(D, 40), batches, settings, validation=HELD_OUT, checkpoint_dir=tmp_path, resume=True)
+        for _ in range(2)
+    ]
+    assert found[1].stopped == "the data ended after 3 of 10 steps"
+    assert len(found[0].history) == len(found[0].validations) == 1
+    assert (found[1].history, found[1].validations) == (found[0].history, found[0].validations)
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_data_that_end_just_at_a_resampling_end_in_order(buffered: bool) -> None:
+    batches = [mx.array(dictionary_data(64, seed=i)) for i in range(4)]
+    data: Any = ShuffleBuffer(batches, batch_size=64, capacity=64) if buffered else batches
+    settings = config(total_tokens=20 * 64, resample_every=4, sample_size=64, loss=LossConfig(dead_after=1))
+    sae = SAE(D, D_SAE, k=1, seed=0)
+    assert fit(sae, data, settings).stopped == "the data ended after 4 of 20 steps"
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    """The root of a latent that is 0: a finite loss, and no gradient."""
+    module = Wide(D, 40)
+    before = weights(module)
+
+    def rooted(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> mx.array:
+        return mx.square(x - x_recon).sum(axis=-1).mean() + mx.sqrt(z).sum(axis=-1).mean()
+
+    with pytest.raises(NonFiniteError, match="the gradient of the loss must be finite but batch 0"):
+        fit(module, source(), own(), loss=rooted)
+    assert_same_bits(weights(module), before)
+    sae = SAE(D, D_SAE, rule=ReLU(), seed=0)
+    term = L.Loss({}, terms={"roots": (1.0, lambda forward: mx.sqrt(forward.code.values).sum())})
+    with pytest.raises(NonFiniteError, match="the gradient of the loss must be finite but batch 0"):
+        fit(sae, source(), config(), loss=term)
+    assert all(np.isfinite(w).all() for w in weights(sae).values())
+
+
+def test_silence_of_a_module_counts_no_further_than_it_can() -> None:
+    class Late(Callback):
+        def on_begin(self, run: Run) -> None:
+            run.state = replace(run.state, tokens_since_fired=mx.full((40,), 2**31 - 10, mx.int32))
+
+    module = Wide(D, 40)
+    module.encoder.bias = mx.full((40,), -1e6)
+    result = fit(module, source(), own(total_tokens=128), callbacks=[Late()])
+    assert result.state.tokens_since_fired.tolist() == [2**31 - 1] * 40
+    assert result.history[-1]["dead_fraction"] == 1
+
+
+def test_a_metric_that_is_nan_keeps_no_run_from_its_checkpoint(tmp_path: Path) -> None:
+    def odd(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> Any:
+        return mx.square(x - x_recon).mean(), {"odd": mx.array(math.nan)}
+
+    settings = own(total_tokens=4 * 64, checkpoint_every=2, log_every=1)
+    found = [
+        fit(Wide(D, 40), source(), settings, loss=odd, checkpoint_dir=tmp_path, resume=True) for _ in range(2)
+    ]
+    assert [len(f.history) for f in found] == [4, 4]
+    assert math.isnan(found[1].history[-1]["odd"])
+
+
+def test_k_is_annealed_from_no_more_than_each_level_and_layer_has() -> None:
+    settings = config(total_tokens=640, k_start=100, k_warmup=0.5, log_every=1)
+    x = dictionary_data()
+    found = fit(HierarchicalSAE(D, 32, 32, k_coarse=1, k_fine=15, seed=0), source(), settings).history
+    assert found[0]["l0"] > found[-1]["l0"]
+    both = np.concatenate([x, x], axis=1)
+    data = ArraySource(both, both, batch_size=64)
+    found = fit(CrossLayerTranscoder(D, 2, 32, k=4, seed=0), data, settings).history
+    assert found[0]["l0"] > 2 * found[-1]["l0"]
 
 
 def test_k_is_annealed_under_a_loss_of_ones_own() -> None:

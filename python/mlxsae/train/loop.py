@@ -52,7 +52,16 @@ from mlxsae.train.pressure import SparsityController
 from mlxsae.train.randomness import kept_random_state, seed_step
 from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import Schedule, in_steps, warmup_decay
-from mlxsae.train.state import ACTIVATIONS, TrainState, flat, folded, normalized, scaled_params, unnormalized
+from mlxsae.train.state import (
+    ACTIVATIONS,
+    GRADIENT,
+    TrainState,
+    flat,
+    folded,
+    normalized,
+    scaled_params,
+    unnormalized,
+)
 
 _CHECK_EVERY = 10
 """Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run
@@ -192,7 +201,8 @@ class Run:
         return substituted(self.module, self.state.params)
 
     def sample(self, n: int) -> tuple[mx.array, mx.array]:
-        """Up to ``n`` rows of the data as the SAE sees them, ``(x, y)``; the batches to come are not disturbed."""
+        """Up to ``n`` rows of the data as the SAE sees them, ``(x, y)``, none at the end of a stream; the batches to come are
+        not disturbed."""
         assert self._sample is not None
         return self._sample(self, n)
 
@@ -233,7 +243,7 @@ class Run:
         step, what = (int(n) for n in np.array(self.state.failed))
         if step < 0:
             return
-        subject = "activations" if what == ACTIVATIONS else "loss"
+        subject = {ACTIVATIONS: "activations", GRADIENT: "the gradient of the loss"}.get(what, "loss")
         saved = checkpoint.checkpoints(self.checkpoint_dir) if self.checkpoint_dir else []
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
         of = f" of {self.name}" if self.name else ""
@@ -412,11 +422,16 @@ class _Session:
         run.checkpoint_dir = self.directory
         run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
-        run._sample = lambda run, n: _Batch(self._prepared(self.source.sample(n))).pair(run)
+        run._sample = self._sampled
         run.watchers += [as_callback(c) for c in job.callbacks]
         if run.config.resample_every is not None:
             run.watchers.insert(0, DeadNeuronCallback(resample_every=run.config.resample_every))
         return run
+
+    def _sampled(self, run: Run, n: int) -> tuple[mx.array, mx.array]:
+        rows = self.source.sample(n)
+        seed_step(run.config.seed, run.state.step, stream=5)  # whatever other runs have drawn
+        return _Batch(self._prepared(rows) if rows[0].shape[0] else rows).pair(run)
 
     # ---- training ------------------------------------------------------------------------------------------
 
@@ -464,7 +479,8 @@ class _Session:
             if all(run.finished for run in self.runs) or step % self.config.checkpoint_every == 0:
                 for run in active:
                     run.raise_if_failed()
-                if self.directory is not None and step > self._saved_at:
+                # What the end of the data adds to a step that is saved already is saved too.
+                if self.directory is not None and (step > self._saved_at or (over and step)):
                     with self._timed("checkpoint"):
                         self.save()
             if pending or interrupted.is_set():
@@ -502,6 +518,8 @@ class _Session:
             _tell(run, "on_step")
             for epoch in range(before // rows + 1, run.state.tokens // rows + 1) if rows else ():
                 _tell(run, "on_epoch", epoch)
+        if run.finished:  # it has come to the end of its plan, whatever a callback wanted
+            run.stopped = ""
         run.finished = run.finished or bool(run.stopped)
 
     def _validated(self, run: Run) -> None:

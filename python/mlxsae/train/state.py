@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlxsae.ops import Shadow
 from mlxsae.sae import SAE, Rule
 
-ACTIVATIONS, LOSS = 1, 2
+ACTIVATIONS, LOSS, GRADIENT = 1, 2, 3
 """What ``failed[1]`` says was not finite."""
 
 
@@ -25,7 +25,7 @@ class TrainState:
         space: the activations they see are ``scale[0] * x`` and ``scale[1] * y``.
     optimizer : the optimiser's state tree (Adam: ``m`` and ``v`` of each parameter, ``step``,
         ``learning_rate``). tokens_since_fired : int32 ``[d_sae]``. failed : int32 ``[2]``, the first step
-        whose loss was not finite and what was not (see ``ACTIVATIONS``, ``LOSS``); (-1, 0) while all is well.
+        whose loss was not finite and what was not (see ``ACTIVATIONS``); (-1, 0) while all is well.
         From that step on nothing is updated.
     rule : what the rule carries (``Rule.initial_state``), such as BatchTopK's running threshold.
     step, tokens : steps done, tokens seen.

@@ -63,9 +63,10 @@ def column_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
     has deviation 1.
     """
     x = x.astype(mx.float32)
-    mean = x.mean(axis=0)
-    std = mx.sqrt(mx.square(x - mean).mean(axis=0))
-    return mean, mx.where(std > 0, std, mx.ones_like(std))
+    apart = x - x[:1]  # one that never varies is 0 then, to the last digit
+    mean = apart.mean(axis=0)
+    std = mx.sqrt(mx.square(apart - mean).mean(axis=0))
+    return x[0] + mean, mx.where(std > 0, std, mx.ones_like(std))
 
 
 class Spread(NamedTuple):

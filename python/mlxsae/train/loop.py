@@ -97,6 +97,7 @@ class FitResult:
     stopped : why the run ended before its plan, the end of the data included; empty if it did not.
     profile : with ``profile=True``, seconds spent by part (``data``, ``step``, ``log``, ``callbacks``,
         ``validation``, ``checkpoint``), ``steps``, ``tokens_per_s`` and ``peak_bytes`` of MLX's memory.
+    by_config : whether the configuration says all about the step: no loss, optimiser or engine of one's own.
     """
 
     sae: Any
@@ -105,6 +106,7 @@ class FitResult:
     validations: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     profile: dict[str, float] | None = None
+    by_config: bool = True
 
     def __iter__(self) -> Iterator[Any]:
         """``sae, result = train_sae_from_activations(...)``."""
@@ -619,7 +621,9 @@ class _Session:
                 }
             }
         profile = None if self.clock is None else self.clock.result(run)
-        return FitResult(run.sae, run.state, run.history, run.validations, run.stopped, profile)
+        job = next(job for job, other in zip(self.jobs, self.runs, strict=True) if other is run)
+        own = [given for given in (job.loss, job.optimizer, job.engine) if given is not None]
+        return FitResult(run.sae, run.state, run.history, run.validations, run.stopped, profile, not own)
 
 
 class _Start:

@@ -480,6 +480,13 @@ def test_silence_of_a_module_counts_no_further_than_it_can() -> None:
     assert result.history[-1]["dead_fraction"] == 1
 
 
+@pytest.mark.parametrize("engine", ["fused", "autodiff"])
+def test_nothing_is_dead_before_silence_can_be_counted_so_far(engine: str) -> None:
+    loss = LossConfig(dead_after=10**12)
+    history = fit(new_sae(), source(), config(engine=engine, loss=loss, total_tokens=20 * 64)).history
+    assert history[-1]["dead_fraction"] == 0
+
+
 def test_a_metric_that_is_nan_keeps_no_run_from_its_checkpoint(tmp_path: Path) -> None:
     def odd(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> Any:
         return mx.square(x - x_recon).mean(), {"odd": mx.array(math.nan)}
@@ -734,6 +741,14 @@ def test_a_ranked_start_fires_as_wanted(architecture: str, decoder_norm: float) 
     assert fit(sae, ArraySource(x, batch_size=64), settings).history[0]["l0"] == pytest.approx(8, rel=0.2)
 
 
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk_jumprelu", "gated", "relu"])
+def test_a_ranked_latent_that_writes_nothing_spoils_no_gradient(architecture: str) -> None:
+    rule = SAEConfig(d_sae=D_SAE, architecture=architecture, k=4).build(D).rule
+    sae = SAE(D, D_SAE, rule=rule, rank_by_decoder_norm=True, seed=0)
+    sae.W_dec = sae.W_dec * (mx.arange(D_SAE) > 5)[:, None]
+    assert fit(sae, source(), config(normalize_decoder=False)).state.step == 60
+
+
 def test_whitening_refuses_what_it_cannot_do() -> None:
     constant, tied = np.ones((640, D), np.float32), SAE(D, 32, k=4, tied=True)
     with pytest.raises(ValueError, match="activations must vary to be whitened"):
@@ -813,7 +828,9 @@ def test_layer_norm_is_the_saes_own(tmp_path: Path) -> None:
 
 _SHAPES: dict[str, tuple[SAEConfig, int]] = {
     **{name: (SAEConfig(architecture=name), 1) for name in RULES},
+    "whitened": (SAEConfig(train=TrainConfig(normalize="whiten")), 1),
     "transcoder with skip": (TranscoderConfig(skip=True), 2),
+    "transcoder, whitened": (TranscoderConfig(train=TrainConfig(normalize="whiten")), 2),
     "transcoder, batchtopk": (TranscoderConfig(architecture="batchtopk"), 2),
     "crosscoder": (CrosscoderConfig(), 1),
     "crosscoder, relu": (CrosscoderConfig(architecture="relu"), 1),

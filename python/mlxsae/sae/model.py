@@ -204,7 +204,7 @@ class SAE(nn.Module):
         code, pre_acts = self._ranked(rule, learn, self.encoder_input(x)), found[0].pre_acts
         if self.rank_by_decoder_norm and pre_acts is not None and not rule.own_gate:
             ranks = self.ranks(rule)
-            pre_acts = mx.where(ranks > 0, pre_acts / ranks, 0)
+            pre_acts = mx.where(ranks > 0, pre_acts / mx.where(ranks > 0, ranks, 1), 0)
         return found[0]._replace(code=code, pre_acts=pre_acts)
 
     def ranks(self, rule: Rule) -> mx.array:
@@ -222,11 +222,12 @@ class SAE(nn.Module):
             return encode(x, weight, bias)
         norms = mx.stop_gradient(self.decoder_norms()).astype(weight.dtype)
         code = encode(x, weight * norms[:, None], bias * norms)
+        some = mx.where(norms > 0, norms, 1)  # no division by 0 whose derivative `where` would let through
         if isinstance(code, DenseCode):
-            return DenseCode(mx.where(norms > 0, code.values / norms, 0))
+            return DenseCode(mx.where(norms > 0, code.values / some, 0))
         indices = mx.stop_gradient(code.indices)
         if rule.makes_values:
-            return code._replace(values=mx.where(code.values == 0, 0, code.values / norms[indices]))
+            return code._replace(values=code.values / some[indices])
         where = code._replace(values=mx.stop_gradient(code.values), indices=indices)
         products = ops.gather_dot(x, weight, where if isinstance(where, SparseCodeCSR) else indices)
         return code._replace(values=mx.where(where.values > 0, products + bias[indices], 0), indices=indices)

@@ -398,8 +398,8 @@ class TrainConfig(_Config):
 
     @property
     def dead_after(self) -> int:
-        """Tokens without firing after which a latent is dead."""
-        return self.loss.dead_after or max(1, min(10_000_000, self.total_tokens // 100))
+        """Tokens without firing after which a latent is dead; silence is counted to 2**31 - 1."""
+        return min(self.loss.dead_after or max(1, min(10_000_000, self.total_tokens // 100)), 2**31 - 1)
 
     @property
     def autodiff_only(self) -> str:

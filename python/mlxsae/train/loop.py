@@ -452,10 +452,12 @@ class _Session:
                 self.save()
             raise
         finally:
-            for run in self.runs:
-                run.write_back(run.sae)
-                for watcher in run.watchers:
-                    watcher.on_end(run)
+            with contextlib.ExitStack() as ending:  # each is told, whatever another raises
+                for run in reversed(self.runs):
+                    for watcher in reversed(run.watchers):
+                        ending.callback(watcher.on_end, run)
+                for run in self.runs:
+                    run.write_back(run.sae)
 
     def _loop(self, clocks: dict[int, Throughput], interrupted: threading.Event) -> None:
         while active := [run for run in self.runs if not run.finished]:
@@ -756,14 +758,17 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     if widths.ours:
         _check_widths(widths, job.fields, start.sample)
     sides = (("in", 0), ("out", 1))[: len(fields)]
-    if config.normalize == "mean_std":
+    if config.normalize in ("mean_std", "whiten"):
         for name, which in sides:
-            norm[f"mean_{name}"], norm[f"std_{name}"] = start.of(column_statistics, fields, which)
-    elif config.normalize == "whiten":
-        for name, which in sides:
-            found: Spread = start.of(spread, fields, which)
-            norm[f"mean_{name}"] = found.mean
-            norm[f"whiten_{name}"], norm[f"unwhiten_{name}"] = found.whitening(config.whitening)
+            if saved is not None:  # the checkpoint has them, and the sample is not theirs
+                found = _unmeasured(config.normalize, start.sample[fields[which]].shape[-1])
+            elif config.normalize == "mean_std":
+                found = dict(zip(("mean", "std"), start.of(column_statistics, fields, which), strict=True))
+            else:
+                measured: Spread = start.of(spread, fields, which)
+                there, back = measured.whitening(config.whitening)
+                found = {"mean": measured.mean, "whiten": there, "unwhiten": back}
+            norm |= {f"{what}_{name}": a for what, a in found.items()}
     if norm and "weight" not in sae.parameters().get("decoder", {}):
         raise ValueError(
             f"[fit] normalize must not be {config.normalize} where the decoder is tied to the encoder."
@@ -785,8 +790,11 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     # Sources of a crosscoder get a scale each. Folding that changes decoder norms, so not where they rank latents.
     apart = getattr(sae, "n_sources", 1) > 1 and not ranked and config.normalize == "expected_norm"
     if apart:
-        weights = sae.metadata.get("source_weights")
-        mean, std = source_statistics(start.rows(fields)[0], sae.n_sources, weights)
+        if saved is None:
+            weights = sae.metadata.get("source_weights")
+            mean, std = source_statistics(start.rows(fields)[0], sae.n_sources, weights)
+        else:
+            mean, std = _unmeasured("mean_std", sae.d_in).values()
         norm = {"mean_in": mean, "std_in": std}
     if norm and (stay := folded(sae) & frozen(sae)):
         raise ValueError(
@@ -864,6 +872,12 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     )
     run.watchers = [] if pressure is None else [pressure]
     return run
+
+
+def _unmeasured(normalize: str, d: int) -> dict[str, mx.array]:
+    """Statistics of width ``d`` that a checkpoint will fill in."""
+    square = {"whiten": mx.eye(d), "unwhiten": mx.eye(d)}
+    return {"mean": mx.zeros(d)} | (square if normalize == "whiten" else {"std": mx.ones(d)})
 
 
 def _rate(

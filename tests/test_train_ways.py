@@ -749,6 +749,33 @@ def test_a_ranked_latent_that_writes_nothing_spoils_no_gradient(architecture: st
     assert fit(sae, source(), config(normalize_decoder=False)).state.step == 60
 
 
+@pytest.mark.parametrize("normalize", ["expected_norm", "layer_norm", "mean_std", "whiten"])
+@pytest.mark.parametrize("shape", ["topk", "jumprelu", "gated", "sigmoid_gated", "skip", "crosscoder"])
+def test_training_goes_on_from_what_a_trained_sae_does(shape: str, normalize: str) -> None:
+    """Weights that came out of a run are for raw activations, and so is their ``b_dec``."""
+    if normalize == "layer_norm" and shape in ("skip", "crosscoder"):
+        pytest.skip("it is not for these")
+    x = dictionary_data() * np.linspace(1, 9, D, dtype=np.float32) + 3
+    arrays: Any = (x,)
+    if shape == "skip":
+        arrays = (x, np.maximum(x[:, :9] - 4, 0) + 1)
+        sae = SAE(D, D_SAE, k=4, d_out=9, skip=True, seed=0)
+    elif shape == "crosscoder":
+        arrays = (np.concatenate([x, 5 * x[:, ::-1]], axis=1),)
+        sae = Crosscoder(D, 2, D_SAE, k=4, rank_by_decoder_norm=False, seed=0)
+    else:
+        sae = SAEConfig(d_sae=D_SAE, architecture=shape, k=4).build(D)
+    fit(sae, ArraySource(*arrays, batch_size=64), config(normalize=normalize, total_tokens=100 * 64))
+    parts = tuple(mx.array(a[:1000]) for a in arrays)
+    before = evaluate(sae, [parts if len(parts) > 1 else parts[0]])
+    still = OptimizerConfig(learning_rate=1e-9)
+    settings = config(normalize=normalize, total_tokens=64, optimizer=still, wake=0.0)
+    fit(sae, ArraySource(*arrays, batch_size=64), settings)
+    after = evaluate(sae, [parts if len(parts) > 1 else parts[0]])
+    assert after["fvu"] == pytest.approx(before["fvu"], rel=1e-3)
+    assert after["l0"] == pytest.approx(before["l0"], abs=0.02)
+
+
 def test_whitening_refuses_what_it_cannot_do() -> None:
     constant, tied = np.ones((640, D), np.float32), SAE(D, 32, k=4, tied=True)
     with pytest.raises(ValueError, match="activations must vary to be whitened"):

@@ -58,6 +58,7 @@ from mlxsae.train.state import (
     TrainState,
     flat,
     folded,
+    inverted,
     normalized,
     scaled_params,
     unnormalized,
@@ -805,7 +806,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             s_in = start.of(expected_norm_scale, fields, 0)
             same = sae.apply_b_dec_to_input or len(fields) == 1
             scale = (s_in, s_in if same else start.of(expected_norm_scale, fields, 1))
-        if config.b_dec_init != "keep":
+        if config.b_dec_init != "keep" and untrained(sae):
             what = geometric_median if config.b_dec_init == "geometric_median" else _mean
             centre = start.of(what, fields, len(fields) - 1, by_token)
             if norm:
@@ -817,6 +818,8 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
         working.normalize_activations = "none"  # batches come normalised
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
+    if norm and saved is None and not untrained(sae):  # what it has learned is for raw activations
+        working.update(unnormalized(sae, working.parameters(), inverted(norm)))
     from_data = widths.ours and waits_for_data(sae)
     stay = frozen(sae)
     free = widths.ours and untrained(sae) and stay.isdisjoint(("encoder.weight", "decoder.weight"))

@@ -128,6 +128,18 @@ def normalized(a: mx.array, norm: dict[str, mx.array], side: str) -> mx.array:
     return a @ norm[f"whiten_{side}"] if f"whiten_{side}" in norm else a / norm[f"std_{side}"]
 
 
+def inverted(norm: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The normalisation that takes :func:`normalized` rows back to raw ones."""
+    found: dict[str, mx.array] = {}
+    for side in (name.removeprefix("mean_") for name in norm if name.startswith("mean_")):
+        found[f"mean_{side}"] = normalized(mx.zeros_like(norm[f"mean_{side}"]), norm, side)
+        if f"whiten_{side}" in norm:
+            found |= {f"whiten_{side}": norm[f"unwhiten_{side}"], f"unwhiten_{side}": norm[f"whiten_{side}"]}
+        else:
+            found[f"std_{side}"] = 1 / norm[f"std_{side}"]
+    return found
+
+
 def unnormalized(sae: SAE, params: dict[str, Any], norm: dict[str, mx.array]) -> dict[str, Any]:
     """Parameters for raw activations, of the same function as ``params`` on :func:`normalized` input and target; latents
     stay what they are."""

@@ -136,6 +136,23 @@ def test_plain_callbacks() -> None:
         fit(new_sae(), source(), config(), callbacks=[object()])
 
 
+def test_a_plain_callback_may_call_what_it_likes_state(tmp_path: Path) -> None:
+    class Own:
+        seen = 0
+
+        def state(self, step: int) -> int:
+            return step
+
+        def on_batch_end(self, step: int, loss: Any, metrics: Any) -> None:
+            self.seen = self.state(step)
+
+    watcher = Own()
+    settings = config(total_tokens=128)
+    fit(new_sae(), source(), settings, callbacks=[watcher], checkpoint_dir=tmp_path)
+    fit(new_sae(), source(), settings, callbacks=[watcher], checkpoint_dir=tmp_path, resume=True)
+    assert watcher.seen == 2
+
+
 def test_epochs_in_place_of_tokens() -> None:
     data = ArraySource(dictionary_data(1000), batch_size=64)
     result = fit(new_sae(), data, config(epochs=2.5))
@@ -208,6 +225,29 @@ def test_early_stopping_of_what_is_no_number_and_at_the_end() -> None:
     settings = config(log_every=1, total_tokens=640)
     late = EarlyStoppingCallback(patience=9, metric="l0")  # TopK's never changes
     assert fit(new_sae(), source(), settings, callbacks=[late]).stopped == ""
+
+
+def test_a_run_that_is_stopped_has_its_last_record_and_validation(tmp_path: Path) -> None:
+    class Enough(Callback):
+        def on_step(self, run: Run) -> None:
+            if run.state.step == 13:
+                run.stop("enough")
+
+    found = [
+        fit(
+            new_sae(),
+            source(),
+            config(log_every=100, validate_every=100),
+            validation=HELD_OUT,
+            callbacks=[Enough()],
+            checkpoint_dir=tmp_path,
+            resume=True,
+        )
+        for _ in range(2)
+    ]
+    assert [r.stopped for r in found] == ["enough"] * 2
+    assert [[record["step"] for record in r.history] for r in found] == [[13]] * 2
+    assert [[record["step"] for record in r.validations] for r in found] == [[13]] * 2
 
 
 def test_early_stopping_lets_a_run_go_on_that_gets_better() -> None:

@@ -499,10 +499,7 @@ class _Session:
         if over:
             run.finished = True
             run.stopped = f"the data ended after {run.state.step} of {config.total_steps} steps"
-            if run.metrics and (not run.history or run.history[-1]["step"] != run.state.step):
-                _tell(run, "on_log", _record(run, clock))
-            if run.state.step and self.validation is not None:
-                self._validated(run)
+            self._concluded(run, clock)
             if rows is None and run.state.step:
                 _tell(run, "on_epoch", 1)
             return
@@ -525,7 +522,16 @@ class _Session:
                 _tell(run, "on_epoch", epoch)
         if run.finished:  # it has come to the end of its plan, whatever a callback wanted
             run.stopped = ""
-        run.finished = run.finished or bool(run.stopped)
+        elif run.stopped:
+            run.finished = True
+            self._concluded(run, clock)
+
+    def _concluded(self, run: Run, clock: Throughput) -> None:
+        """The last record and validation of a run that ends before its plan."""
+        if run.metrics and (not run.history or run.history[-1]["step"] != run.state.step):
+            _tell(run, "on_log", _record(run, clock))
+        if run.state.step and self.validation is not None:
+            self._validated(run)
 
     def _validated(self, run: Run) -> None:
         if run.validations and run.validations[-1]["step"] == run.state.step:

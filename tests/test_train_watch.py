@@ -157,6 +157,10 @@ def test_epochs_in_place_of_tokens() -> None:
     data = ArraySource(dictionary_data(1000), batch_size=64)
     result = fit(new_sae(), data, config(epochs=2.5))
     assert result.state.tokens == 2560  # whole steps over 2500
+    tenths = ArraySource(dictionary_data(100), batch_size=10)
+    assert fit(new_sae(), tenths, config(epochs=1.1, batch_size=10)).state.step == 11
+    part = ArraySource(dictionary_data(100), batch_size=29, epochs=0.29)
+    assert [len(batch[0]) for batch in iter(part.next_batch, None)] == [29]
     with pytest.raises(ValueError, match="epochs must come with data that know their length"):
         fit(new_sae(), [mx.zeros((4, 16))], config(epochs=1))
 

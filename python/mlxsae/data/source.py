@@ -81,7 +81,7 @@ class ArraySource:
         self._batch_size = batch_size
         self._seed = seed
         self._rows = x.shape[0]
-        self._total = None if math.isinf(epochs) else int(epochs * self._rows)
+        self._total = None if math.isinf(epochs) else int(rows_in(epochs, self._rows))
         self._cursor = 0
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -297,6 +297,11 @@ class IterableSource:
         if self._none is None:
             self._none = tuple(mx.zeros((0, *a.shape[1:]), a.dtype) for a in batch)
         return batch
+
+
+def rows_in(epochs: float, rows: int) -> float:
+    """Rows of ``epochs`` passes over ``rows``, without the last digits of the product: 0.29 of 100 are 29 and 1.1 are 110."""
+    return round(epochs * rows, 3)
 
 
 def as_source(data: Any) -> ActivationSource:

@@ -23,6 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.data import ActivationSource, as_source
+from mlxsae.data.source import rows_in
 from mlxsae.loss import Context, Forward, Loss
 from mlxsae.metrics import Throughput, fire_counts, l0
 from mlxsae.sae import SAE
@@ -722,7 +723,7 @@ def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
             raise ValueError(
                 "[fit] epochs must come with data that know their length (rows); give total_tokens instead."
             )
-        config = replace(config, total_tokens=max(1, math.ceil(config.epochs * rows)), epochs=None)
+        config = replace(config, total_tokens=max(1, math.ceil(rows_in(config.epochs, rows))), epochs=None)
     if config.wake is None:  # decided before the first checkpoint, which a resumed run is held to
         sae, wakes = job.sae, None
         if _wakes(sae):

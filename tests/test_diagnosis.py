@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxsae.loss import RECONSTRUCTION, TERMS, Loss
 from mlxsae.metrics import in_model
-from mlxsae.sae import SAE, CrossLayerTranscoder, HierarchicalSAE
+from mlxsae.sae import SAE, CrossLayerTranscoder, HierarchicalSAE, JumpReLU
 from mlxsae.train import Callback, NonFiniteError, OptimizerConfig, diagnose, fit
 from mlxsae.train.diagnosis import bare_tokens_per_s
 from test_train import config, dictionary_data, new_sae, source
@@ -91,6 +92,19 @@ def test_a_slow_run_is_named() -> None:
     (finding,) = (f for f in diagnose(result) if f.name == "slow")
     assert "profile=True" in finding.remedy
     assert bare_tokens_per_s(result.sae, config()) > 64 / 0.1
+
+
+def test_a_step_that_the_configuration_does_not_know_is_not_measured() -> None:
+    """Another loss makes another step: a slower one, or one that cannot be made from the configuration."""
+    term = Loss({"fvu": (1.0, RECONSTRUCTION["fvu"])}, terms={"l0": (1e-3, TERMS["l0"])})
+    sae = SAE(16, 48, rule=JumpReLU(), seed=0)
+    assert "slow" not in names(fit(sae, source(), config(total_tokens=40 * 64), loss=term))
+
+    def slow(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> mx.array:
+        time.sleep(0.05)
+        return mx.square(x - x_recon).sum(axis=-1).mean()
+
+    assert "slow" not in names(fit(new_sae(), source(), config(total_tokens=30 * 64), loss=slow))
 
 
 @pytest.mark.parametrize("engine", ["fused", "autodiff"])

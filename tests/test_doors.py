@@ -49,6 +49,7 @@ from mlxsae.train import (
 )
 from mlxsae.train.config import TrackingConfig, overruled
 from mlxsae.train.flat_names import FLAT_NAMES, nested
+from mlxsae.train.schedules import in_steps
 from mlxsae.train.tracking import LocalTracker, TrackingCallback, read_metrics
 from test_train import StopAt, assert_same_bits, dictionary_data, new_sae, weights
 
@@ -66,6 +67,13 @@ def texts() -> list[str]:
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
+
+
+def test_one_step_is_not_the_whole_run() -> None:
+    train = SAEConfig(warmup_steps=1, lr_decay_steps=1, sparsity_warm_up_steps=1, k=4).train
+    spans = (train.optimizer.warmup, train.optimizer.decay, train.loss.warmup, train.k_warmup)
+    assert [in_steps(span, 100) for span in spans] == [1, 1, 1, 1]
+    assert in_steps(SAEConfig(warmup_steps=0.3).train.optimizer.warmup, 100) == 30
 
 
 def test_flat_names_build_nested_configurations() -> None:

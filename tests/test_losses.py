@@ -25,6 +25,7 @@ from mlxsae.sae import (
     ReLU,
     SigmoidGated,
     TopK,
+    TopKJumpReLU,
 )
 from mlxsae.train import LossConfig, fit
 from test_rules import D_SAE, D, K, data, settings, source
@@ -118,6 +119,38 @@ def _tree(named: dict[str, mx.array]) -> Any:
     from mlx.utils import tree_unflatten
 
     return tree_unflatten(list(named.items()))
+
+
+def test_terms_of_latents_ranked_by_decoder_norm() -> None:
+    """What is compared with thresholds is a pre-activation times its decoder norm; every size is the pre-activation's own."""
+    x, dead = mx.array(data(32)), mx.arange(D_SAE) < 9
+
+    def ranked(rule: Any) -> SAE:
+        sae = SAE(D, D_SAE, rule=rule, rank_by_decoder_norm=True, seed=2)
+        sae.W_dec = sae.W_dec * mx.linspace(0.3, 3, D_SAE)[:, None]
+        sae.b_enc = 0.1 * mx.random.normal((D_SAE,), key=mx.random.key(4))
+        return sae
+
+    def found(sae: SAE, term: Any) -> float:
+        loss = L.Loss({})
+        return float(term(forward(sae, x, loss)._replace(dead=dead)))
+
+    for rule in (JumpReLU(K, initial_threshold=0.2), Gated()):
+        sae = ranked(rule)
+        z, norms = np.array(sae.pre_acts(x)), np.linalg.norm(np.array(sae.W_dec), axis=1)
+        w_dec, b_dec = np.array(sae.W_dec), np.array(sae.b_dec)
+        if isinstance(rule, Gated):
+            want = np.maximum(z, 0)
+            assert found(sae, L.GateL1()) == pytest.approx((want * norms).sum(axis=1).mean(), rel=1e-4)
+            error = np.square(want @ w_dec + b_dec - np.array(x)).sum(axis=1).mean()
+            assert found(sae, L.GateReconstruction()) == pytest.approx(error, rel=1e-4)
+        else:
+            fires = z * norms > 0.2
+            assert found(sae, L.L0()) == pytest.approx(fires.sum(axis=1).mean(), abs=1e-6)
+            short = np.maximum(0.2 - z * norms, 0) * np.array(dead)
+            assert found(sae, L.PreActs()) == pytest.approx(short.sum(axis=1).mean(), rel=1e-4)
+    sae = ranked(TopKJumpReLU(K, bandwidth=5.0))
+    assert np.abs(gradient(sae, L.L1(), x)[1]["rule.threshold"]).max() > 0
 
 
 @pytest.mark.parametrize("rule", ["relu", "topk", "batchtopk", "jumprelu"])

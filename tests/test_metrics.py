@@ -8,7 +8,9 @@ import pytest
 
 from mlxsae import metrics
 from mlxsae.code import SparseCode, SparseCodeCSR
+from mlxsae.loss.reconstruction import sum_about_mean
 from mlxsae.sae import SAE
+from mlxsae.train.initial import column_statistics
 
 N, D, D_SAE, K = 300, 24, 50, 6
 
@@ -136,6 +138,34 @@ def test_mean_of_batch_fvus_is_not_the_fvu() -> None:
     batchwise = np.mean([fvu64(x[:50], x_hat[:50]), fvu64(x[50:], x_hat[50:])])
     assert meter.result()["fvu"] == pytest.approx(fvu64(x, x_hat), rel=1e-5)
     assert batchwise > 2 * meter.result()["fvu"]
+
+
+def test_equal_tokens_have_no_variance() -> None:
+    """Not what the rounding of their mean leaves over."""
+    x = mx.contiguous(mx.broadcast_to(10 + 3 * mx.random.normal((1, 16)), (5000, 16)))
+    whole = metrics.Reconstruction()
+    for part in mx.split(x, 5):
+        whole.update(part, part + 0.1)
+    assert metrics.fvu(x, x + 0.1).item() == whole.result()["fvu"] == np.inf
+    assert sum_about_mean(x).item() == 0
+    mean, std = column_statistics(x)
+    np.testing.assert_array_equal(np.array(mean), np.array(x[0]))
+    np.testing.assert_array_equal(np.array(std), 1)
+    far = np.random.default_rng(0).normal(size=(20_000, 8)).astype(np.float32) + 3000
+    wanted = np.square(far - far.mean(axis=0, dtype=np.float64)).sum()
+    assert sum_about_mean(mx.array(far)).item() == pytest.approx(wanted, rel=1e-5)
+    assert 2e5 / metrics.fvu(mx.array(far), mx.array(far + 1)).item() * 0.8 == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_batch_without_tokens_changes_nothing() -> None:
+    x = mx.random.normal((40, 4))
+    found = []
+    for parts in ([x], [x[:0], x[:30], x[:0], x[30:]]):
+        whole = metrics.Reconstruction()
+        for part in parts:
+            whole.update(part, 0.9 * part)
+        found.append(whole.result())
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_loss_recovered() -> None:

@@ -924,6 +924,25 @@ def test_history_and_callbacks() -> None:
     assert json.loads(json.dumps(result.history)) == result.history
 
 
+def test_every_callback_is_told_of_the_end() -> None:
+    told = []
+
+    class Tells(Callback):
+        def __init__(self, name: str):
+            self.name = name
+
+        def on_end(self, run: Run) -> None:
+            told.append(self.name)
+            raise RuntimeError(self.name)
+
+    sae = new_sae()
+    before = weights(sae)
+    with pytest.raises(RuntimeError, match="second"):
+        fit(sae, source(), config(total_tokens=128), callbacks=[Tells("first"), Tells("second")])
+    assert told == ["first", "second"]
+    assert not np.array_equal(weights(sae)["encoder.weight"], before["encoder.weight"])
+
+
 def test_export_in_mid_run_is_the_sae_of_that_moment() -> None:
     exported = {}
 

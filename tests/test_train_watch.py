@@ -74,6 +74,21 @@ def test_validation_changes_nothing_and_takes_arrays_and_pairs() -> None:
         fit(new_sae(), source(), config(), validation=[])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_short_last_batch_does_not_rule_the_validation(stream: bool) -> None:
+    """FVU of one row is its squared error, whatever the data's variance."""
+
+    def measured(n: int) -> float:
+        held_out: Any = mx.array(100 * HELD_OUT[:n])
+        if stream:
+            held_out = [held_out[i : i + 64] for i in range(0, n, 64)]
+        settings = config(normalize="none", total_tokens=640, validate_every=100)
+        data = ArraySource(dictionary_data(scale=30), batch_size=64)
+        return fit(new_sae(), data, settings, validation=held_out).validations[-1]["val_fvu"]
+
+    assert measured(257) == pytest.approx(measured(256), rel=0.1)
+
+
 # ---- classes of people who know nothing of ours -------------------------------------------------------------
 
 
@@ -121,10 +136,31 @@ def test_plain_callbacks() -> None:
         fit(new_sae(), source(), config(), callbacks=[object()])
 
 
+def test_a_plain_callback_may_call_what_it_likes_state(tmp_path: Path) -> None:
+    class Own:
+        seen = 0
+
+        def state(self, step: int) -> int:
+            return step
+
+        def on_batch_end(self, step: int, loss: Any, metrics: Any) -> None:
+            self.seen = self.state(step)
+
+    watcher = Own()
+    settings = config(total_tokens=128)
+    fit(new_sae(), source(), settings, callbacks=[watcher], checkpoint_dir=tmp_path)
+    fit(new_sae(), source(), settings, callbacks=[watcher], checkpoint_dir=tmp_path, resume=True)
+    assert watcher.seen == 2
+
+
 def test_epochs_in_place_of_tokens() -> None:
     data = ArraySource(dictionary_data(1000), batch_size=64)
     result = fit(new_sae(), data, config(epochs=2.5))
     assert result.state.tokens == 2560  # whole steps over 2500
+    tenths = ArraySource(dictionary_data(100), batch_size=10)
+    assert fit(new_sae(), tenths, config(epochs=1.1, batch_size=10)).state.step == 11
+    part = ArraySource(dictionary_data(100), batch_size=29, epochs=0.29)
+    assert [len(batch[0]) for batch in iter(part.next_batch, None)] == [29]
     with pytest.raises(ValueError, match="epochs must come with data that know their length"):
         fit(new_sae(), [mx.zeros((4, 16))], config(epochs=1))
 
@@ -173,6 +209,49 @@ def test_early_stopping(metric: str, tmp_path: Path) -> None:
         **options,
     )
     assert resumed.state.step == 16
+
+
+def test_early_stopping_of_what_is_no_number_and_at_the_end() -> None:
+    watcher = EarlyStoppingCallback(patience=3, metric="loss")
+    data = [{"loss": float("nan")}] * 3
+
+    class Told:
+        reason = ""
+
+        def stop(self, reason: str) -> None:
+            self.reason = reason
+
+    run: Any = Told()
+    for record in data:
+        assert not run.reason
+        watcher.on_log(run, record)
+    assert "for 3 measurements" in run.reason
+    settings = config(log_every=1, total_tokens=640)
+    late = EarlyStoppingCallback(patience=9, metric="l0")  # TopK's never changes
+    assert fit(new_sae(), source(), settings, callbacks=[late]).stopped == ""
+
+
+def test_a_run_that_is_stopped_has_its_last_record_and_validation(tmp_path: Path) -> None:
+    class Enough(Callback):
+        def on_step(self, run: Run) -> None:
+            if run.state.step == 13:
+                run.stop("enough")
+
+    found = [
+        fit(
+            new_sae(),
+            source(),
+            config(log_every=100, validate_every=100),
+            validation=HELD_OUT,
+            callbacks=[Enough()],
+            checkpoint_dir=tmp_path,
+            resume=True,
+        )
+        for _ in range(2)
+    ]
+    assert [r.stopped for r in found] == ["enough"] * 2
+    assert [[record["step"] for record in r.history] for r in found] == [[13]] * 2
+    assert [[record["step"] for record in r.validations] for r in found] == [[13]] * 2
 
 
 def test_early_stopping_lets_a_run_go_on_that_gets_better() -> None:

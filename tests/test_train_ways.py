@@ -19,9 +19,18 @@ from mlx.utils import tree_flatten
 from mlxsae import io
 from mlxsae import loss as L
 from mlxsae.analysis import steer
-from mlxsae.data import ArraySource
+from mlxsae.data import ArraySource, ShuffleBuffer
 from mlxsae.metrics import evaluate
-from mlxsae.sae import RULES, SAE, Activation, Crosscoder, CrossLayerTranscoder, of_rule
+from mlxsae.sae import (
+    RULES,
+    SAE,
+    Activation,
+    Crosscoder,
+    CrossLayerTranscoder,
+    HierarchicalSAE,
+    ReLU,
+    of_rule,
+)
 from mlxsae.train import (
     OPTIMIZERS,
     Callback,
@@ -31,6 +40,7 @@ from mlxsae.train import (
     EarlyStoppingCallback,
     Job,
     LossConfig,
+    NonFiniteError,
     OptimizerConfig,
     ProfiSAETrainer,
     Run,
@@ -220,6 +230,16 @@ def test_checkpointing_saves_memory_and_changes_no_bit() -> None:
     assert type(layer.body.layers[0]) is kind
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpointing_changes_no_bit_of_an_sae(tied: bool) -> None:
+    found = []
+    for active in (False, True):
+        sae = new_sae(tied=tied)
+        settings = config(total_tokens=3 * 64, gradient_checkpointing=active, engine="autodiff")
+        found.append(weights(fit(sae, source(), settings).sae))
+    assert_same_bits(*found)
+
+
 def test_what_is_computed_twice_draws_the_same_mask() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
@@ -407,6 +427,87 @@ def test_a_run_whose_data_end_says_so_and_has_its_last_record(tmp_path: Path) ->
     again = fit(Wide(D, 40), batches, settings, validation=HELD_OUT, checkpoint_dir=tmp_path, resume=True)
     assert (again.state.step, again.stopped, again.history) == (3, result.stopped, result.history)
     assert not fit(Wide(D, 40), batches, own(total_tokens=3 * 64)).stopped
+
+
+def test_data_that_end_just_at_a_checkpoint_leave_the_end_in_it(tmp_path: Path) -> None:
+    batches = [mx.array(dictionary_data(64, seed=i)) for i in range(3)]
+    settings = own(total_tokens=10 * 64, log_every=100, checkpoint_every=3)
+    found = [
+        fit(Wide(D, 40), batches, settings, validation=HELD_OUT, checkpoint_dir=tmp_path, resume=True)
+        for _ in range(2)
+    ]
+    assert found[1].stopped == "the data ended after 3 of 10 steps"
+    assert len(found[0].history) == len(found[0].validations) == 1
+    assert (found[1].history, found[1].validations) == (found[0].history, found[0].validations)
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_data_that_end_just_at_a_resampling_end_in_order(buffered: bool) -> None:
+    batches = [mx.array(dictionary_data(64, seed=i)) for i in range(4)]
+    data: Any = ShuffleBuffer(batches, batch_size=64, capacity=64) if buffered else batches
+    settings = config(total_tokens=20 * 64, resample_every=4, sample_size=64, loss=LossConfig(dead_after=1))
+    sae = SAE(D, D_SAE, k=1, seed=0)
+    assert fit(sae, data, settings).stopped == "the data ended after 4 of 20 steps"
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    """The root of a latent that is 0: a finite loss, and no gradient."""
+    module = Wide(D, 40)
+    before = weights(module)
+
+    def rooted(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> mx.array:
+        return mx.square(x - x_recon).sum(axis=-1).mean() + mx.sqrt(z).sum(axis=-1).mean()
+
+    with pytest.raises(NonFiniteError, match="the gradient of the loss must be finite but batch 0"):
+        fit(module, source(), own(), loss=rooted)
+    assert_same_bits(weights(module), before)
+    sae = SAE(D, D_SAE, rule=ReLU(), seed=0)
+    term = L.Loss({}, terms={"roots": (1.0, lambda forward: mx.sqrt(forward.code.values).sum())})
+    with pytest.raises(NonFiniteError, match="the gradient of the loss must be finite but batch 0"):
+        fit(sae, source(), config(), loss=term)
+    assert all(np.isfinite(w).all() for w in weights(sae).values())
+
+
+def test_silence_of_a_module_counts_no_further_than_it_can() -> None:
+    class Late(Callback):
+        def on_begin(self, run: Run) -> None:
+            run.state = replace(run.state, tokens_since_fired=mx.full((40,), 2**31 - 10, mx.int32))
+
+    module = Wide(D, 40)
+    module.encoder.bias = mx.full((40,), -1e6)
+    result = fit(module, source(), own(total_tokens=128), callbacks=[Late()])
+    assert result.state.tokens_since_fired.tolist() == [2**31 - 1] * 40
+    assert result.history[-1]["dead_fraction"] == 1
+
+
+@pytest.mark.parametrize("engine", ["fused", "autodiff"])
+def test_nothing_is_dead_before_silence_can_be_counted_so_far(engine: str) -> None:
+    loss = LossConfig(dead_after=10**12)
+    history = fit(new_sae(), source(), config(engine=engine, loss=loss, total_tokens=20 * 64)).history
+    assert history[-1]["dead_fraction"] == 0
+
+
+def test_a_metric_that_is_nan_keeps_no_run_from_its_checkpoint(tmp_path: Path) -> None:
+    def odd(x: mx.array, x_recon: mx.array, z: mx.array, step: int) -> Any:
+        return mx.square(x - x_recon).mean(), {"odd": mx.array(math.nan)}
+
+    settings = own(total_tokens=4 * 64, checkpoint_every=2, log_every=1)
+    found = [
+        fit(Wide(D, 40), source(), settings, loss=odd, checkpoint_dir=tmp_path, resume=True) for _ in range(2)
+    ]
+    assert [len(f.history) for f in found] == [4, 4]
+    assert math.isnan(found[1].history[-1]["odd"])
+
+
+def test_k_is_annealed_from_no_more_than_each_level_and_layer_has() -> None:
+    settings = config(total_tokens=640, k_start=100, k_warmup=0.5, log_every=1)
+    x = dictionary_data()
+    found = fit(HierarchicalSAE(D, 32, 32, k_coarse=1, k_fine=15, seed=0), source(), settings).history
+    assert found[0]["l0"] > found[-1]["l0"]
+    both = np.concatenate([x, x], axis=1)
+    data = ArraySource(both, both, batch_size=64)
+    found = fit(CrossLayerTranscoder(D, 2, 32, k=4, seed=0), data, settings).history
+    assert found[0]["l0"] > 2 * found[-1]["l0"]
 
 
 def test_k_is_annealed_under_a_loss_of_ones_own() -> None:
@@ -608,6 +709,73 @@ def test_normalisation_folds_into_every_rule(architecture: str, d_out: int | Non
     np.testing.assert_allclose(np.array(acts), np.array(inside["acts"]), atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "topk_jumprelu", "relu", "gated"])
+def test_latents_ranked_by_decoder_norm_come_out_as_they_were_trained(architecture: str) -> None:
+    """Thresholds are then measured like the target, and what is used is what was trained."""
+    x = dictionary_data()
+    y = 7 * x[:, ::-1] + 1
+    rule = SAEConfig(d_sae=D_SAE, architecture=architecture, k=4).build(D).rule
+    sae = SAE(D, D_SAE, rule=rule, d_out=D, rank_by_decoder_norm=True, seed=0)
+    settings = config(normalize_decoder=False, total_tokens=200 * 64)
+    record = fit(sae, ArraySource(x, y, batch_size=64), settings, validation=(x[:1000], y[:1000])).validations
+    found = evaluate(sae, [(mx.array(x[:1000]), mx.array(y[:1000]))])
+    assert found["l0"] == pytest.approx(
+        record[-1]["val_l0"], rel=0.1 if architecture == "batchtopk" else 1e-3
+    )
+    assert found["fvu"] == pytest.approx(record[-1]["val_fvu"], rel=0.1)
+    rows = mx.array(x[:50])
+    used = sae.to_dense(sae.encode(rows))
+    if architecture != "batchtopk":
+        learned = sae.to_dense(sae.learn(rows, {}).code)
+        np.testing.assert_allclose(np.array(used), np.array(learned), atol=1e-5 * mx.abs(used).max().item())
+
+
+@pytest.mark.parametrize("decoder_norm", [0.2, 3.0])
+@pytest.mark.parametrize("architecture", ["jumprelu", "relu", "gated", "sigmoid_gated"])
+def test_a_ranked_start_fires_as_wanted(architecture: str, decoder_norm: float) -> None:
+    x = np.concatenate([dictionary_data(), dictionary_data(seed=3)], axis=1)
+    rule = SAEConfig(d_sae=128, architecture=architecture, k=8).build(D).rule
+    sae = Crosscoder(D, 2, 128, rule=rule, decoder_norm=decoder_norm, seed=0)
+    wanted = None if architecture == "jumprelu" else 8.0
+    settings = config(total_tokens=64, normalize_decoder=False, loss=LossConfig(target_l0=wanted))
+    assert fit(sae, ArraySource(x, batch_size=64), settings).history[0]["l0"] == pytest.approx(8, rel=0.2)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk_jumprelu", "gated", "relu"])
+def test_a_ranked_latent_that_writes_nothing_spoils_no_gradient(architecture: str) -> None:
+    rule = SAEConfig(d_sae=D_SAE, architecture=architecture, k=4).build(D).rule
+    sae = SAE(D, D_SAE, rule=rule, rank_by_decoder_norm=True, seed=0)
+    sae.W_dec = sae.W_dec * (mx.arange(D_SAE) > 5)[:, None]
+    assert fit(sae, source(), config(normalize_decoder=False)).state.step == 60
+
+
+@pytest.mark.parametrize("normalize", ["expected_norm", "layer_norm", "mean_std", "whiten"])
+@pytest.mark.parametrize("shape", ["topk", "jumprelu", "gated", "sigmoid_gated", "skip", "crosscoder"])
+def test_training_goes_on_from_what_a_trained_sae_does(shape: str, normalize: str) -> None:
+    """Weights that came out of a run are for raw activations, and so is their ``b_dec``."""
+    if normalize == "layer_norm" and shape in ("skip", "crosscoder"):
+        pytest.skip("it is not for these")
+    x = dictionary_data() * np.linspace(1, 9, D, dtype=np.float32) + 3
+    arrays: Any = (x,)
+    if shape == "skip":
+        arrays = (x, np.maximum(x[:, :9] - 4, 0) + 1)
+        sae = SAE(D, D_SAE, k=4, d_out=9, skip=True, seed=0)
+    elif shape == "crosscoder":
+        arrays = (np.concatenate([x, 5 * x[:, ::-1]], axis=1),)
+        sae = Crosscoder(D, 2, D_SAE, k=4, rank_by_decoder_norm=False, seed=0)
+    else:
+        sae = SAEConfig(d_sae=D_SAE, architecture=shape, k=4).build(D)
+    fit(sae, ArraySource(*arrays, batch_size=64), config(normalize=normalize, total_tokens=100 * 64))
+    parts = tuple(mx.array(a[:1000]) for a in arrays)
+    before = evaluate(sae, [parts if len(parts) > 1 else parts[0]])
+    still = OptimizerConfig(learning_rate=1e-9)
+    settings = config(normalize=normalize, total_tokens=64, optimizer=still, wake=0.0)
+    fit(sae, ArraySource(*arrays, batch_size=64), settings)
+    after = evaluate(sae, [parts if len(parts) > 1 else parts[0]])
+    assert after["fvu"] == pytest.approx(before["fvu"], rel=1e-3)
+    assert after["l0"] == pytest.approx(before["l0"], abs=0.02)
+
+
 def test_whitening_refuses_what_it_cannot_do() -> None:
     constant, tied = np.ones((640, D), np.float32), SAE(D, 32, k=4, tied=True)
     with pytest.raises(ValueError, match="activations must vary to be whitened"):
@@ -687,7 +855,9 @@ def test_layer_norm_is_the_saes_own(tmp_path: Path) -> None:
 
 _SHAPES: dict[str, tuple[SAEConfig, int]] = {
     **{name: (SAEConfig(architecture=name), 1) for name in RULES},
+    "whitened": (SAEConfig(train=TrainConfig(normalize="whiten")), 1),
     "transcoder with skip": (TranscoderConfig(skip=True), 2),
+    "transcoder, whitened": (TranscoderConfig(train=TrainConfig(normalize="whiten")), 2),
     "transcoder, batchtopk": (TranscoderConfig(architecture="batchtopk"), 2),
     "crosscoder": (CrosscoderConfig(), 1),
     "crosscoder, relu": (CrosscoderConfig(architecture="relu"), 1),

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlxsae.data.encoding import Stream, bits, blank, decode
 from mlxsae.data.shards import TOKENS
+from mlxsae.data.source import rows_in
 
 BLOCK_BYTES = 256 << 10
 """A block is as many rows as the widest stream has in so many bytes: a read long enough to run at full speed."""
@@ -159,7 +160,7 @@ class BlockReader:
         self._batch_size, self._block_rows = batch_size, block_rows
         self._range, self._shuffle, self._seed = (begin, end), shuffle, seed
         self.rows = end - begin
-        self._total = None if math.isinf(epochs) else int(epochs * self.rows)
+        self._total = None if math.isinf(epochs) else int(rows_in(epochs, self.rows))
         self._taken = 0  # rows handed out
         self._ahead = 0  # rows handed out or being read
         self._jobs: deque[_Job] = deque()

@@ -38,7 +38,9 @@ class ActivationSource(Protocol):
         ...
 
     def sample(self, n: int) -> tuple[mx.array, ...]:
-        """Up to ``n`` rows for initialisation; the batches that follow are as if it had not been called."""
+        """Up to ``n`` rows, for initialisation or resampling; the batches that follow are as if it had not been called.
+        None are left at the end of a stream.
+        """
         ...
 
     def state(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -79,7 +81,7 @@ class ArraySource:
         self._batch_size = batch_size
         self._seed = seed
         self._rows = x.shape[0]
-        self._total = None if math.isinf(epochs) else int(epochs * self._rows)
+        self._total = None if math.isinf(epochs) else int(rows_in(epochs, self._rows))
         self._cursor = 0
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -250,6 +252,7 @@ class IterableSource:
     def __init__(self, batches: Iterable[mx.array | tuple[mx.array, ...]]):
         self._iterator = iter(batches)
         self._ahead: list[tuple[mx.array, ...]] = []
+        self._none: tuple[mx.array, ...] | None = None  # no rows of each field, once a batch was read
         self._taken = 0
 
     def next_batch(self) -> tuple[mx.array, ...] | None:
@@ -258,13 +261,15 @@ class IterableSource:
         return batch
 
     def sample(self, n: int) -> tuple[mx.array, ...]:
-        """The first batches that hold ``n`` rows; they are kept and come again."""
+        """The next batches that hold ``n`` rows; they are kept and come again."""
         held = sum(len(b[0]) for b in self._ahead)
         while held < n and (batch := self._read()) is not None:
             self._ahead.append(batch)
             held += len(batch[0])
         if not self._ahead:
-            raise ValueError("[fit] there must be at least one batch but got none.")
+            if self._none is None:
+                raise ValueError("[fit] there must be at least one batch but got none.")
+            return self._none
         return tuple(mx.concatenate(list(field))[:n] for field in zip(*self._ahead, strict=True))
 
     def state(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -288,7 +293,15 @@ class IterableSource:
                 "[fit] a batch must be an array [n, d] or a tuple of them but got "
                 f"{', '.join(type(a).__name__ for a in batch)}."
             )
-        return tuple(a if isinstance(a, mx.array) else mx.array(a) for a in batch)
+        batch = tuple(a if isinstance(a, mx.array) else mx.array(a) for a in batch)
+        if self._none is None:
+            self._none = tuple(mx.zeros((0, *a.shape[1:]), a.dtype) for a in batch)
+        return batch
+
+
+def rows_in(epochs: float, rows: int) -> float:
+    """Rows of ``epochs`` passes over ``rows``, without the last digits of the product: 0.29 of 100 are 29 and 1.1 are 110."""
+    return round(epochs * rows, 3)
 
 
 def as_source(data: Any) -> ActivationSource:

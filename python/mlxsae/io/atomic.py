@@ -66,9 +66,11 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def json_writer(value: Any) -> Writer:
-    """Writer of ``value`` as indented UTF-8 JSON. NaN and infinity, which it lacks, raise ``ValueError``."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def json_writer(value: Any, *, finite: bool = True) -> Writer:
+    """Writer of ``value`` as indented UTF-8 JSON. NaN and infinity, which it lacks, raise ``ValueError``, or are written as
+    Python reads them where ``finite`` is not asked for.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=not finite) + "\n"
     return lambda file: void(file.write(text.encode()))
 
 

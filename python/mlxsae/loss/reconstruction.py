@@ -51,9 +51,14 @@ def squared_norms(rows: mx.array) -> mx.array:
 
 
 def sum_about_mean(rows: mx.array) -> mx.array:
-    """``sum (r - mean_n(r))^2`` over the batch ``[n, d]``: ``n d`` times the variance, as a scalar. Two passes of all
-    threads: the mean is a product, and what each row lacks is the residual of a code that has the mean alone."""
-    rows, n = rows.astype(mx.float32), max(rows.shape[0], 1)
-    mean = mx.full((1, rows.shape[0]), 1 / n) @ rows
-    code = SparseCode(mx.ones((rows.shape[0], 1)), mx.zeros((rows.shape[0], 1), mx.uint32))
-    return ops.decode_residual(code, mean, rows)[1].sum()
+    """``sum (r - mean_n(r))^2`` over the batch ``[n, d]``: ``n d`` times the variance, as a scalar; 0 where all rows are equal.
+    Passes of all threads: the mean is a product, and what each row lacks is the residual of a code that has the mean alone.
+    It is taken of what rows differ by from the first: of rows far from 0 it would be off by its rounding.
+    """
+    rows, n = rows.astype(mx.float32), rows.shape[0]
+    if n == 0:
+        return mx.array(0.0)
+    code = SparseCode(mx.ones((n, 1)), mx.zeros((n, 1), mx.uint32))
+    apart = ops.decode_residual(code, rows[:1], rows)[0]
+    mean = mx.full((1, n), 1 / n) @ apart
+    return ops.decode_residual(code, mean, apart)[1].sum()

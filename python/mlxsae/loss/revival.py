@@ -27,6 +27,7 @@ class PreActs:
             return mx.array(0.0)
         threshold = forward.sae.rule.thresholds()
         threshold = forward.sae.rule.get("threshold", mx.array(0.0)) if threshold is None else threshold
+        threshold = threshold / nonzero(forward.sae.ranks(forward.sae.rule))
         short = nn.relu(threshold - forward.dense_pre_acts()) * forward.sae.decoder_norms()
         return mx.where(which, short, 0).sum(axis=-1).mean()
 

@@ -120,9 +120,10 @@ def expected_l0(forward: Forward) -> mx.array:
         raise ValueError(
             f"[l0] the rule must have a learned threshold (JumpReLU) but is {type(rule).__name__}."
         )
-    fires = step(
-        forward.dense_pre_acts(), threshold, bandwidth=rule.bandwidth, through_input=rule.through_input
-    )
+    compared = forward.dense_pre_acts()
+    if forward.sae.rank_by_decoder_norm:
+        compared = compared * forward.sae.ranks(rule)
+    fires = step(compared, threshold, bandwidth=rule.bandwidth, through_input=rule.through_input)
     return fires.sum(axis=-1)
 
 

@@ -20,12 +20,13 @@ def fvu(x: mx.array, x_hat: mx.array) -> mx.array:
     """Fraction of variance unexplained, ``sum((x - x_hat)^2) / sum((x - mean(x))^2)``.
 
     ``x, x_hat [..., d]``: the mean is per coordinate over all tokens (every axis but the last), the sums run
-    over everything. A batch without variance gives inf or NaN. For many batches use :class:`Reconstruction`:
+    over everything. A batch without variance, all of whose tokens are equal, gives inf or NaN. For many batches use :class:`Reconstruction`:
     a mean of batch FVUs is not the FVU of the set.
     """
     x, x_hat = x.astype(mx.float32), x_hat.astype(mx.float32)
-    mean = x.reshape(-1, x.shape[-1]).mean(axis=0)
-    return mx.square(x - x_hat).sum() / mx.square(x - mean).sum()
+    apart = x.reshape(-1, x.shape[-1])
+    apart = apart - apart[:1]  # of tokens far from 0 the mean would be off by its rounding
+    return mx.square(x - x_hat).sum() / mx.square(apart - apart.mean(axis=0)).sum()
 
 
 def explained_variance(x: mx.array, x_hat: mx.array) -> mx.array:

@@ -34,13 +34,19 @@ class Reconstruction:
     @staticmethod
     def _reduce(x: mx.array, x_hat: mx.array) -> tuple[int, mx.array, mx.array, mx.array, mx.array]:
         x, x_hat = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (x, x_hat))
-        mean = x.mean(axis=0)
+        first = x[:1]  # equal tokens have no variance, to the last digit
+        apart = x - first
+        about = apart.mean(axis=0)
+        rest = apart - about
+        mean = first.sum(axis=0) + (about + rest.mean(axis=0))
         error = mx.square(x - x_hat).sum(axis=-1)
         # Rows are summed by the host: a float32 sum over a large batch would lose digits.
-        return x.shape[0], mean, mx.square(x - mean).sum(axis=-1), error, error / mx.square(x).sum(axis=-1)
+        return x.shape[0], mean, mx.square(rest).sum(axis=-1), error, error / mx.square(x).sum(axis=-1)
 
     def _merge(self, parts: tuple[int, mx.array, mx.array, mx.array, mx.array]) -> None:
         n, *arrays = parts
+        if n == 0:
+            return
         mx.eval(arrays)
         mean, scatter, error, ratio = (np.array(a, dtype=np.float64) for a in arrays)
         shift = mean - self._mean

@@ -173,6 +173,8 @@ class _PerLayer(Rule):
     """A rule for each layer, as one module."""
 
     layers: list[Rule]
+    width: int
+    """Latents of a layer."""
 
     def __init__(self, layers: list[Rule]):
         super().__init__()
@@ -218,7 +220,10 @@ class _PerLayer(Rule):
         return self.layers[0].config()
 
     def with_k(self, k: int) -> Rule:
-        return _PerLayer([rule.with_k(k) for rule in self.layers])
+        """``k`` of each layer, at most its latents."""
+        made = _PerLayer([rule.with_k(min(k, self.width)) for rule in self.layers])
+        made.width = self.width
+        return made
 
     @property
     def UNITS(self) -> dict[str, int]:  # type: ignore[override]
@@ -227,6 +232,7 @@ class _PerLayer(Rule):
         }
 
     def prepare(self, d_in: int, d_sae: int) -> None:
+        self.width = d_sae
         for rule in self.layers:
             rule.prepare(d_in, d_sae)
 

@@ -72,6 +72,7 @@ class Gated(Rule):
     """
 
     architecture = "gated"
+    makes_values = True
     takes_auxk = False
     UNITS: ClassVar[dict[str, int]] = {"b_mag": 1}
     starts_from_data = True  # type: ignore[assignment]
@@ -147,6 +148,7 @@ class SigmoidGated(Rule):
     """
 
     architecture = "sigmoid_gated"
+    own_gate = True
     takes_auxk = False
     PARAMETERS = ("cut",)
     UNITS: ClassVar[dict[str, int]] = {"gate_weight": -1}

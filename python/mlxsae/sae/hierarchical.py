@@ -187,11 +187,13 @@ class Hierarchical(Rule):
                     f"[Hierarchical] k_{name} must be in (0, d_{name}] but got k_{name}={k} with d_{name}={width}."
                 )
             self[name].prepare(d_in, width)
+        self.d_fine = d_sae - self.d_coarse
 
     def with_k(self, k: int) -> Hierarchical:
-        """Both levels with their shares of another ``k``."""
+        """Both levels with their shares of another ``k``; what a level has no latents for goes to the other."""
         other = copy.copy(self)
-        other.k_coarse = min(max(1, round(self.k_coarse * k / self.k)), max(k - 1, 1), self.d_coarse)
+        share = min(max(1, round(self.k_coarse * k / self.k)), max(k - 1, 1))
+        other.k_coarse = min(max(share, k - self.d_fine), self.d_coarse)
         other.k = k
         other.coarse = self.coarse.with_k(other.k_coarse)
         other.fine = self.fine.with_k(max(k - other.k_coarse, 1))

@@ -185,7 +185,7 @@ class SAE(nn.Module):
         """
         x = self.encoder_input(x)
         lead = x.shape[:-1]
-        code = self._ranked(self.rule.encode, x.reshape(math.prod(lead), self.d_in))
+        code = self._ranked(self.rule, self.rule.encode, x.reshape(math.prod(lead), self.d_in))
         if not isinstance(code, SparseCode | DenseCode):
             return code
         return type(code)(*(part.reshape(*lead, part.shape[-1]) for part in code))
@@ -201,19 +201,33 @@ class SAE(nn.Module):
             found.append(rule.learn(x, weight, bias, state))
             return found[0].code
 
-        code = self._ranked(learn, self.encoder_input(x))
-        return found[0]._replace(code=code)
+        code, pre_acts = self._ranked(rule, learn, self.encoder_input(x)), found[0].pre_acts
+        if self.rank_by_decoder_norm and pre_acts is not None and not rule.own_gate:
+            ranks = self.ranks(rule)
+            pre_acts = mx.where(ranks > 0, pre_acts / mx.where(ranks > 0, ranks, 1), 0)
+        return found[0]._replace(code=code, pre_acts=pre_acts)
 
-    def _ranked(self, encode: Callable[..., Code], x: mx.array) -> Code:
+    def ranks(self, rule: Rule) -> mx.array:
+        """What a pre-activation is multiplied by before ``rule`` chooses, or compares it with a threshold: decoder norms as
+        constants ``[d_sae]`` where latents are ranked by these, else 1.
+        """
+        if not self.rank_by_decoder_norm or rule.own_gate:
+            return mx.array(1.0, self.dtype)
+        return mx.stop_gradient(self.decoder_norms()).astype(self.dtype)
+
+    def _ranked(self, rule: Rule, encode: Callable[..., Code], x: mx.array) -> Code:
         """``encode(x, weight, bias)``, its latents chosen by their size in the output where the SAE asks for that."""
         weight, bias = self.encoder.weight, self.encoder.bias
         if not self.rank_by_decoder_norm:
             return encode(x, weight, bias)
         norms = mx.stop_gradient(self.decoder_norms()).astype(weight.dtype)
         code = encode(x, weight * norms[:, None], bias * norms)
+        some = mx.where(norms > 0, norms, 1)  # no division by 0 whose derivative `where` would let through
         if isinstance(code, DenseCode):
-            return DenseCode(mx.where(norms > 0, code.values / norms, 0))
+            return DenseCode(mx.where(norms > 0, code.values / some, 0))
         indices = mx.stop_gradient(code.indices)
+        if rule.makes_values:
+            return code._replace(values=code.values / some[indices])
         where = code._replace(values=mx.stop_gradient(code.values), indices=indices)
         products = ops.gather_dot(x, weight, where if isinstance(where, SparseCodeCSR) else indices)
         return code._replace(values=mx.where(where.values > 0, products + bias[indices], 0), indices=indices)
@@ -252,12 +266,14 @@ class SAE(nn.Module):
         """How parameters are measured: for each the powers in which the scales of input and target enter. Those that are
         not named are free of scale.
         """
+        # What is compared with sizes in the output is measured like these.
+        ranked = self.rank_by_decoder_norm and not self.rule.own_gate
         return {
             "encoder.bias": (1, 0),
             "decoder.weight": (-1, 1),
             "decoder.bias": (0, 1),
             "W_skip": (-1, 1),
-            **{f"rule.{name}": (power, 0) for name, power in self.rule.UNITS.items()},
+            **{f"rule.{n}": (0, power) if ranked else (power, 0) for n, power in self.rule.UNITS.items()},
         }
 
     def products(self, x: mx.array) -> list[tuple[mx.array, mx.array, mx.array]]:

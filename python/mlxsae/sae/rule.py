@@ -25,7 +25,7 @@ State = dict[str, mx.array]
 
 class Encoded(NamedTuple):
     """What a rule makes of a training batch. ``pre_acts [n, d_sae]``, which decide what fires, where the rule made them,
-    else None.
+    else None. (Of an SAE that ranks by decoder norm, :meth:`SAE.learn` gives them before they are multiplied by it.)
     """
 
     code: Code
@@ -43,6 +43,11 @@ class Rule(nn.Module):
     else in the rule depends on a parameter: all that the one-pass update needs to know."""
     certified: ClassVar[bool] = False
     """True where the fused op takes the encoder's shadow, operands of 16 bits, and ``tf32``."""
+    makes_values: ClassVar[bool] = False
+    """Whether the values of a sparse code are more than the pre-activations at its places: a magnitude of their own, or one
+    that has a threshold's gradient."""
+    own_gate: ClassVar[bool] = False
+    """Whether what decides is a product of the rule's own weights with the input, and not the encoder's."""
     own_sae: ClassVar[str] = ""
     """The class of SAE that the rule is a part of; empty where any SAE may have it."""
     takes_auxk: ClassVar[bool] = True
@@ -412,6 +417,7 @@ class TopKJumpReLU(Rule):
     """
 
     architecture = "topk_jumprelu"
+    makes_values = True
     PARAMETERS = ("k", "bandwidth", "initial_threshold")
     UNITS: ClassVar[dict[str, int]] = {"threshold": 1}
     starts_from_data = True  # type: ignore[assignment]

@@ -90,7 +90,9 @@ class PlainCallback(Callback):
         self._call("on_train_end")
 
     def state(self) -> dict[str, Any]:
-        return self.inner.state() if callable(getattr(self.inner, "state", None)) else {}
+        # Whatever else is called so is no business of ours.
+        both = all(callable(getattr(self.inner, name, None)) for name in ("state", "restore"))
+        return self.inner.state() if both else {}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.inner.restore(state)

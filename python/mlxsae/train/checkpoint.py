@@ -30,7 +30,8 @@ def save(directory: Path, step: int, host: dict[str, Any], arrays: dict[str, mx.
             temporary,
             {
                 "state.safetensors": array_files.writer(arrays),
-                "state.json": atomic.json_writer({"format_version": FORMAT_VERSION} | host),
+                # A metric of somebody's loss may be NaN without harm to the run.
+                "state.json": atomic.json_writer({"format_version": FORMAT_VERSION} | host, finite=False),
             },
         )
     # A folder that was killed while it was written never got its name.

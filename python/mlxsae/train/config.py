@@ -289,7 +289,7 @@ class TrainConfig(_Config):
     ``random`` (:func:`~mlxsae.train.initialize`) and not ``keep``. None is ``keep``, since ``fit`` may be given weights that
     are worth keeping, but :class:`SAEConfig`, which makes its SAE, has ``data``: rows of the sample are a tenth better (FVU
     0.027 in place of 0.030 for a BatchTopK of 2,048 latents after 2M tokens). An SAE whose encoder has a bias was trained
-    before, and keeps its directions, as frozen ones are kept. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
+    before, and keeps its directions and ``b_dec``, as frozen ones are kept. ``normalize_decoder`` keeps decoder rows at unit norm and removes the gradient along them.
     ``engine`` is ``auto``, ``autodiff`` or ``fused``.
 
     ``precision`` is that of the encoder's product; parameters and the update are float32 in each.
@@ -398,8 +398,8 @@ class TrainConfig(_Config):
 
     @property
     def dead_after(self) -> int:
-        """Tokens without firing after which a latent is dead."""
-        return self.loss.dead_after or max(1, min(10_000_000, self.total_tokens // 100))
+        """Tokens without firing after which a latent is dead; silence is counted to 2**31 - 1."""
+        return min(self.loss.dead_after or max(1, min(10_000_000, self.total_tokens // 100)), 2**31 - 1)
 
     @property
     def autodiff_only(self) -> str:

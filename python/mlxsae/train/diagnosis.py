@@ -52,7 +52,8 @@ def diagnose(
     run : a result, a run in progress, its history, or the error that ended it.
     data : activations ``[n, d]`` to look for outliers in.
     bare_rate : tokens per second of the step alone, see :func:`bare_tokens_per_s`; the run is slow below half of it.
-        Measured here, with a handful of steps, for a result of an SAE of ours that was not trained end to end.
+        Measured here, with a handful of steps, for a result of an SAE of ours that was not trained end to end, nor with a
+        loss, optimiser or engine of one's own.
     """
     found: list[Finding] = []
     history: list[dict[str, Any]] = []
@@ -89,6 +90,7 @@ def diagnose(
         if (
             bare_rate is None
             and isinstance(run, FitResult)
+            and run.by_config
             and "training" in getattr(run.sae, "metadata", {})
         ):
             config = TrainConfig.from_dict(run.sae.metadata["training"]["config"])

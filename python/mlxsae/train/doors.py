@@ -21,7 +21,7 @@ from mlxsae.data import (
     ModelActivations,
     ShuffleBuffer,
 )
-from mlxsae.data.source import valid_rows
+from mlxsae.data.source import rows_in, valid_rows
 from mlxsae.io import native
 from mlxsae.lm import Documents, HookPoint, LanguageModel, TokenBatch
 from mlxsae.lm.hook_point import SITES
@@ -495,7 +495,7 @@ class _Task:
         # A validation split into which no document falls leaves all of them to training, by the same hash.
         batches = self._batches(texts, "train" if split else None, split)
         if not texts.once and train.epochs is not None:
-            tokens = math.ceil(train.epochs * _count(batches()))
+            tokens = math.ceil(rows_in(train.epochs, _count(batches())))
             train = replace(train, total_tokens=max(1, tokens), epochs=None)
         elif not texts.once and epochs is not None:
             # No more is counted than tells that the run is long enough.

@@ -23,7 +23,7 @@ from mlxsae.train.config import TrainConfig
 from mlxsae.train.constraints import unit_rows, without_parallel
 from mlxsae.train.gradients import recomputed, value_and_grad
 from mlxsae.train.optimizers import OPTIMIZERS, emptied, set_learning_rate
-from mlxsae.train.state import ACTIVATIONS, LOSS
+from mlxsae.train.state import ACTIVATIONS, GRADIENT, LOSS
 
 Arrays = dict[str, Any]
 """``TrainState.arrays``."""
@@ -137,6 +137,7 @@ class AutodiffEngine:
             carried["scheduled"] = scheduled
             (total, metrics, carried), gradients = gradient_of(params, frozen, x, y, carried)
             carried.pop("scheduled")
+            slopes = all_finite(gradients)
             constrained = config.normalize_decoder and "weight" in params.get("decoder", {})
             if constrained:
                 gradients["decoder"]["weight"] = without_parallel(
@@ -158,7 +159,7 @@ class AutodiffEngine:
                 updated["encoder"] = updated["encoder"] | {"bias": bias}
             if "rule" in updated:
                 updated["rule"] = self._sae.rule.constrain(updated["rule"])
-            failed, good = guard(arrays["failed"], total, x, y, scheduled["step"])
+            failed, good = guard(arrays["failed"], total, slopes, x, y, scheduled["step"])
             new = {"params": updated, "optimizer": optimizer} | carried
             old = {key: arrays.get(key, {}) for key in new}
             new = tree_map(lambda a, b: mx.where(good, a, b), new, old)
@@ -400,16 +401,22 @@ _PLACES = (("encoder", "weight"), ("encoder", "bias"), ("decoder", "weight"), ("
 
 
 def guard(
-    failed: mx.array, total: mx.array, x: mx.array, y: mx.array, step: mx.array
+    failed: mx.array, total: mx.array, slopes: mx.array, x: mx.array, y: mx.array, step: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The next ``failed`` and whether this step may update: once a loss is not finite, nothing is updated any
-    more, without asking the host.
+    """The next ``failed`` and whether this step may update: once a loss is not finite, or ``slopes`` says that of
+    its gradients, nothing is updated any more, without asking the host.
     """
     finite = mx.isfinite(x).all() & mx.isfinite(y).all()
-    what = mx.where(finite, LOSS, ACTIVATIONS)
+    what = mx.where(finite, mx.where(mx.isfinite(total), GRADIENT, LOSS), ACTIVATIONS)
     now = mx.stack([step, what]).astype(mx.int32)
-    good = (failed[0] < 0) & finite & mx.isfinite(total)
+    good = (failed[0] < 0) & finite & mx.isfinite(total) & slopes
     return mx.where((failed[0] >= 0) | good, failed, now), good
+
+
+def all_finite(gradients: Arrays) -> mx.array:
+    """Of a finite loss too they may not be: the root of a latent that is 0 has none."""
+    leaves: Any = tree_flatten(gradients)
+    return mx.stack([mx.isfinite(g).all() for _, g in leaves]).all()
 
 
 def _fault(total: mx.array, x: mx.array, y: mx.array) -> int:

@@ -6,6 +6,7 @@ optimizer=OptimizerConfig(learning_rate=3e-4)), tracking=TrackingConfig(wandb=Tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,10 @@ _PATHS: dict[str, str] = {
 }
 
 
+_STEPS = ("warmup_steps", "lr_decay_steps", "sparsity_warm_up_steps")
+"""Spans in steps, or fractions of the run."""
+
+
 def _scheduler(value: str) -> dict[str, Any]:
     # Other tools decay over all that follows the warm-up.
     return {"train.optimizer.shape": value} | ({} if value == "constant" else {"train.optimizer.decay": 0.95})
@@ -121,6 +126,8 @@ def nested(options: dict[str, Any]) -> dict[str, Any]:
         value = options[name]
         if value is None:
             continue
+        if name in _STEPS and type(value) is int and value == 1:
+            value = math.nextafter(1, 2)  # one step; 1 would be the whole run
         for path, v in (_SPECIAL[name](value) if name in _SPECIAL else {_PATHS[name]: value}).items():
             *parents, last = path.split(".")
             level = tree

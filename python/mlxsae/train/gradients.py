@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlxsae.sae import TiedDecoder
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.randomness import fork
 
@@ -91,7 +92,9 @@ def _layers(module: nn.Module) -> list[nn.Module]:
         if isinstance(value, nn.Sequential):
             collect(value.layers)
         elif isinstance(value, nn.Module):
-            if callable(value) and all(value is not f for f in found):
+            # A tied decoder's weight is the encoder's: computed again with its own parameters, it would give that none.
+            forgets = callable(value) and not isinstance(value, TiedDecoder)
+            if forgets and all(value is not f for f in found):
                 found.append(value)
         elif isinstance(value, (list, tuple)):
             for v in value:

@@ -63,9 +63,10 @@ def column_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
     has deviation 1.
     """
     x = x.astype(mx.float32)
-    mean = x.mean(axis=0)
-    std = mx.sqrt(mx.square(x - mean).mean(axis=0))
-    return mean, mx.where(std > 0, std, mx.ones_like(std))
+    apart = x - x[:1]  # one that never varies is 0 then, to the last digit
+    mean = apart.mean(axis=0)
+    std = mx.sqrt(mx.square(apart - mean).mean(axis=0))
+    return x[0] + mean, mx.where(std > 0, std, mx.ones_like(std))
 
 
 class Spread(NamedTuple):
@@ -204,8 +205,10 @@ def begin(sae: SAE, x: mx.array, y: mx.array, l0: float | None) -> SAE:
     """
     if isinstance(sae.rule, SigmoidGated) and l0 is not None:
         sae.rule.gate_weight = sae.encoder.weight
-    bias = sae.rule.start(sae.pre_acts(x), l0)
+    ranks = sae.ranks(sae.rule)
+    bias = sae.rule.start(sae.pre_acts(x) * ranks, l0)
     if bias is not None:
+        bias = mx.where(ranks > 0, bias / ranks, 0)
         encoders = _encoders(sae)
         for encoder, own in zip(encoders, mx.split(bias, len(encoders)), strict=True):
             encoder.bias = own.astype(sae.dtype)

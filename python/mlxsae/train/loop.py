@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.data import ActivationSource, as_source
+from mlxsae.data.source import rows_in
 from mlxsae.loss import Context, Forward, Loss
 from mlxsae.metrics import Throughput, fire_counts, l0
 from mlxsae.sae import SAE
@@ -51,7 +53,17 @@ from mlxsae.train.pressure import SparsityController
 from mlxsae.train.randomness import kept_random_state, seed_step
 from mlxsae.train.resampling import DeadNeuronCallback
 from mlxsae.train.schedules import Schedule, in_steps, warmup_decay
-from mlxsae.train.state import ACTIVATIONS, TrainState, flat, folded, normalized, scaled_params, unnormalized
+from mlxsae.train.state import (
+    ACTIVATIONS,
+    GRADIENT,
+    TrainState,
+    flat,
+    folded,
+    inverted,
+    normalized,
+    scaled_params,
+    unnormalized,
+)
 
 _CHECK_EVERY = 10
 """Steps between two looks at the device (dead latents, failure). Not an option: it is part of what a run
@@ -87,6 +99,7 @@ class FitResult:
     stopped : why the run ended before its plan, the end of the data included; empty if it did not.
     profile : with ``profile=True``, seconds spent by part (``data``, ``step``, ``log``, ``callbacks``,
         ``validation``, ``checkpoint``), ``steps``, ``tokens_per_s`` and ``peak_bytes`` of MLX's memory.
+    by_config : whether the configuration says all about the step: no loss, optimiser or engine of one's own.
     """
 
     sae: Any
@@ -95,6 +108,7 @@ class FitResult:
     validations: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     profile: dict[str, float] | None = None
+    by_config: bool = True
 
     def __iter__(self) -> Iterator[Any]:
         """``sae, result = train_sae_from_activations(...)``."""
@@ -180,7 +194,8 @@ class Run:
         dtypes = {name: p.dtype for name, p in flat(sae.parameters()).items()}
         sae.update(tree_unflatten([(name, p.astype(dtypes[name])) for name, p in flat(raw).items()]))
         if isinstance(sae, SAE):
-            sae.rule.finish(state.rule, state.scale[0])
+            # A threshold of what latents write is measured like the target.
+            sae.rule.finish(state.rule, state.scale[1 if sae.rank_by_decoder_norm else 0])
             if self.config.normalize == "layer_norm":
                 sae.normalize_activations = "layer_norm"
         mx.eval(sae.parameters())
@@ -190,7 +205,8 @@ class Run:
         return substituted(self.module, self.state.params)
 
     def sample(self, n: int) -> tuple[mx.array, mx.array]:
-        """Up to ``n`` rows of the data as the SAE sees them, ``(x, y)``; the batches to come are not disturbed."""
+        """Up to ``n`` rows of the data as the SAE sees them, ``(x, y)``, none at the end of a stream; the batches to come are
+        not disturbed."""
         assert self._sample is not None
         return self._sample(self, n)
 
@@ -231,7 +247,7 @@ class Run:
         step, what = (int(n) for n in np.array(self.state.failed))
         if step < 0:
             return
-        subject = "activations" if what == ACTIVATIONS else "loss"
+        subject = {ACTIVATIONS: "activations", GRADIENT: "the gradient of the loss"}.get(what, "loss")
         saved = checkpoint.checkpoints(self.checkpoint_dir) if self.checkpoint_dir else []
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
         of = f" of {self.name}" if self.name else ""
@@ -410,11 +426,16 @@ class _Session:
         run.checkpoint_dir = self.directory
         run.validated = self.validation is not None
         run._save = None if self.directory is None else self.save
-        run._sample = lambda run, n: _Batch(self._prepared(self.source.sample(n))).pair(run)
+        run._sample = self._sampled
         run.watchers += [as_callback(c) for c in job.callbacks]
         if run.config.resample_every is not None:
             run.watchers.insert(0, DeadNeuronCallback(resample_every=run.config.resample_every))
         return run
+
+    def _sampled(self, run: Run, n: int) -> tuple[mx.array, mx.array]:
+        rows = self.source.sample(n)
+        seed_step(run.config.seed, run.state.step, stream=5)  # whatever other runs have drawn
+        return _Batch(self._prepared(rows) if rows[0].shape[0] else rows).pair(run)
 
     # ---- training ------------------------------------------------------------------------------------------
 
@@ -433,10 +454,12 @@ class _Session:
                 self.save()
             raise
         finally:
-            for run in self.runs:
-                run.write_back(run.sae)
-                for watcher in run.watchers:
-                    watcher.on_end(run)
+            with contextlib.ExitStack() as ending:  # each is told, whatever another raises
+                for run in reversed(self.runs):
+                    for watcher in reversed(run.watchers):
+                        ending.callback(watcher.on_end, run)
+                for run in self.runs:
+                    run.write_back(run.sae)
 
     def _loop(self, clocks: dict[int, Throughput], interrupted: threading.Event) -> None:
         while active := [run for run in self.runs if not run.finished]:
@@ -462,7 +485,8 @@ class _Session:
             if all(run.finished for run in self.runs) or step % self.config.checkpoint_every == 0:
                 for run in active:
                     run.raise_if_failed()
-                if self.directory is not None and step > self._saved_at:
+                # What the end of the data adds to a step that is saved already is saved too.
+                if self.directory is not None and (step > self._saved_at or (over and step)):
                     with self._timed("checkpoint"):
                         self.save()
             if pending or interrupted.is_set():
@@ -476,10 +500,7 @@ class _Session:
         if over:
             run.finished = True
             run.stopped = f"the data ended after {run.state.step} of {config.total_steps} steps"
-            if run.metrics and (not run.history or run.history[-1]["step"] != run.state.step):
-                _tell(run, "on_log", _record(run, clock))
-            if run.state.step and self.validation is not None:
-                self._validated(run)
+            self._concluded(run, clock)
             if rows is None and run.state.step:
                 _tell(run, "on_epoch", 1)
             return
@@ -500,7 +521,18 @@ class _Session:
             _tell(run, "on_step")
             for epoch in range(before // rows + 1, run.state.tokens // rows + 1) if rows else ():
                 _tell(run, "on_epoch", epoch)
-        run.finished = run.finished or bool(run.stopped)
+        if run.finished:  # it has come to the end of its plan, whatever a callback wanted
+            run.stopped = ""
+        elif run.stopped:
+            run.finished = True
+            self._concluded(run, clock)
+
+    def _concluded(self, run: Run, clock: Throughput) -> None:
+        """The last record and validation of a run that ends before its plan."""
+        if run.metrics and (not run.history or run.history[-1]["step"] != run.state.step):
+            _tell(run, "on_log", _record(run, clock))
+        if run.state.step and self.validation is not None:
+            self._validated(run)
 
     def _validated(self, run: Run) -> None:
         if run.validations and run.validations[-1]["step"] == run.state.step:
@@ -559,7 +591,7 @@ class _Session:
             held = _Batch(self._prepared(batch))
             metrics, counts = _evaluate(run, *held.pair(run), held.context(run))
             mx.eval(metrics, counts)
-            rows = batch[0].shape[0]
+            rows = held.arrays[0].shape[0]  # preprocessing may leave some out
             fired += np.array(counts, np.int64)
             n += rows
             for name, value in metrics.items():
@@ -599,7 +631,9 @@ class _Session:
                 }
             }
         profile = None if self.clock is None else self.clock.result(run)
-        return FitResult(run.sae, run.state, run.history, run.validations, run.stopped, profile)
+        job = next(job for job, other in zip(self.jobs, self.runs, strict=True) if other is run)
+        own = [given for given in (job.loss, job.optimizer, job.engine) if given is not None]
+        return FitResult(run.sae, run.state, run.history, run.validations, run.stopped, profile, not own)
 
 
 class _Start:
@@ -689,7 +723,7 @@ def _settled(job: Job, number: int | None, source: ActivationSource) -> Job:
             raise ValueError(
                 "[fit] epochs must come with data that know their length (rows); give total_tokens instead."
             )
-        config = replace(config, total_tokens=max(1, math.ceil(config.epochs * rows)), epochs=None)
+        config = replace(config, total_tokens=max(1, math.ceil(rows_in(config.epochs, rows))), epochs=None)
     if config.wake is None:  # decided before the first checkpoint, which a resumed run is held to
         sae, wakes = job.sae, None
         if _wakes(sae):
@@ -732,14 +766,17 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     if widths.ours:
         _check_widths(widths, job.fields, start.sample)
     sides = (("in", 0), ("out", 1))[: len(fields)]
-    if config.normalize == "mean_std":
+    if config.normalize in ("mean_std", "whiten"):
         for name, which in sides:
-            norm[f"mean_{name}"], norm[f"std_{name}"] = start.of(column_statistics, fields, which)
-    elif config.normalize == "whiten":
-        for name, which in sides:
-            found: Spread = start.of(spread, fields, which)
-            norm[f"mean_{name}"] = found.mean
-            norm[f"whiten_{name}"], norm[f"unwhiten_{name}"] = found.whitening(config.whitening)
+            if saved is not None:  # the checkpoint has them, and the sample is not theirs
+                found = _unmeasured(config.normalize, start.sample[fields[which]].shape[-1])
+            elif config.normalize == "mean_std":
+                found = dict(zip(("mean", "std"), start.of(column_statistics, fields, which), strict=True))
+            else:
+                measured: Spread = start.of(spread, fields, which)
+                there, back = measured.whitening(config.whitening)
+                found = {"mean": measured.mean, "whiten": there, "unwhiten": back}
+            norm |= {f"{what}_{name}": a for what, a in found.items()}
     if norm and "weight" not in sae.parameters().get("decoder", {}):
         raise ValueError(
             f"[fit] normalize must not be {config.normalize} where the decoder is tied to the encoder."
@@ -761,8 +798,11 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     # Sources of a crosscoder get a scale each. Folding that changes decoder norms, so not where they rank latents.
     apart = getattr(sae, "n_sources", 1) > 1 and not ranked and config.normalize == "expected_norm"
     if apart:
-        weights = sae.metadata.get("source_weights")
-        mean, std = source_statistics(start.rows(fields)[0], sae.n_sources, weights)
+        if saved is None:
+            weights = sae.metadata.get("source_weights")
+            mean, std = source_statistics(start.rows(fields)[0], sae.n_sources, weights)
+        else:
+            mean, std = _unmeasured("mean_std", sae.d_in).values()
         norm = {"mean_in": mean, "std_in": std}
     if norm and (stay := folded(sae) & frozen(sae)):
         raise ValueError(
@@ -773,7 +813,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             s_in = start.of(expected_norm_scale, fields, 0)
             same = sae.apply_b_dec_to_input or len(fields) == 1
             scale = (s_in, s_in if same else start.of(expected_norm_scale, fields, 1))
-        if config.b_dec_init != "keep":
+        if config.b_dec_init != "keep" and untrained(sae):
             what = geometric_median if config.b_dec_init == "geometric_median" else _mean
             centre = start.of(what, fields, len(fields) - 1, by_token)
             if norm:
@@ -785,6 +825,8 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
         working.normalize_activations = "none"  # batches come normalised
     if scale != (1.0, 1.0):
         working.update(scaled_params(sae, working.parameters(), *scale))
+    if norm and saved is None and not untrained(sae):  # what it has learned is for raw activations
+        working.update(unnormalized(sae, working.parameters(), inverted(norm)))
     from_data = widths.ours and waits_for_data(sae)
     stay = frozen(sae)
     free = widths.ours and untrained(sae) and stay.isdisjoint(("encoder.weight", "decoder.weight"))
@@ -840,6 +882,12 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
     )
     run.watchers = [] if pressure is None else [pressure]
     return run
+
+
+def _unmeasured(normalize: str, d: int) -> dict[str, mx.array]:
+    """Statistics of width ``d`` that a checkpoint will fill in."""
+    square = {"whiten": mx.eye(d), "unwhiten": mx.eye(d)}
+    return {"mean": mx.zeros(d)} | (square if normalize == "whiten" else {"std": mx.ones(d)})
 
 
 def _rate(
@@ -941,11 +989,15 @@ def _places(fields: tuple[int, ...] | None, n: int) -> tuple[int, int]:
 
 
 def _walk(validation: Validation, batch_size: int) -> Iterator[tuple[mx.array, ...]]:
+    """Batches of at most ``batch_size`` rows, or as they are given, none much shorter than the others: a term that divides
+    by the variance of its batch says nothing about a few rows, and of one row it is the squared error itself."""
     if isinstance(validation, (mx.array, np.ndarray)):
         validation = (validation,)
     if isinstance(validation, tuple) and all(isinstance(a, (mx.array, np.ndarray)) for a in validation):
-        for begin in range(0, len(validation[0]), batch_size):
-            yield tuple(mx.array(a[begin : begin + batch_size]) for a in validation)
+        n = len(validation[0])
+        parts = -(-n // batch_size)
+        for begin, end in itertools.pairwise(n * i // max(parts, 1) for i in range(parts + 1)):
+            yield tuple(mx.array(a[begin:end]) for a in validation)
         return
     if not isinstance(validation, Iterable):
         raise ValueError(
@@ -953,8 +1005,17 @@ def _walk(validation: Validation, batch_size: int) -> Iterator[tuple[mx.array, .
         )
     if iter(validation) is validation:
         raise ValueError("[fit] validation must be something that can be walked again but is an iterator.")
+    held: list[tuple[mx.array, ...]] = []  # the last two
     for batch in validation:
-        yield tuple(mx.array(a) for a in (batch if isinstance(batch, tuple) else (batch,)))
+        held.append(tuple(mx.array(a) for a in (batch if isinstance(batch, tuple) else (batch,))))
+        if len(held) > 2:
+            yield held.pop(0)
+    short = len(held) == 2 and 2 * len(held[1][0]) < len(held[0][0])
+    if short and all(len(_activations(batch)) == len(batch) for batch in held):
+        half = (len(held[0][0]) + len(held[1][0])) // 2
+        both = [mx.concatenate(list(field)) for field in zip(*held, strict=True)]
+        held = [tuple(a[:half] for a in both), tuple(a[half:] for a in both)]
+    yield from held
 
 
 def _mean(x: mx.array) -> mx.array:

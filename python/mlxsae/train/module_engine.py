@@ -15,7 +15,7 @@ from mlxsae.sae import SAE
 from mlxsae.sae.rule import State
 from mlxsae.train.config import TrainConfig
 from mlxsae.train.constraints import unit_rows, without_parallel
-from mlxsae.train.engine import Arrays, guard, rule_of_step, substituted, woken
+from mlxsae.train.engine import Arrays, all_finite, guard, rule_of_step, substituted, woken
 from mlxsae.train.gradients import recomputed, value_and_grad
 from mlxsae.train.optimizers import OPTIMIZERS, emptied, set_learning_rate
 from mlxsae.train.state import flat
@@ -122,6 +122,7 @@ class ModuleEngine:
         (total, metrics, carried), gradients = self._gradient(
             params, self._module.parameters(), x, y, carried
         )
+        slopes = all_finite(gradients)
         constrained = isinstance(self._module, SAE) and config.normalize_decoder
         constrained = constrained and "weight" in params.get("decoder", {})
         if constrained:
@@ -141,7 +142,7 @@ class ModuleEngine:
             updated["encoder"] = updated["encoder"] | {"bias": bias}
         if isinstance(self._module, SAE) and "rule" in updated:
             updated["rule"] = self._module.rule.constrain(updated["rule"])
-        failed, good = guard(arrays["failed"], total, x, y, mx.array(step, mx.int32))
+        failed, good = guard(arrays["failed"], total, slopes, x, y, mx.array(step, mx.int32))
         new = {"params": updated, "optimizer": optimizer} | carried
         new = tree_map(lambda a, b: mx.where(good, a, b), new, {key: arrays.get(key, {}) for key in new})
         dead = (new["tokens_since_fired"] >= config.dead_after).astype(mx.float32).mean()
@@ -159,7 +160,9 @@ class ModuleEngine:
             with recomputed(module, self._config.gradient_checkpointing):
                 total, terms, state, z = self._measured(module, x, y, carried["rule"])
             fires = mx.stop_gradient((z > 0).any(axis=0))
-        silent = mx.where(fires, 0, carried["tokens_since_fired"] + x.shape[0])
+        # No further than int32 counts.
+        before = mx.minimum(carried["tokens_since_fired"], 2**31 - 1 - x.shape[0])
+        silent = mx.where(fires, 0, before + x.shape[0])
         return total, terms, {"tokens_since_fired": silent, "rule": state}
 
     def _measured(

@@ -80,6 +80,8 @@ class DeadNeuronCallback(Callback):
         if step % self.every or step > _UNTIL * run.config.total_steps:
             return
         x, y = run.sample(self.sample_size)
+        if x.shape[0] == 0:  # the data end here
+            return
         errors, fires = [], mx.zeros(run.widths.d_sae, mx.int32)
         with run.current() as sae:
             for i in range(0, x.shape[0], _BATCH):

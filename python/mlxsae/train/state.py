@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlxsae.ops import Shadow
 from mlxsae.sae import SAE, Rule
 
-ACTIVATIONS, LOSS = 1, 2
+ACTIVATIONS, LOSS, GRADIENT = 1, 2, 3
 """What ``failed[1]`` says was not finite."""
 
 
@@ -25,7 +25,7 @@ class TrainState:
         space: the activations they see are ``scale[0] * x`` and ``scale[1] * y``.
     optimizer : the optimiser's state tree (Adam: ``m`` and ``v`` of each parameter, ``step``,
         ``learning_rate``). tokens_since_fired : int32 ``[d_sae]``. failed : int32 ``[2]``, the first step
-        whose loss was not finite and what was not (see ``ACTIVATIONS``, ``LOSS``); (-1, 0) while all is well.
+        whose loss was not finite and what was not (see ``ACTIVATIONS``); (-1, 0) while all is well.
         From that step on nothing is updated.
     rule : what the rule carries (``Rule.initial_state``), such as BatchTopK's running threshold.
     step, tokens : steps done, tokens seen.
@@ -126,6 +126,18 @@ def normalized(a: mx.array, norm: dict[str, mx.array], side: str) -> mx.array:
     """``(a - mean) / std`` or ``(a - mean) W`` of rows ``a [n, d]`` (or one row), by what ``norm`` holds for ``side``."""
     a = a - norm[f"mean_{side}"]
     return a @ norm[f"whiten_{side}"] if f"whiten_{side}" in norm else a / norm[f"std_{side}"]
+
+
+def inverted(norm: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The normalisation that takes :func:`normalized` rows back to raw ones."""
+    found: dict[str, mx.array] = {}
+    for side in (name.removeprefix("mean_") for name in norm if name.startswith("mean_")):
+        found[f"mean_{side}"] = normalized(mx.zeros_like(norm[f"mean_{side}"]), norm, side)
+        if f"whiten_{side}" in norm:
+            found |= {f"whiten_{side}": norm[f"unwhiten_{side}"], f"unwhiten_{side}": norm[f"whiten_{side}"]}
+        else:
+            found[f"std_{side}"] = 1 / norm[f"std_{side}"]
+    return found
 
 
 def unnormalized(sae: SAE, params: dict[str, Any], norm: dict[str, mx.array]) -> dict[str, Any]:

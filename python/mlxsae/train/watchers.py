@@ -98,7 +98,7 @@ class EarlyStoppingCallback(_Measured):
 
     def measured(self, run: Run, value: float) -> None:
         margin = self.min_delta if self.mode == "max" else -self.min_delta
-        if not math.isfinite(self.best) or self.better(value, self.best + margin):
+        if self.better(value, self.best + margin):
             self.best, self.waited = value, 0
             return
         self.waited += 1

@@ -337,6 +337,18 @@ def test_out_that_cannot_be_written(model: str, stories: Path, tmp_path: Path, c
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_eval_warns_where_nobody_knows_what_was_held_out(trained: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(trained, tmp_path / "other")
+    (folder / "run.json").unlink()
+    for directory, warned in ((trained, False), (folder, True)):
+        assert main(["eval", str(directory), "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == 1
+        assert ("does not say what was held out of" in err) == warned
+    assert main(["eval", str(folder), "--json", "--dataset", run_of(trained)["dataset"]["path"]]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_eval_of_longer_texts_than_the_model_reads(trained: Path, capsys) -> None:
     assert main(["eval", str(trained), "--context-size", "100000"]) == 1
     assert "context_size must be at most the model's 256 but got 100000" in capsys.readouterr().err

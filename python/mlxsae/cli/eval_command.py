@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from mlxsae import lm as lm_room
@@ -69,6 +70,12 @@ def run(options: argparse.Namespace) -> int:
     # The same file under another name is still the text that was trained on; only a --dataset of its own is not.
     own = options.dataset and not ("dataset" in trained and same(trained["dataset"], options.dataset))
     split = None if own else "heldout"
+    if split and "validation_split" not in data:
+        print(
+            f"! {options.directory} does not say what was held out of {terminal.clean(str(dataset))}: a tenth of it is "
+            "taken, which may have been trained on.",
+            file=sys.stderr,
+        )
     tokens = options.heldout_tokens or data.get("validation_tokens", 50_000)
     metrics = evaluate_in_model(lm, sae, hook_point, text.heldout(tokens, split=split))
     if options.json:

@@ -813,7 +813,7 @@ def _assemble(job: Job, source: ActivationSource, start: _Start, saved: dict[str
             s_in = start.of(expected_norm_scale, fields, 0)
             same = sae.apply_b_dec_to_input or len(fields) == 1
             scale = (s_in, s_in if same else start.of(expected_norm_scale, fields, 1))
-        if config.b_dec_init != "keep" and untrained(sae):
+        if config.b_dec_init != "keep" and (untrained(sae) or not bool(sae.decoder.bias.any())):
             what = geometric_median if config.b_dec_init == "geometric_median" else _mean
             centre = start.of(what, fields, len(fields) - 1, by_token)
             if norm:

@@ -348,7 +348,8 @@ def test_a_wrong_number_of_threads_is_refused(wrong):
         text=True,
         env={**os.environ, "MLXSAE_NUM_THREADS": wrong},
     )
-    assert out.returncode and not out.stdout
+    assert out.returncode
+    assert not out.stdout
     assert f"MLXSAE_NUM_THREADS must be a whole number of at least 1 but got {wrong}." in out.stderr
 
 

@@ -112,7 +112,7 @@ def test_ctrl_c_and_the_same_command(model: Path, text: Path, tmp_path: Path) ->
         for out in (tmp_path / "x", tmp_path / "y")
     )
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "x").exists():
+    while not (tmp_path / "x").is_dir() or not any((tmp_path / "x").iterdir()):
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(2)

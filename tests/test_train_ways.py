@@ -214,7 +214,7 @@ def test_checkpointing_saves_memory_and_changes_no_bit() -> None:
     found = {}
     for active in (False, True):
         peaks = []
-        for _ in range(3):  # the least of them: how far the host allocates ahead of the work depends on the machine's load
+        for _ in range(3):  # the least: how far the host allocates ahead of the work depends on the load
             module = Deep(D, 500, layers=6)
             x = mx.random.normal((2048, D), key=mx.random.key(0))
             mx.eval(module.parameters(), x)
@@ -224,7 +224,7 @@ def test_checkpointing_saves_memory_and_changes_no_bit() -> None:
             peaks.append(mx.get_peak_memory() - base)
         found[active] = min(peaks), weights(module)
     assert_same_bits(found[True][1], found[False][1])
-    assert found[True][0] < found[False][0] - 4 * 2048 * 500 * 4
+    assert found[True][0] < found[False][0] - 3 * 2048 * 500 * 4  # half of what the six layers hold
     layer = Deep(D, 8, layers=1)
     kind = type(layer.body.layers[0])
     with recomputed(layer):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlxsae import ops
 
-TYPES = (mx.bfloat16, mx.int16)
+TYPES = (mx.bfloat16, mx.int16, mx.int8)
 KERNEL = ops.backends()["topk_encode"]["cpu"]
 
 

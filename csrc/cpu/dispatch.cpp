@@ -14,6 +14,7 @@ namespace mlxsae::cpu {
   const Kernels& table();   \
   }
 MLXSAE_DECLARE(avx512bf16)
+MLXSAE_DECLARE(avx512vnni)
 MLXSAE_DECLARE(avx512)
 MLXSAE_DECLARE(avx2)
 MLXSAE_DECLARE(neon)
@@ -28,8 +29,10 @@ std::vector<const Kernels*> usable() {
 #if defined(MLXSAE_HAS_avx512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
-      sets.push_back(&avx512bf16::table());
+    if (__builtin_cpu_supports("avx512vnni")) {
+      if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512bf16::table());
+      sets.push_back(&avx512vnni::table());
+    }
     sets.push_back(&avx512::table());
   }
 #endif

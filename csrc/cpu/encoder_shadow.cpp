@@ -15,6 +15,9 @@ void EncoderShadow::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       });
 }
 
-mx::Dtype fastest_shadow() { return cpu::kernels().shadow_type == cpu::ShadowType::i16 ? mx::int16 : mx::bfloat16; }
+mx::Dtype fastest_shadow() {
+  auto type = cpu::kernels().shadow_type;
+  return type == cpu::ShadowType::i8 ? mx::int8 : type == cpu::ShadowType::i16 ? mx::int16 : mx::bfloat16;
+}
 
 }  // namespace mlxsae

@@ -13,7 +13,8 @@ inline Type type_of(const mx::array& a) {
   return a.dtype() == mx::float32 ? Type::f32 : a.dtype() == mx::float16 ? Type::f16 : Type::bf16;
 }
 inline ShadowType shadow_type_of(const mx::array& w16) {
-  return w16.dtype() == mx::int16 ? ShadowType::i16 : ShadowType::bf16;
+  auto type = w16.dtype();
+  return type == mx::int8 ? ShadowType::i8 : type == mx::int16 ? ShadowType::i16 : ShadowType::bf16;
 }
 inline Rows rows_of(const mx::array& a) { return {a.data<char>(), type_of(a), a.shape(0), a.shape(1)}; }
 inline Code code_of(const mx::array* values, const mx::array& indices, const mx::array* offsets) {

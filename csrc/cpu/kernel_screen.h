@@ -14,8 +14,16 @@
 // bfloat16 it is gamma. An integer is off by |v| 2^-16 at most, so |v - v_bar| is about sqrt(d / 12) 2^-15 |v|: for
 // d < 16384 the closer of the two.
 //
+// Where VNNI multiplies bytes at twice the rate of integers of 16 bits, the integer of a weight lies in two bytes, q =
+// unit high + low, a unit for each row, so that the high bytes alone are the weight to 8 bits; the token has bytes of its
+// own, in units of its largest coordinate. Every product is made of bytes, and bounded in the same way; only a pair
+// whose interval reaches what its token has by then, about one in a hundred, is multiplied in 16 bits. ScreenTokens with few
+// large coordinates are told too little by bytes: while more than a quarter of the pairs pass, integers take over.
+//
 // Every norm is rounded up. A feature can be among the k largest only if its upper end reaches the k-th largest lower
 // end; those features are computed again, in the very order of the encode kernel, so the codes are its bits.
+
+#include <type_traits>
 
 #include "cpu/kernel_update.h"
 
@@ -43,7 +51,7 @@ struct Norm {
 };
 
 struct Bfloats {
-  static constexpr ShadowType type = ShadowType::bf16;
+  static float scale(float) { return 1; }
 
   static float chain(int64_t d) { return gamma_of(d); }
 
@@ -72,19 +80,20 @@ struct Bfloats {
   }
 
 #if defined(__AVX512BF16__)
-  static constexpr int kFeatures = 6, kVectors = 4;  // a tile
+  static constexpr int kFeatures = 6, kVectors = 4, kGroup = 2;  // a tile; coordinates multiplied at once
   using Accumulator = vf;
 
   static MLXSAE_INLINE vf multiply_add(vf sum, int32_t two, vi x) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat(two), (__m512bh)x);
   }
-  static MLXSAE_INLINE vf value(vf sum, vf, float) { return sum; }
+  static MLXSAE_INLINE vf value(vf sum, vf, vf) { return sum; }
 #endif
 };
 
 struct Integers {
-  static constexpr ShadowType type = ShadowType::i16;
   static constexpr float kUnit = 0x1p-15f;  // v_bar = q |v| kUnit
+
+  static float scale(float full) { return full * kUnit; }
 
   static float chain(int64_t) { return 16 * 5.97e-8f; }
 
@@ -115,9 +124,9 @@ struct Integers {
 
 #if defined(__AVX2__)
 #if defined(__AVX512BW__)
-  static constexpr int kFeatures = 6, kVectors = 4;
+  static constexpr int kFeatures = 6, kVectors = 4, kGroup = 2;
 #else
-  static constexpr int kFeatures = 6, kVectors = 2;
+  static constexpr int kFeatures = 6, kVectors = 2, kGroup = 2;
 #endif
   using Accumulator = vi;
 
@@ -131,13 +140,111 @@ struct Integers {
 #endif
   }
   /** The scales one after the other: their product may be subnormal where this is not. */
-  static MLXSAE_INLINE vf value(vi sum, vf of_row, float of_column) {
-    return __builtin_convertvector(sum, vf) * (of_row * kUnit) * (of_column * kUnit);
+  static MLXSAE_INLINE vf value(vi sum, vf of_row, vf of_column) {
+    return __builtin_convertvector(sum, vf) * of_row * of_column;
   }
 #endif
 };
 
-/** The shadow of the rows [f0, f1) of an encoder, and the columns [3, d_sae] of the bound. */
+/** Eight bits of a token; of a weight the high byte of sixteen. */
+struct Bytes {
+  static constexpr float kUnit = 0x1.04p-15f;  // q |v| kUnit: |q| <= 2^15 / 1.015 fits in 127 units of at most 255
+
+  typedef int8_t vb __attribute__((vector_size(kLanes)));
+
+  template <class V>
+  static MLXSAE_INLINE V nearest(V v) {
+    constexpr float kRound = 0x1.8p23f;  // adding it leaves no room for a fraction
+    return (v + kRound) - kRound;
+  }
+  template <class V>
+  static MLXSAE_INLINE void put_bytes(int8_t* out, V whole) {
+    if constexpr (sizeof(V) == 4) {
+      *out = whole == whole ? static_cast<int8_t>(static_cast<int32_t>(whole)) : 0;
+    } else {
+      vb low = __builtin_convertvector(__builtin_convertvector(whole, vi), vb);
+      std::memcpy(static_cast<void*>(out), &low, sizeof(low));
+    }
+  }
+
+  /** Row j of a shadow: its d high bytes, then its d low bytes; and its six columns. */
+  static void shadow(const float* v, int64_t d, int8_t* out, float* columns, int64_t d_sae, int64_t j) {
+    Sum square;
+    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) { square.add(get<V>(v + c) * get<V>(v + c)); });
+    Norm norm(d);
+    float full = norm(square.total()), scale = full * kUnit, inverse = 1 / scale, most = 0;
+    vf top{};
+    auto whole = [&]<class V>(V x) __attribute__((always_inline)) {
+      constexpr float kMost = 127 * 255;
+      V q = nearest(x * inverse);
+      q = q > kMost ? V{} + kMost : q;
+      return q < -kMost ? V{} - kMost : q;
+    };
+    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+      V q = whole(get<V>(v + c));
+      q = q < 0 ? -q : q;
+      if constexpr (sizeof(V) == 4)
+        most = q > most ? q : most;
+      else
+        top = q > top ? q : top;
+    });
+    for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
+    float unit = most > 127 ? __builtin_ceilf(most / 127) : 1, per_unit = 1 / unit, coarse = unit * scale;
+    Sum rest, low, rest8, low8, highs;
+    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+      V x = get<V>(v + c), q = whole(x), high = nearest(q * per_unit);
+      put_bytes(out + c, high), put_bytes(out + d + c, q - high * unit);
+      V y = q * scale, y8 = high * coarse;
+      rest.add((x - y) * (x - y)), low.add(y * y);
+      rest8.add((x - y8) * (x - y8)), low8.add(y8 * y8), highs.add(high);
+    });
+    float chain = Integers::chain(d);
+    columns[j] = full;
+    columns[d_sae + j] = (norm(rest.total()) + chain * norm(low.total())) * 1.0001f;
+    columns[2 * d_sae + j] = tiny(d, full, 0);
+    columns[3 * d_sae + j] = unit;
+    columns[4 * d_sae + j] = (norm(rest8.total()) + chain * norm(low8.total())) * 1.0001f;
+    columns[5 * d_sae + j] = highs.total();
+  }
+
+#if defined(__AVX512VNNI__)
+  static constexpr int kFeatures = 6, kVectors = 4, kGroup = 4;
+  using Accumulator = vi;
+
+  /** A token v_bar = b scale, stored as b + 128: VNNI multiplies bytes without a sign by bytes with one. */
+  static Rounded round(const float* v, float full, uint8_t* out, int64_t d, float& scale) {
+    float most = full * 1e-6f;  // a row of zeros has a scale too
+    vf top = splat(most);
+    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+      V x = get<V>(v + c);
+      x = x < 0 ? -x : x;
+      if constexpr (sizeof(V) == 4)
+        most = x > most ? x : most;
+      else
+        top = x > top ? x : top;
+    });
+    for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
+    scale = most / 127;
+    float inverse = 1 / scale;
+    Sum rest, low;
+    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+      V x = get<V>(v + c), b = nearest(x * inverse), y = b * scale;
+      put_bytes(reinterpret_cast<int8_t*>(out + c), b + 128);
+      rest.add((x - y) * (x - y)), low.add(y * y);
+    });
+    Norm norm(d);
+    return {full, norm(rest.total()), norm(low.total())};
+  }
+  static MLXSAE_INLINE vi multiply_add(vi sum, int32_t four, vi x) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)splat(four));
+  }
+  static MLXSAE_INLINE vf value(vi sum, vf of_row, vf of_column) {
+    return __builtin_convertvector(sum, vf) * of_row * of_column;
+  }
+#endif
+};
+
+/** The shadow of the rows [f0, f1) of an encoder, and the columns of the bound. */
 template <class Q>
 inline void shadow_of(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1) {
   for (int64_t j = f0; j < f1; ++j) {
@@ -150,6 +257,11 @@ inline void shadow_of(const float* w, int64_t d_sae, int64_t d, uint16_t* out, f
 
 inline void shadow(const float* w, int64_t d_sae, int64_t d, ShadowType type, uint16_t* out, float* columns, int64_t f0,
                    int64_t f1) {
+  if (type == ShadowType::i8) {
+    for (int64_t j = f0; j < f1; ++j)
+      Bytes::shadow(w + j * d, d, reinterpret_cast<int8_t*>(out + j * d), columns, d_sae, j);
+    return;
+  }
   (type == ShadowType::bf16 ? shadow_of<Bfloats> : shadow_of<Integers>)(w, d_sae, d, out, columns, f0, f1);
 }
 
@@ -268,14 +380,91 @@ struct Intervals {
   }
 };
 
-/** What a tile of the screen reads beside its weights. */
-struct ScreenBlock {
-  const Screen& s;
-  const uint32_t* packed;  // [panels][pairs][width] pairs of coordinates
-  int64_t pairs;
-  const float *full, *row0, *row1;  // [tokens]
-  Intervals& lists;
+/** The tokens of a task as a tile reads them. */
+struct ScreenTokens {
+  uint32_t* packed;                 // [panels][groups][kVectors * kLanes] groups of coordinates
+  float *scale, *row0, *row1;       // [tokens]
 };
+
+/** A feature as a tile reads it. */
+struct ScreenColumn {
+  float full, rest, absolute, bias, scale;
+  int32_t start = 0;  // what the sum of integers starts with
+
+  ScreenColumn() = default;
+  ScreenColumn(const Screen& s, int64_t j, int64_t rest_at, float scale_)
+      : full(s.columns[j]),
+        rest(s.columns[rest_at * s.d_sae + j]),
+        bias(s.bias ? s.bias[j] : 0.0f),
+        scale(scale_) {
+    absolute = s.columns[2 * s.d_sae + j] + 2.4e-7f * __builtin_fabsf(bias);
+  }
+};
+
+/** Rows of features, and whether those of as many more follow at the same stride. */
+struct ScreenRows {
+  const char* w;
+  int64_t stride;
+  bool fetch;
+};
+
+/** A pre-activation in low precision, and how far the float32 one may be from it. */
+template <class V>
+struct Interval {
+  V at, error;
+};
+
+/**
+ * M features, rows of `stride` bytes, against the tokens of panel p: take(i, t0, interval), with interval(v) for the
+ * tokens from t0 + v kLanes on. `ahead`: rows from here on, of the same stride, to fetch meanwhile, or null.
+ */
+template <class Q, int M, class Take>
+__attribute__((noinline)) void tile(const ScreenTokens& tokens, int64_t d, const char* w, int64_t stride,
+                                    const ScreenColumn* columns, int64_t p, const char* ahead, Take&& take) {
+  constexpr int NV = Q::kVectors, W = NV * kLanes, G = Q::kGroup;
+  const int64_t whole = d / G;
+  const uint32_t* panel = tokens.packed + p * W * ((d + G - 1) / G);
+  typename Q::Accumulator acc[M][NV];
+  MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
+    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) {
+      acc[i][v] = typename Q::Accumulator{};
+      if constexpr (G == 4) acc[i][v] += columns[i].start;
+    }
+  }
+  auto multiply_add = [&](int64_t c, int bytes) __attribute__((always_inline)) {
+    vi x[NV];
+    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) x[v] =
+        load(reinterpret_cast<const int32_t*>(panel) + c * W + v * kLanes);
+    MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
+      int32_t group = 0;
+      std::memcpy(&group, w + i * stride + 4 * c, bytes);
+      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = Q::multiply_add(acc[i][v], group, x[v]);
+    }
+  };
+  int64_t c = 0;
+  for (; c + 16 <= whole; c += 16) {
+    if (ahead) {
+      MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
+        prefetch(ahead + i * stride + 4 * c);
+        if constexpr (G == 4) prefetch(ahead + i * stride + 4 * c + d);  // the low bytes
+      }
+    }
+    _Pragma("GCC unroll 4") for (int q = 0; q < 16; ++q) multiply_add(c + q, 4);
+  }
+  for (; c < whole; ++c) multiply_add(c, 4);
+  if (d % G) multiply_add(c, static_cast<int>(d % G) * (4 / G));
+
+  MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
+    const ScreenColumn& column = columns[i];
+    vf bias = splat(column.bias), scale = splat(column.scale);
+    vf c0 = splat(column.full), c1 = splat(column.rest), c2 = splat(column.absolute);
+    take(i, p * W, [&](int v) __attribute__((always_inline)) -> Interval<vf> {
+      int64_t t = p * W + v * kLanes;
+      return {Q::value(acc[i][v], load(tokens.scale + t), scale) + bias,
+              load(tokens.row0 + t) * c0 + load(tokens.row1 + t) * c1 + c2};
+    });
+  }
+}
 
 template <int NV>
 __attribute__((noinline)) void emit_intervals(Intervals& lists, const vf* lower, const vf* up, int64_t t0,
@@ -290,149 +479,314 @@ __attribute__((noinline)) void emit_intervals(Intervals& lists, const vf* lower,
   }
 }
 
-/** M features against the tokens of panel p: product, interval, filter. */
-template <class Q, int M>
-__attribute__((noinline)) void screen_tile(const ScreenBlock& b, int64_t f, int64_t p, bool ahead) {
-  constexpr int NV = Q::kVectors, W = NV * kLanes;
-  const Screen& s = b.s;
-  const int64_t d = s.d;
-  const uint16_t* w = s.w16 + f * d;
-  const uint32_t* panel = b.packed + p * W * b.pairs;
-  typename Q::Accumulator acc[M][NV] = {};
-  auto multiply_add = [&](int64_t c, int bytes) __attribute__((always_inline)) {
-    vi x[NV];
-    MLXSAE_UNROLL for (int v = 0; v < NV; ++v) x[v] =
-        load(reinterpret_cast<const int32_t*>(panel) + c * W + v * kLanes);
-    MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
-      int32_t two = 0;
-      std::memcpy(&two, w + i * d + 2 * c, bytes);
-      MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = Q::multiply_add(acc[i][v], two, x[v]);
-    }
-  };
-  int64_t c = 0, whole = d / 2;
-  for (; c + 16 <= whole; c += 16) {
-    if (ahead) {
-      MLXSAE_UNROLL for (int i = 0; i < M; ++i) prefetch(w + (M + i) * d + 2 * c);
-    }
-    _Pragma("GCC unroll 4") for (int q = 0; q < 16; ++q) multiply_add(c + q, 4);
-  }
-  for (; c < whole; ++c) multiply_add(c, 4);
-  if (d % 2) multiply_add(c, 2);
+/** What the screens of all types share: the tokens of a task and their lists. */
+struct ScreenTask {
+  static constexpr int kWidth = Integers::kVectors * kLanes;  // of a panel, whatever it holds
 
-  MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
-    int64_t j = f + i;
-    float bias = s.bias ? s.bias[j] : 0.0f, full = s.columns[j];
-    vf bias_v = splat(bias), c0 = splat(full), c1 = splat(s.columns[s.d_sae + j]);
-    vf c2 = splat(s.columns[2 * s.d_sae + j] + 2.4e-7f * __builtin_fabsf(bias));
+  const Screen& s;
+  const int64_t n = s.t1 - s.t0, padded = (n + kWidth - 1) / kWidth * kWidth;
+  Intervals lists;
+
+  explicit ScreenTask(const Screen& screen) : s(screen) {
+    static thread_local Scratch mem[3];
+    lists.capacity = s.capacity;
+    lists.stride = (s.capacity + 16) / 16 * 16 + 16;
+    lists.keys = mem[0].get<int32_t>(padded * (2 * lists.stride + 2));
+    lists.ids = lists.keys + padded * lists.stride;
+    lists.counts = lists.ids + padded * lists.stride;
+    lists.limits = lists.counts + padded;
+    lists.upper = mem[1].get<float>(padded * lists.stride);
+    lists.bound = mem[2].get<float>(padded);
+    for (int64_t t = 0; t < padded; ++t) {
+      lists.counts[t] = 0;
+      lists.bound[t] = t >= n ? INFINITY : s.k ? -INFINITY : s.floor;
+    }
+  }
+
+  const float* row(int64_t t) const { return s.x + (s.t0 + t) * s.d; }
+
+  /** Room for the tokens in groups of G coordinates; zero past the last one. */
+  template <int G>
+  ScreenTokens tokens(Scratch* mem) const {
+    int64_t groups = (s.d + G - 1) / G;
+    float* row = mem[0].get<float>(3 * padded);
+    ScreenTokens to{mem[1].get<uint32_t>(padded * groups), row, row + padded, row + 2 * padded};
+    for (int64_t t = n; t < padded; ++t) {
+      to.scale[t] = to.row0[t] = to.row1[t] = 0;
+      for (int64_t c = 0; c < groups; ++c) to.packed[(t / kWidth * groups + c) * kWidth + t % kWidth] = 0;
+    }
+    return to;
+  }
+  /** Token t: `numbers` in whole groups. */
+  template <int G>
+  void put(const ScreenTokens& to, int64_t t, const void* numbers, const Rounded& r, float scale) {
+    int64_t groups = (s.d + G - 1) / G;
+    uint32_t* at = to.packed + t / kWidth * groups * kWidth + t % kWidth;
+    for (int64_t c = 0; c < groups; ++c) std::memcpy(&at[c * kWidth], static_cast<const char*>(numbers) + 4 * c, 4);
+    to.scale[t] = scale, to.row0[t] = (r.rest + gamma_of(s.d) * r.full) * 1.0001f, to.row1[t] = r.low;
+    s.norms[s.t0 + t] = r.full;
+    if (!(r.full < 1e18f)) lists.counts[t] = -1, lists.bound[t] = INFINITY;  // NaN, infinite, or squares may overflow
+  }
+
+  /**
+   * The features [f0, f1) by tiles of Q: rows(f, m) gives the rows of m features, their stride and whether to fetch the
+   * next, column(j) a column, take(j, t0, interval) takes a tile's results and done(f, m) follows on all panels.
+   */
+  template <class Q, class Rows, class ColumnOf, class Take, class Done>
+  void scan(const ScreenTokens& x, int64_t f0, int64_t f1, Rows&& rows, ColumnOf&& column, Take&& take, Done&& done) {
+    constexpr int MR = Q::kFeatures;
+    static_assert(Q::kVectors * kLanes == kWidth);
+    auto block = [&]<int M>(std::integral_constant<int, M>, int64_t f) {
+      ScreenColumn columns[M];
+      for (int i = 0; i < M; ++i) columns[i] = column(f + i);
+      auto [w, stride, fetch] = rows(f, M);
+      for (int64_t p = 0; p * kWidth < padded; ++p)
+        tile<Q, M>(x, s.d, w, stride, columns, p, fetch && p == 0 ? w + M * stride : nullptr,
+                   [&](int i, int64_t t0, auto&& interval) __attribute__((always_inline)) { take(f + i, t0, interval); });
+      done(f, M);
+    };
+    int64_t f = f0;
+    for (; f + MR <= f1; f += MR) block(std::integral_constant<int, MR>{}, f);
+    for (; f < f1; ++f) block(std::integral_constant<int, 1>{}, f);
+  }
+
+  /** What may be among the k largest, or reach the floor, goes to the lists. */
+  template <int NV, class At>
+  MLXSAE_INLINE void list(int64_t j, int64_t t0, At&& interval) {
     uint32_t any = 0;
     MLXSAE_UNROLL for (int v = 0; v < NV; ++v) {
-      int64_t t = p * W + v * kLanes;
-      vf e = load(b.row0 + t) * c0 + load(b.row1 + t) * c1 + c2;
-      any |= at_least(Q::value(acc[i][v], load(b.full + t), full) + bias_v + e, load(b.lists.bound + t));
+      auto [at, error] = interval(v);
+      any |= at_least(at + error, load(lists.bound + t0 + v * kLanes));
     }
     if (__builtin_expect(any != 0, 0)) {
       vf lower[NV], up[NV];
       MLXSAE_UNROLL for (int v = 0; v < NV; ++v) {
-        int64_t t = p * W + v * kLanes;
-        vf e = load(b.row0 + t) * c0 + load(b.row1 + t) * c1 + c2;
-        vf a = Q::value(acc[i][v], load(b.full + t), full) + bias_v;
-        lower[v] = a - e, up[v] = a + e;
+        auto [at, error] = interval(v);
+        lower[v] = at - error, up[v] = at + error;
       }
-      emit_intervals<NV>(b.lists, lower, up, p * W, static_cast<int32_t>(j));
+      emit_intervals<NV>(lists, lower, up, t0, static_cast<int32_t>(j));
     }
   }
-}
 
-/** The screen of one task's tokens over all features (Screen in kernels.h). */
-template <class Q>
-inline void screen(const Screen& s) {
-  constexpr int MR = Q::kFeatures, W = Q::kVectors * kLanes;
-  static thread_local Scratch mem[6];
-  const int64_t n = s.t1 - s.t0, d = s.d, pairs = (d + 1) / 2, panels = (n + W - 1) / W, padded = panels * W;
-  uint32_t* packed = mem[0].get<uint32_t>(padded * pairs);
-  float* row = mem[1].get<float>(4 * padded);
-  float *full = row, *row0 = row + padded, *row1 = row + 2 * padded, *bound = row + 3 * padded;
-  uint16_t* rounded = mem[2].get<uint16_t>(d + 2);
-  Intervals lists;
-  lists.k = s.k;
-  lists.capacity = s.capacity;
-  lists.stride = (s.capacity + 16) / 16 * 16 + 16;
-  lists.keys = mem[3].get<int32_t>(padded * (2 * lists.stride + 2));
-  lists.ids = lists.keys + padded * lists.stride;
-  lists.counts = lists.ids + padded * lists.stride;
-  lists.limits = lists.counts + padded;
-  lists.upper = mem[4].get<float>(padded * lists.stride);
-  lists.bound = bound;
-
-  for (int64_t t = 0; t < padded; ++t) {
-    uint32_t* to = packed + (t / W) * W * pairs + t % W;
-    lists.counts[t] = 0;
-    bool there = t < n;
-    bound[t] = !there ? INFINITY : s.k ? -INFINITY : s.floor;
-    full[t] = row0[t] = row1[t] = 0;
-    if (!there) {
-      for (int64_t c = 0; c < pairs; ++c) to[c * W] = 0;
-      continue;
-    }
-    rounded[d] = 0;
-    Rounded r = Q::round(s.x + (s.t0 + t) * d, rounded, d);
-    for (int64_t c = 0; c < pairs; ++c) std::memcpy(&to[c * W], rounded + 2 * c, 4);
-    row0[t] = (r.rest + gamma_of(d) * r.full) * 1.0001f;
-    row1[t] = r.low, full[t] = r.full;
-    s.norms[s.t0 + t] = r.full;
-    if (!(r.full < 1e18f)) lists.counts[t] = -1, bound[t] = INFINITY;  // NaN, infinite, or squares that may overflow
+  /** How many features give a first bound, as in encode: one in `sparing`, where k is a small part of them. */
+  int64_t sample(int64_t sparing) const {
+    return s.k > 0 && s.d_sae >= 4096 && s.k * 32 <= s.d_sae ? s.d_sae / sparing / 6 * 6 : 0;
   }
-
-  ScreenBlock block{s, packed, pairs, full, row0, row1, lists};
-  auto scan16 = [&](int64_t f0, int64_t f1) {
-    int64_t f = f0;
-    for (; f + MR <= f1; f += MR)
-      for (int64_t p = 0; p < panels; ++p) screen_tile<Q, MR>(block, f, p, p == 0 && f + 2 * MR <= s.d_sae);
-    for (; f < f1; ++f)
-      for (int64_t p = 0; p < panels; ++p) screen_tile<Q, 1>(block, f, p, false);
-  };
-  auto start = [&](int64_t k) {
-    lists.k = k;
+  /** Before the first feature, where the first `m` are a sample and where they are not (0). */
+  void start(int64_t m) {
+    int64_t few = m ? 2 * s.k * m / s.d_sae + 6 : s.k;
+    lists.k = few < s.k ? few : s.k;
     for (int64_t t = 0; t < padded; ++t) {
-      int64_t next = (lists.counts[t] > 0 ? lists.counts[t] : 0) + 2 * k + 16;
-      lists.limits[t] = static_cast<int32_t>(k > 0 && next < lists.capacity ? next : lists.capacity);
+      int64_t next = (lists.counts[t] > 0 ? lists.counts[t] : 0) + 2 * lists.k + 16;
+      lists.limits[t] = static_cast<int32_t>(s.k > 0 && next < lists.capacity ? next : lists.capacity);
     }
-  };
-  int64_t f = 0;
-  if (s.k > 0 && s.d_sae >= 4096 &&
-      s.k * 32 <= s.d_sae) {  // a first bound from a sixteenth of the features, as in encode
-    int64_t sample = s.d_sae / 16 / MR * MR, few = 2 * s.k * sample / s.d_sae + 6;
-    start(few < s.k ? few : s.k);
-    scan16(0, sample);
+  }
+  /** After the sample. */
+  void sampled() {
     for (int64_t t = 0; t < n; ++t)
       if (lists.counts[t] > 0) lists.cut(t);
-    f = sample;
+    start(0);
   }
-  start(s.k);
-  scan16(f, s.d_sae);
 
-  for (int64_t t = 0; t < n; ++t) {
-    int32_t* to_ids = s.ids + (s.t0 + t) * s.capacity;
-    int64_t m = lists.counts[t];
-    if (s.k > 0) {
-      // Certified: at least k lower ends reach the bound, so it is a true one.
-      int64_t reach = 0;
-      for (int64_t i = 0; i < m; ++i) reach += from_key(lists.keys[t * lists.stride + i]) >= bound[t];
-      if (reach >= s.k) {
-        lists.cut(t);
-        m = lists.counts[t];
-      } else {
-        m = -1;
+  void finish() {
+    for (int64_t t = 0; t < n; ++t) {
+      int32_t* to_ids = s.ids + (s.t0 + t) * s.capacity;
+      int64_t m = lists.counts[t];
+      if (s.k > 0) {
+        // Certified: at least k lower ends reach the bound, so it is a true one.
+        int64_t reach = 0;
+        for (int64_t i = 0; i < m; ++i) reach += from_key(lists.keys[t * lists.stride + i]) >= lists.bound[t];
+        if (reach >= s.k) {
+          lists.cut(t);
+          m = lists.counts[t];
+        } else {
+          m = -1;
+        }
+      }
+      s.counts[s.t0 + t] = static_cast<int32_t>(m);
+      if (m > 0) std::memcpy(to_ids, lists.ids + t * lists.stride, m * sizeof(int32_t));
+      for (int64_t i = 0; i < m && s.k > 0; ++i) {
+        int64_t at = t * lists.stride + i;
+        s.upper[(s.t0 + t) * s.capacity + i] =
+            from_key(lists.keys[at]) >= lists.bound[t] ? INFINITY : lists.upper[at];
       }
     }
-    s.counts[s.t0 + t] = static_cast<int32_t>(m);
-    if (m > 0) std::memcpy(to_ids, lists.ids + t * lists.stride, m * sizeof(int32_t));
-    for (int64_t i = 0; i < m && s.k > 0; ++i) {
-      int64_t at = t * lists.stride + i;
-      s.upper[(s.t0 + t) * s.capacity + i] = from_key(lists.keys[at]) >= bound[t] ? INFINITY : lists.upper[at];
-    }
   }
+};
+
+/** The screen of one task's tokens over all features (Screen in kernels.h), in 16 bits. */
+template <class Q>
+inline void screen(const Screen& s) {
+  static thread_local Scratch mem[3];
+  ScreenTask task(s);
+  auto x = task.tokens<2>(mem);
+  uint16_t* rounded = mem[2].get<uint16_t>(s.d + 2);
+  for (int64_t t = 0; t < task.n; ++t) {
+    rounded[s.d] = 0;
+    Rounded r = Q::round(task.row(t), rounded, s.d);
+    task.put<2>(x, t, rounded, r, Q::scale(r.full));
+  }
+  auto scan = [&](int64_t f0, int64_t f1) {
+    task.scan<Q>(
+        x, f0, f1,
+        [&](int64_t f, int m) {
+          return ScreenRows{reinterpret_cast<const char*>(s.w16 + f * s.d), 2 * s.d, f + 2 * m <= s.d_sae};
+        },
+        [&](int64_t j) { return ScreenColumn(s, j, 1, Q::scale(s.columns[j])); },
+        [&](int64_t j, int64_t t0, auto&& interval)
+            __attribute__((always_inline)) { task.list<Q::kVectors>(j, t0, interval); },
+        [](int64_t, int) {});
+  };
+  int64_t sample = task.sample(16);
+  task.start(sample);
+  scan(0, sample);
+  if (sample) task.sampled();
+  scan(sample, s.d_sae);
+  task.finish();
 }
+
+#if defined(__AVX512VNNI__)
+
+/** The product in 16 bits of the feature with these bytes and N tokens: the unit times its high bytes, and its low ones. */
+template <int N>
+inline void products(const int8_t* high, int64_t d, float unit, const uint16_t* const* x, int32_t* out) {
+  __m512i units = _mm512_set1_epi16(static_cast<int16_t>(unit)), acc[N];
+  for (int i = 0; i < N; ++i) acc[i] = _mm512_setzero_si512();
+  auto multiply_add = [&](int64_t c, __m256i h, __m256i l) __attribute__((always_inline)) {
+    __m512i q = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_cvtepi8_epi16(h), units), _mm512_cvtepi8_epi16(l));
+    MLXSAE_UNROLL for (int i = 0; i < N; ++i) acc[i] = _mm512_dpwssd_epi32(acc[i], q, _mm512_loadu_si512(x[i] + c));
+  };
+  int64_t c = 0;
+  for (; c + 32 <= d; c += 32)
+    multiply_add(c, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high + c)),
+                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high + d + c)));
+  if (c < d) {
+    __mmask32 there = (__mmask32{1} << (d - c)) - 1;
+    multiply_add(c, _mm256_maskz_loadu_epi8(there, high + c), _mm256_maskz_loadu_epi8(there, high + d + c));
+  }
+  MLXSAE_UNROLL for (int i = 0; i < N; ++i) out[i] = _mm512_reduce_add_epi32(acc[i]);
+}
+
+/** The same by bytes, then in 16 bits what bytes cannot decide. */
+template <>
+inline void screen<Bytes>(const Screen& s) {
+  constexpr int M = Bytes::kFeatures, NV = Bytes::kVectors;
+  static thread_local Scratch mem[8];
+  ScreenTask task(s);
+  auto& lists = task.lists;
+  const int64_t d = s.d, n = task.n, width = (d + 31) / 32 * 32;
+  auto x16 = task.tokens<2>(mem), x8 = task.tokens<4>(mem + 2);
+  uint16_t* rows = mem[4].get<uint16_t>(n * width);
+  uint8_t* bytes = mem[5].get<uint8_t>(d + 4);
+  for (int64_t t = 0; t < n; ++t) {
+    uint16_t* row = rows + t * width;
+    Rounded r = Integers::round(task.row(t), row, d);
+    for (int64_t c = d; c < width; ++c) row[c] = 0;
+    task.put<2>(x16, t, row, r, Integers::scale(r.full));
+    float scale;
+    Rounded coarse = Bytes::round(task.row(t), r.full, bytes, d, scale);
+    task.put<4>(x8, t, bytes, coarse, scale);
+  }
+  auto high_of = [&](int64_t j) { return reinterpret_cast<const int8_t*>(s.w16 + j * d); };
+  auto unit_of = [&](int64_t j) { return s.columns[3 * s.d_sae + j]; };
+  auto column16 = [&](int64_t j) { return ScreenColumn(s, j, 1, s.columns[j] * Bytes::kUnit); };
+
+  int16_t* whole = mem[6].get<int16_t>(M * width);
+  auto integers = [&](int64_t f0, int64_t f1) {
+    task.scan<Integers>(
+        x16, f0, f1,
+        [&](int64_t f, int m) {
+          for (int i = 0; i < m; ++i) {
+            const int8_t* high = high_of(f + i);
+            int16_t unit = static_cast<int16_t>(unit_of(f + i));
+            for (int64_t c = 0; c < d; ++c) whole[i * width + c] = static_cast<int16_t>(unit * high[c] + high[d + c]);
+          }
+          return ScreenRows{reinterpret_cast<const char*>(whole), 2 * width, false};
+        },
+        column16,
+        [&](int64_t j, int64_t t0, auto&& interval)
+            __attribute__((always_inline)) { task.list<NV>(j, t0, interval); },
+        [](int64_t, int) {});
+  };
+
+  const int64_t room = task.padded + kLanes;
+  int32_t *passed = mem[7].get<int32_t>(M * room), counts[M] = {};
+  int64_t pairs = 0;
+  auto decide = [&](int64_t j, const int32_t* tokens, int64_t m) {
+    ScreenColumn column = column16(j);
+    float unit = unit_of(j);
+    auto some = [&]<int N>(std::integral_constant<int, N>, int64_t i) __attribute__((always_inline)) {
+      const uint16_t* x[N];
+      int32_t sums[N];
+      for (int q = 0; q < N; ++q) x[q] = rows + tokens[i + q < m ? i + q : i] * width;
+      products<N>(high_of(j), d, unit, x, sums);
+      for (int64_t q = 0; q < N && i + q < m; ++q) {
+        int64_t t = tokens[i + q];
+        float at = static_cast<float>(sums[q]) * x16.scale[t] * column.scale + column.bias;
+        float error = x16.row0[t] * column.full + x16.row1[t] * column.rest + column.absolute;
+        if (at + error >= lists.bound[t]) lists.add(t, at - error, at + error, static_cast<int32_t>(j));
+      }
+    };
+    int64_t i = 0;
+    for (; i + 4 < m; i += 8) some(std::integral_constant<int, 8>{}, i);
+    for (; i < m; i += 4) some(std::integral_constant<int, 4>{}, i);
+  };
+  auto by_bytes = [&](int64_t f0, int64_t f1) {
+    int64_t first = f0;
+    pairs = 0;
+    task.scan<Bytes>(
+        x8, f0, f1,
+        [&](int64_t f, int m) {
+          first = f;
+          return ScreenRows{reinterpret_cast<const char*>(high_of(f)), 2 * d, f + 2 * m <= s.d_sae};
+        },
+        [&](int64_t j) {
+          ScreenColumn c(s, j, 4, s.columns[j] * Bytes::kUnit * unit_of(j));
+          c.start = -128 * static_cast<int32_t>(s.columns[5 * s.d_sae + j]);
+          return c;
+        },
+        [&](int64_t j, int64_t t0, auto&& interval) __attribute__((always_inline)) {
+          int64_t i = j - first;
+          MLXSAE_UNROLL for (int v = 0; v < NV; ++v) {
+            auto [at, error] = interval(v);
+            int64_t t = t0 + v * kLanes;
+            if (uint32_t mask = at_least(at + error, load(lists.bound + t))) {
+              vi ids = (vi)_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(t)), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+              _mm512_storeu_si512(passed + i * room + counts[i],
+                                  _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), (__m512i)ids));
+              counts[i] += __builtin_popcount(mask);
+            }
+          }
+        },
+        [&](int64_t f, int m) {
+          for (int i = 0; i < m; ++i) {
+            decide(f + i, passed + i * room, counts[i]);
+            pairs += counts[i], counts[i] = 0;
+          }
+        });
+  };
+
+  constexpr int64_t kWindow = 16 * M;
+  int64_t sample = task.sample(32);
+  task.start(sample);
+  integers(0, sample);
+  if (sample) task.sampled();
+  // Without a bound every pair passes.
+  int64_t f = sample, turn = s.k > 0 && !sample ? 4 * s.k : 0;  // integers before this feature, bytes from there on
+  while (f < s.d_sae) {
+    int64_t end = f + kWindow < s.d_sae ? f + kWindow : s.d_sae;
+    if (f < turn) {
+      integers(f, end);
+    } else {
+      by_bytes(f, end);
+      if (4 * pairs > n * (end - f)) turn = end + 8 * kWindow;
+    }
+    f = end;
+  }
+  task.finish();
+}
+
+#endif
 
 #endif
 

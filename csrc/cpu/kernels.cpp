@@ -1,4 +1,4 @@
-// The kernels of one instruction set; compiled once for each but avx512bf16 (CMakeLists.txt, mlxsae_kernels).
+// The kernels of one instruction set; compiled once for each but avx512vnni and avx512bf16 (CMakeLists.txt, mlxsae_kernels).
 #include "cpu/kernels.h"
 
 #include "cpu/kernel_dense.h"
@@ -33,10 +33,10 @@ const Kernels& table() {
       .turned_panel_of = turned_panel_of,
       .entries_of = entries_of,
 #if defined(__AVX2__)
-      .screen = {nullptr, screen<Integers>},
+      .screen = {nullptr, screen<Integers>, nullptr},
       .shadow_type = ShadowType::i16,
 #else
-      .screen = {nullptr, nullptr},
+      .screen = {nullptr, nullptr, nullptr},
       .shadow_type = ShadowType::bf16,
 #endif
       .shadow = shadow,

@@ -12,7 +12,7 @@ enum class Type : int { f32, f16, bf16 };
 [[noreturn]] void throw_bad_alloc();
 
 /** What the numbers of an encoder's shadow are (kernel_screen.h). */
-enum class ShadowType : int { bf16, i16 };
+enum class ShadowType : int { bf16, i16, i8 };
 
 /** A row-contiguous matrix of any float type. */
 struct Rows {
@@ -84,8 +84,8 @@ struct Screen {
   const float* x;  // [n, d]
   int64_t d, d_sae, k, capacity;
   float floor;
-  const uint16_t* w16;   // [d_sae, d]
-  const float* columns;  // [3, d_sae]
+  const uint16_t* w16;   // [d_sae, d]; of i8 the high bytes of a row and then its low ones
+  const float* columns;  // [3, d_sae], of i8 [6, d_sae]
   const float* bias;     // [d_sae] or null
   int64_t t0, t1;
   int32_t* ids;     // [n, capacity], ascending
@@ -194,7 +194,7 @@ struct Kernels {
   bool (*panel_of)(const float* rows, const uint32_t* which, int64_t n, int64_t d, float* out, int64_t p);
   void (*turned_panel_of)(const float* rows, int64_t n, int64_t d, float* out, int64_t p);
   float (*entries_of)(float* values, float* dz, float scale, int64_t n);
-  void (*screen[2])(const Screen&);  // by the ShadowType; null where the instruction set has no product of such numbers
+  void (*screen[3])(const Screen&);  // by the ShadowType; null where the instruction set has no product of such numbers
   ShadowType shadow_type;            // the one that it screens fastest with
   void (*shadow)(const float* w, int64_t d_sae, int64_t d, ShadowType type, uint16_t* out, float* columns, int64_t f0,
                  int64_t f1);

@@ -15,22 +15,39 @@ Arrays encoder_shadow_graph(const Arrays& in, mx::Dtype dtype, mx::Stream s) {
   };
   auto times = [s](const mx::array& a, float by) { return mx::multiply(a, mx::array(by), s); };
   auto full = norm(w), low = w, low32 = w;
+  Arrays more;
+  auto bound = [&](const mx::array& rounded) {
+    return times(mx::add(norm(mx::subtract(w, rounded, s)), times(norm(rounded), gamma), s), 1.0001f);
+  };
   if (dtype == mx::int16) {
     full = mx::maximum(full, mx::array(1e-19f), s);  // a row of zeros has a scale too
     auto scale = times(mx::expand_dims(full, 1, s), 0x1p-15f);
     auto whole = mx::clip(mx::round(mx::divide(w, scale, s), s), mx::array(-32767.0f), mx::array(32767.0f), s);
     low = mx::astype(whole, dtype, s), low32 = mx::multiply(whole, scale, s);
+  } else if (dtype == mx::int8) {
+    full = mx::maximum(full, mx::array(1e-19f), s);
+    auto scale = times(mx::expand_dims(full, 1, s), 0x1.04p-15f);
+    auto whole = mx::clip(mx::round(mx::divide(w, scale, s), s), mx::array(-32385.0f), mx::array(32385.0f), s);
+    auto most = mx::max(mx::abs(whole, s), 1, true, s);
+    auto unit = mx::maximum(mx::ceil(mx::divide(most, mx::array(127.0f), s), s), mx::array(1.0f), s);
+    auto high = mx::round(mx::divide(whole, unit, s), s);
+    low = mx::astype(mx::concatenate({high, mx::subtract(whole, mx::multiply(high, unit, s), s)}, 1, s), dtype, s);
+    low32 = mx::multiply(whole, scale, s);
+    more = {mx::squeeze(unit, 1, s), bound(mx::multiply(high, mx::multiply(unit, scale, s), s)), mx::sum(high, 1, false, s)};
   } else {
     low = mx::astype(w, dtype, s), low32 = mx::astype(low, mx::float32, s);
   }
-  auto rest = mx::add(norm(mx::subtract(w, low32, s)), times(norm(low32), gamma), s);
   auto tiny = times(mx::add(full, mx::array(1.0f), s), 4e-38f * d);
-  return {low, mx::stack({full, times(rest, 1.0001f), tiny}, 0, s)};
+  Arrays columns{full, bound(low32), tiny};
+  columns.insert(columns.end(), more.begin(), more.end());
+  return {low, mx::stack(columns, 0, s)};
 }
 
-void only_on_cpu(const char* op, const char* what, mx::Device device) {
-  if (device != mx::Device::cpu)
-    fail(op, what, " must be bfloat16 on a GPU but is int16: such shadows screen on the CPU only.");
+void check_type(const char* op, const char* what, mx::Dtype type, mx::Device device) {
+  if (type != mx::bfloat16 && type != mx::int16 && type != mx::int8)
+    fail(op, what, " must be bfloat16, int16 or int8 but got ", type, ".");
+  if (type != mx::bfloat16 && device != mx::Device::cpu)
+    fail(op, what, " must be bfloat16 on a GPU but is ", type, ": such shadows screen on the CPU only.");
 }
 
 }  // namespace
@@ -41,8 +58,7 @@ std::pair<mx::array, mx::array> encoder_shadow(const mx::array& w_enc, std::opti
   auto s = mx::to_stream(s_);
   check_matrix(op, "w_enc", w_enc);
   auto dtype = dtype_.value_or(s.device == mx::Device::cpu ? fastest_shadow() : mx::bfloat16);
-  if (dtype != mx::bfloat16 && dtype != mx::int16) fail(op, "dtype must be bfloat16 or int16 but got ", dtype, ".");
-  if (dtype == mx::int16) only_on_cpu(op, "dtype", s.device);
+  check_type(op, "dtype", dtype, s.device);
   auto w = mx::stop_gradient(mx::astype(w_enc, mx::float32, s), s);
   auto define = [dtype, s](const Arrays& in) { return encoder_shadow_graph(in, dtype, s); };
   if (!has_kernel(op, s.device)) {
@@ -56,16 +72,17 @@ std::pair<mx::array, mx::array> encoder_shadow(const mx::array& w_enc, std::opti
 }
 
 void check_shadow(const char* op, const Shadow& shadow, const mx::array& w_enc, mx::Device device) {
-  int d_sae = w_enc.shape(0);
   if (w_enc.dtype() != mx::float32)
     fail(op, "w_enc must be float32 where a shadow is given but got ", w_enc.dtype(), ".");
   auto type = shadow.w16.dtype();
-  if ((type != mx::bfloat16 && type != mx::int16) || shadow.w16.shape() != w_enc.shape() ||
-      shadow.columns.dtype() != mx::float32 || shadow.columns.shape() != mx::Shape{3, d_sae})
+  auto shapes = shadow_shapes(w_enc.shape(), type);
+  bool known = type == mx::bfloat16 || type == mx::int16 || type == mx::int8;
+  if (!known || shadow.w16.shape() != shapes[0] || shadow.columns.dtype() != mx::float32 ||
+      shadow.columns.shape() != shapes[1])
     fail(op, "shadow must be encoder_shadow(w_enc), bfloat16 or int16 ", w_enc.shape(),
-         " and float32 [3, d_sae], but got ", type, " ", shadow.w16.shape(), " and ", shadow.columns.dtype(), " ",
-         shadow.columns.shape(), ".");
-  if (type == mx::int16) only_on_cpu(op, "shadow", device);
+         " and float32 [3, d_sae], or int8 [d_sae, 2 d_in] and float32 [6, d_sae], but got ", type, " ",
+         shadow.w16.shape(), " and ", shadow.columns.dtype(), " ", shadow.columns.shape(), ".");
+  check_type(op, "shadow", type, device);
 }
 
 gpu::Plan EncoderShadow::plan(const Arrays& in, const gpu::Device&) {

@@ -47,9 +47,9 @@ def bench_ours(timed: Timer, shape: Shape, arrays: tuple[mx.array, mx.array], dt
     rate(timed, shape)
 
 
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.int16], ids=["bfloat16", "int16"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.int16, mx.int8], ids=["bfloat16", "int16", "int8"])
 def bench_certified(timed: Timer, shape: Shape, arrays: tuple[mx.array, mx.array], dtype: mx.Dtype) -> None:
-    """By a shadow of either type, with the bits of float32; in its time where the processor has no product for one."""
+    """By a shadow of each type, with the bits of float32; in its time where the processor has no product for one."""
     shadow = ops.encoder_shadow(arrays[0], dtype=dtype)
     mx.eval(shadow)
     timed(lambda x: ops.topk_encode(x, *arrays, k=shape.k, shadow=shadow), group=group(shape))

@@ -5,7 +5,8 @@
 Eight sites of the model side by side make inputs as wide as S1's, correlated and with unequal spread, as real ones are;
 batches are shuffled tokens. At each stage float32 and certified encode and step take turns in one process. Candidates
 are counted apart from the kernels, from the definition of their bound: those whose interval reaches the k-th largest
-lower end after the bfloat16 screen, and those left by float32 sums in any order, which are computed a last time.
+lower end after the screen in 16 bits, and those left by float32 sums in any order, which are computed a last time; with
+a shadow of bytes also those whose byte interval reaches the k-th largest in the end, the least that 16 bits could decide.
 """
 
 from __future__ import annotations
@@ -58,9 +59,16 @@ def candidates(x: np.ndarray, step: OurStep) -> dict[str, float]:
     n, d = x.shape
     x = x - np.array(step.params.b_dec)
     column, bias = np.array(shadow.columns), np.array(step.params.b_enc)
+    w8 = None
     norm = lambda a: np.linalg.norm(a.astype(np.float64), axis=1).astype(np.float32)[:, None]  # noqa: E731
-    if shadow.w16.dtype == mx.int16:
-        w16 = np.array(shadow.w16) * (column[0] / 2**15)[:, None]
+    if shadow.w16.dtype in (mx.int16, mx.int8):
+        w16, scale = np.array(shadow.w16).astype(np.float32), column[0] / 2**15
+        if shadow.w16.dtype == mx.int8:
+            scale = scale * (1 + 2**-6)
+            coarse = column[3][:, None] * w16[:, :d]
+            w16 = coarse + w16[:, d:]
+            w8 = coarse * scale[:, None]
+        w16 = w16 * scale[:, None]
         low = np.round(x * (2**15 / norm(x))) * (norm(x) / 2**15)
     else:
         w16 = np.array(shadow.w16.astype(mx.float32))
@@ -75,7 +83,14 @@ def candidates(x: np.ndarray, step: OurStep) -> dict[str, float]:
     screened = reached(low @ w16.T + bias, error + 4 * UNIT * np.abs(bias))
     z = x @ np.array(step.params.w_enc).T + bias
     exact = reached(z, gamma * norm(x) * column[0] + column[2] + 4 * UNIT * np.abs(bias)) & screened
-    return {"screened": float(screened.sum() / n), "rescored": float(exact.sum() / n), "k": k}
+    counts = {"screened": float(screened.sum() / n), "rescored": float(exact.sum() / n), "k": k}
+    if w8 is not None:
+        unit = np.abs(x).max(axis=1, keepdims=True) / 127
+        low8 = np.round(x / unit) * unit
+        error8 = (norm(x - low8) + gamma * norm(x)) * column[0] + norm(low8) * column[4] + column[2]
+        least = np.partition(z, -k, axis=1)[:, -k][:, None]
+        counts["passed by bytes"] = float((low8 @ w8.T + bias + error8 >= least).sum() / n)
+    return counts
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -32,7 +32,9 @@ def same_bits(x, w, b, k, types=TYPES):
                 np.testing.assert_array_equal(np.array(a), np.array(c))
 
 
-@pytest.mark.parametrize(("dtype", "sets"), [(mx.bfloat16, ("bf16",)), (mx.int16, ("avx2", "avx512"))])
+@pytest.mark.parametrize(
+    ("dtype", "sets"), [(mx.bfloat16, ("bf16",)), (mx.int16, ("avx2", "avx512")), (mx.int8, ("vnni", "bf16"))]
+)
 def test_this_machine(dtype, sets):
     """Everything here holds on every machine; it tests the screen where the processor has a product for the shadow."""
     if not any(name in KERNEL for name in sets):
@@ -40,8 +42,9 @@ def test_this_machine(dtype, sets):
 
 
 def test_the_default_is_what_this_processor_screens_with():
-    integers = ("avx2" in KERNEL or "avx512" in KERNEL) and "bf16" not in KERNEL
-    assert ops.encoder_shadow(mx.ones((3, 4))).w16.dtype == (mx.int16 if integers else mx.bfloat16)
+    bytes_, integers = ("vnni" in KERNEL or "bf16" in KERNEL), ("avx2" in KERNEL or "avx512" in KERNEL)
+    want = mx.int8 if bytes_ else mx.int16 if integers else mx.bfloat16
+    assert ops.encoder_shadow(mx.ones((3, 4))).w16.dtype == want
 
 
 @settings(max_examples=80, deadline=None)
@@ -61,7 +64,9 @@ def test_the_default_is_what_this_processor_screens_with():
             "integers",
             "near bfloat16",
             "near integers",
+            "near bytes",
             "one large",
+            "few large",
             "heavy tails",
             "cancelling",
         ]
@@ -89,6 +94,11 @@ def test_same_bits_as_float32(n, d, d_sae, k, kind, seed):
     elif kind == "near integers":  # halfway between two integers of the shadow, all roundings the same way
         x, w = np.sign(x) * (0.5 + np.abs(x).round()), np.sign(w) * (0.5 + np.abs(30 * w).round())
         x[:, -1], w[:, -1] = (2.0**15 for _ in range(2))
+    elif kind == "near bytes":  # halfway between two bytes of the shadow and of the token
+        x, w = np.sign(x) * (0.5 + np.abs(20 * x).round()), np.sign(w) * (128 + 256 * np.abs(20 * w).round())
+        x[:, -1], w[:, -1] = 127, 127 * 256
+    elif kind == "few large":  # bytes tell little of these tokens
+        x[:, ::17] *= rng.choice([1.0, 100.0], (n, 1))
     elif kind == "one large":  # one coordinate has the whole norm: its integer reaches the end of the range
         x, w = x * 1e-4, w * 1e-4
         x[np.arange(n), rng.integers(0, d, n)] = rng.choice([-1.0, 1.0], n)
@@ -117,13 +127,16 @@ def test_worst_case_roundings_do_not_hide_the_best_feature():
 
 
 def test_sums_of_integers_do_not_overflow():
-    """Rows that are parallel: their product is the largest there is, 2^30 in units of the shadow."""
+    """Rows that are parallel: their product is the largest there is, 2^30 in units of the shadow; and wide ones of bytes."""
     rng = np.random.default_rng(0)
     for d in (1, 2, 33, 1000):
         direction = rng.choice([-1.0, 1.0], d)
         w = direction * (1 + 1e-3 * rng.standard_normal((5000, 1))) + 1e-3 * rng.standard_normal((5000, d))
         w[::2] *= -1
         same_bits(direction * np.exp(rng.standard_normal((64, 1))), w, np.zeros(5000), 7)
+    for d in (66_000, 140_000):  # 127 * 128 * d is past 2^30, past 2^31
+        x = rng.choice([-1.0, 1.0], (32, 1)) * np.ones(d)
+        same_bits(x, rng.choice([-1.0, 1.0], (64, 1)) * (1 + 1e-3 * rng.standard_normal((64, d))), np.zeros(64), 7)
 
 
 def test_too_many_candidates_go_to_the_float32_kernel():
@@ -227,17 +240,25 @@ def test_columns_bound_what_they_name(dtype, kernels):
         w[7] = 0
         with contextlib.nullcontext() if kernels else ops.plain():
             w16, columns = ops.encoder_shadow(mx.array(w), dtype=dtype)
-        full, rest, _ = np.array(columns).astype(np.float64)
+        full, rest, _, *more = np.array(columns).astype(np.float64)
         norm = np.linalg.norm(w.astype(np.float64), axis=1)
         if dtype == mx.bfloat16:
             want = np.array(mx.array(w).astype(mx.bfloat16).astype(mx.float32))
             np.testing.assert_array_equal(np.array(w16.astype(mx.float32)), want)
             low = want.astype(np.float64)
         else:
-            whole = np.array(w16).astype(np.float64)
-            low = whole * full[:, None] * 2.0**-15
+            whole, scale = np.array(w16).astype(np.float64), 2.0**-15
+            if dtype == mx.int8:
+                unit, rest8, highs = more
+                high, scale = whole[:, :d], scale * (1 + 4 / 256)
+                whole = unit[:, None] * high + whole[:, d:]
+                assert (np.abs(whole - unit[:, None] * high) <= unit[:, None] / 2).all()
+                assert (rest8 >= np.linalg.norm(w - unit[:, None] * high * full[:, None] * scale, axis=1)).all()
+                np.testing.assert_array_equal(highs, high.sum(axis=1))
+                assert ((unit >= 1) & (unit <= 255) & (np.abs(high) <= 127).all(axis=1)).all()
+            low = whole * full[:, None] * scale
             assert (np.linalg.norm(whole, axis=1) <= 2**15 + np.sqrt(d) / 2).all()
-            assert (np.abs(w - low) <= 0.501 * full[:, None] * 2.0**-15 + 1e-5 * np.abs(w)).all()
+            assert (np.abs(w - low) <= 0.501 * full[:, None] * scale + 1e-5 * np.abs(w)).all()
         assert (full >= norm).all()
         assert (rest >= np.linalg.norm(w - low, axis=1)).all()
         assert (full <= 1.01 * norm + 1e-16).all()
@@ -259,7 +280,7 @@ def test_columns_bound_what_they_name(dtype, kernels):
 )
 def test_malformed(shadow, message):
     w = mx.zeros((20, 4))
-    with pytest.raises(ValueError, match="dtype must be bfloat16 or int16 but got float16"):
+    with pytest.raises(ValueError, match="dtype must be bfloat16, int16 or int8 but got float16"):
         ops.encoder_shadow(w, dtype=mx.float16)
     with pytest.raises(ValueError) as e:
         ops.topk_encode(mx.zeros((2, 4)), w, k=2, shadow=shadow(w))

@@ -24,6 +24,7 @@
 // end; those features are computed again, in the very order of the encode kernel, so the codes are its bits.
 
 #include <type_traits>
+#include <utility>
 
 #include "cpu/kernel_update.h"
 
@@ -361,7 +362,7 @@ struct Intervals {
       o += u >= bound[t];
     }
     counts[t] = static_cast<int32_t>(o);
-    int64_t next = o + 2 * k + 16;
+    int64_t next = o + k / 2 + 16;
     limits[t] = static_cast<int32_t>(next < capacity ? next : capacity);
     if (o >= capacity) overflow(t);  // too many intervals overlap
   }
@@ -718,9 +719,9 @@ inline void screen<Bytes>(const Screen& s) {
     auto some = [&]<int N>(std::integral_constant<int, N>, int64_t i) __attribute__((always_inline)) {
       const uint16_t* x[N];
       int32_t sums[N];
-      for (int q = 0; q < N; ++q) x[q] = rows + tokens[i + q < m ? i + q : i] * width;
+      for (int q = 0; q < N; ++q) x[q] = rows + tokens[i + q] * width;
       products<N>(high_of(j), d, unit, x, sums);
-      for (int64_t q = 0; q < N && i + q < m; ++q) {
+      for (int q = 0; q < N; ++q) {
         int64_t t = tokens[i + q];
         float at = static_cast<float>(sums[q]) * x16.scale[t] * column.scale + column.bias;
         float error = x16.row0[t] * column.full + x16.row1[t] * column.rest + column.absolute;
@@ -728,8 +729,10 @@ inline void screen<Bytes>(const Screen& s) {
       }
     };
     int64_t i = 0;
-    for (; i + 4 < m; i += 8) some(std::integral_constant<int, 8>{}, i);
-    for (; i < m; i += 4) some(std::integral_constant<int, 4>{}, i);
+    for (; i + 8 <= m; i += 8) some(std::integral_constant<int, 8>{}, i);
+    [&]<int... N>(std::integer_sequence<int, N...>) {
+      ((m - i == N + 1 ? some(std::integral_constant<int, N + 1>{}, i) : void()), ...);
+    }(std::make_integer_sequence<int, 7>{});
   };
   auto by_bytes = [&](int64_t f0, int64_t f1) {
     int64_t first = f0;
@@ -771,8 +774,9 @@ inline void screen<Bytes>(const Screen& s) {
   task.start(sample);
   integers(0, sample);
   if (sample) task.sampled();
-  // Without a bound every pair passes.
-  int64_t f = sample, turn = s.k > 0 && !sample ? 4 * s.k : 0;  // integers before this feature, bytes from there on
+  // Integers before feature `turn`, bytes from there on. Without a bound every pair passes; and the sums of bytes, 127^2 d
+  // at most, must fit in 32 bits.
+  int64_t f = sample, turn = d > 1 << 17 ? s.d_sae : s.k > 0 && !sample ? 4 * s.k : 0;
   while (f < s.d_sae) {
     int64_t end = f + kWindow < s.d_sae ? f + kWindow : s.d_sae;
     if (f < turn) {

@@ -54,8 +54,8 @@ __all__ = [
 class Shadow(NamedTuple):
     """A float32 encoder in 16 bits, with what bounds the error of products with it: :func:`encoder_shadow`."""
 
-    w16: mx.array  # [d_sae, d_in] bfloat16 or int16
-    columns: mx.array  # [3, d_sae] float32: |w|, |w - w16| plus its rounding, an absolute floor
+    w16: mx.array  # [d_sae, d_in] bfloat16 or int16, or [d_sae, 2 d_in] int8
+    columns: mx.array  # [3, d_sae] float32: |w|, |w - w16| plus its rounding, an absolute floor; [6, d_sae] for int8
 
 
 def encoder_shadow(w_enc: mx.array, *, dtype: mx.Dtype | None = None, stream: Stream = None) -> Shadow:
@@ -65,14 +65,16 @@ def encoder_shadow(w_enc: mx.array, *, dtype: mx.Dtype | None = None, stream: St
 
     Args:
         w_enc: converted to float32.
-        dtype: bfloat16, or int16 (CPU only): row j is then whole numbers in units of ``columns[0, j] / 2**15``, as
-            ``columns[0]`` is the rows' norms, rounded up. None: what the device screens fastest with, which is int16
-            on x86 processors that do not multiply bfloat16. A processor without a product of such numbers runs
+        dtype: bfloat16; or, on the CPU only, int16: row j is then whole numbers in units of ``columns[0, j] / 2**15``, as
+            ``columns[0]`` is the rows' norms, rounded up; or int8: ``d_in`` high bytes, then ``d_in`` low ones, of the whole
+            numbers ``columns[3, j] * high + low`` in units of ``columns[0, j] * 1.015625 / 2**15``, so that a product of high
+            bytes decides most pairs, and both bytes the rest. None: what the device screens fastest with: int8 on x86
+            processors with VNNI, int16 on others, bfloat16 elsewhere. A processor without a product of such numbers runs
             the float32 kernel where it is given this shadow.
         stream: stream or device.
 
     Raises:
-        ValueError: a ``w_enc`` of another rank or type, another ``dtype``, int16 on a GPU.
+        ValueError: a ``w_enc`` of another rank or type, another ``dtype``, int16 or int8 on a GPU.
     """
     return Shadow(*_ext.encoder_shadow(w_enc, dtype=dtype, stream=stream))
 

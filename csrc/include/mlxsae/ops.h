@@ -33,16 +33,17 @@ namespace mlxsae {
 
 /** A float32 encoder in 16 bits, with what bounds the error of products with it (encoder_shadow). */
 struct Shadow {
-  mlx::core::array w16;      // [d_sae, d_in] bfloat16 or int16
-  mlx::core::array columns;  // [3, d_sae] float32
+  mlx::core::array w16;      // [d_sae, d_in] bfloat16 or int16, or [d_sae, 2 d_in] int8
+  mlx::core::array columns;  // [3, d_sae] float32, [6, d_sae] for int8
 };
 
 /**
  * The shadow of w_enc, for certified encoding. It must be made anew whenever w_enc changes.
  *
- * dtype is bfloat16, or int16 (CPU only): row j is then integers in units of columns[0, j] 2^-15, where columns[0] is
- * |w_enc[j]|, rounded up. By default it is what the device screens fastest with: int16 on x86 without bfloat16
- * products.
+ * dtype is bfloat16; or, on the CPU only, int16: row j is then integers in units of columns[0, j] 2^-15, where
+ * columns[0] is |w_enc[j]|, rounded up; or int8: d_in high bytes and d_in low ones of the integers columns[3, j] high +
+ * low, in units of columns[0, j] (1 + 2^-6) 2^-15. By default it is what the device screens fastest with: int8 on x86
+ * with VNNI, int16 on other x86.
  */
 MLXSAE_API std::pair<mlx::core::array, mlx::core::array> encoder_shadow(
     const mlx::core::array& w_enc, std::optional<mlx::core::Dtype> dtype = std::nullopt,

@@ -97,7 +97,7 @@ cpu::SortedHits collect_counted(Above e, int64_t total, int64_t most) {
 std::optional<cpu::SortedHits> collect_screened(Above e, const cpu::Shadowed& by, float bound, int64_t total) {
   int64_t n = e.x.n;
   cpu::Candidates found(by, 0, bound, std::min<int64_t>(16 * (total / n) + 64, e.w.n + 1));
-  if (found.redo().size() * 8 > static_cast<size_t>(n)) return std::nullopt;
+  if (!found.usable() || found.redo().size() * 8 > static_cast<size_t>(n)) return std::nullopt;
   e.bound = bound;
   std::vector<cpu::Hit> redone;
   auto take = [&](int64_t t, int64_t f, float v) {
@@ -140,7 +140,7 @@ cpu::SortedHits candidates(Above e, const cpu::Shadowed& by, int64_t total, floa
     return found;
   };
   if (hint > 0 && std::isfinite(hint) && total > 0) {
-    if (e.x.n >= 32 && 4 * total <= e.x.n * e.w.n && by.usable())
+    if (by.usable((total + e.x.n - 1) / e.x.n))
       if (auto found = collect_screened(e, by, 0.95f * hint, total)) return std::move(*found);
     if (auto found = attempt(0.95f * hint)) return std::move(*found);
   }

@@ -51,7 +51,27 @@ struct Norm {
   float operator()(float square) const { return __builtin_sqrtf(square + lost) * up; }
 };
 
+/** The largest absolute value; NaN does not count. */
+struct Most {
+  vf wide{};
+  float rest = 0;
+  MLXSAE_INLINE void add(vf v) {
+    v = v < 0 ? -v : v;
+    wide = v > wide ? v : wide;
+  }
+  MLXSAE_INLINE void add(float v) {
+    v = __builtin_fabsf(v);
+    rest = v > rest ? v : rest;
+  }
+  float total() const {
+    float most = rest;
+    for (int i = 0; i < kLanes; ++i) most = wide[i] > most ? wide[i] : most;
+    return most;
+  }
+};
+
 struct Bfloats {
+  static constexpr int kColumns = 3;
   static float scale(float) { return 1; }
 
   static float chain(int64_t d) { return gamma_of(d); }
@@ -92,6 +112,7 @@ struct Bfloats {
 };
 
 struct Integers {
+  static constexpr int kColumns = 3;
   static constexpr float kUnit = 0x1p-15f;  // v_bar = q |v| kUnit
 
   static float scale(float full) { return full * kUnit; }
@@ -149,6 +170,7 @@ struct Integers {
 
 /** Eight bits of a token; of a weight the high byte of sixteen. */
 struct Bytes {
+  static constexpr int kColumns = 6;
   static constexpr float kUnit = 0x1.04p-15f;  // q |v| kUnit: |q| <= 2^15 / 1.015 fits in 127 units of at most 255
 
   typedef int8_t vb __attribute__((vector_size(kLanes)));
@@ -168,44 +190,33 @@ struct Bytes {
     }
   }
 
-  /** Row j of a shadow: its d high bytes, then its d low bytes; and its six columns. */
-  static void shadow(const float* v, int64_t d, int8_t* out, float* columns, int64_t d_sae, int64_t j) {
+  /** A row of a shadow, its d high bytes and then its d low bytes, and its columns, `stride` apart. */
+  static void shadow(const float* v, uint16_t* row, int64_t d, float* column, int64_t stride) {
+    int8_t* out = reinterpret_cast<int8_t*>(row);
     Sum square;
-    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) { square.add(get<V>(v + c) * get<V>(v + c)); });
+    Most most;
+    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+      V x = get<V>(v + c);
+      square.add(x * x), most.add(x);
+    });
     Norm norm(d);
-    float full = norm(square.total()), scale = full * kUnit, inverse = 1 / scale, most = 0;
-    vf top{};
-    auto whole = [&]<class V>(V x) __attribute__((always_inline)) {
-      constexpr float kMost = 127 * 255;
-      V q = nearest(x * inverse);
-      q = q > kMost ? V{} + kMost : q;
-      return q < -kMost ? V{} - kMost : q;
-    };
+    // No integer is larger than what the largest number gives: 2^15 / 1.015, which is 127 units, a unit at most 255.
+    float full = norm(square.total()), scale = full * kUnit, inverse = 1 / scale, top = nearest(most.total() * inverse);
+    float unit = top > 127 ? __builtin_ceilf(top / 127) : 1, per_unit = 1 / unit, coarse = unit * scale;
+    Sum rest, rest8, highs;
     lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-      V q = whole(get<V>(v + c));
-      q = q < 0 ? -q : q;
-      if constexpr (sizeof(V) == 4)
-        most = q > most ? q : most;
-      else
-        top = q > top ? q : top;
-    });
-    for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
-    float unit = most > 127 ? __builtin_ceilf(most / 127) : 1, per_unit = 1 / unit, coarse = unit * scale;
-    Sum rest, low, rest8, low8, highs;
-    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-      V x = get<V>(v + c), q = whole(x), high = nearest(q * per_unit);
+      V x = get<V>(v + c), q = nearest(x * inverse), high = nearest(q * per_unit);
       put_bytes(out + c, high), put_bytes(out + d + c, q - high * unit);
-      V y = q * scale, y8 = high * coarse;
-      rest.add((x - y) * (x - y)), low.add(y * y);
-      rest8.add((x - y8) * (x - y8)), low8.add(y8 * y8), highs.add(high);
+      V off = x - q * scale, off8 = x - high * coarse;
+      rest.add(off * off), rest8.add(off8 * off8), highs.add(high);
     });
-    float chain = Integers::chain(d);
-    columns[j] = full;
-    columns[d_sae + j] = (norm(rest.total()) + chain * norm(low.total())) * 1.0001f;
-    columns[2 * d_sae + j] = tiny(d, full, 0);
-    columns[3 * d_sae + j] = unit;
-    columns[4 * d_sae + j] = (norm(rest8.total()) + chain * norm(low8.total())) * 1.0001f;
-    columns[5 * d_sae + j] = highs.total();
+    float fine = norm(rest.total()), wide = norm(rest8.total()), chain = Integers::chain(d);
+    column[0] = full;
+    column[stride] = (fine + chain * (full + fine)) * 1.0001f;  // |w_bar| <= |w| + |w - w_bar|
+    column[2 * stride] = tiny(d, full, 0);
+    column[3 * stride] = unit;
+    column[4 * stride] = (wide + chain * (full + wide)) * 1.0001f;
+    column[5 * stride] = highs.total();
   }
 
 #if defined(__AVX512VNNI__)
@@ -214,18 +225,10 @@ struct Bytes {
 
   /** A token v_bar = b scale, stored as b + 128: VNNI multiplies bytes without a sign by bytes with one. */
   static Rounded round(const float* v, float full, uint8_t* out, int64_t d, float& scale) {
-    float most = full * 1e-6f;  // a row of zeros has a scale too
-    vf top = splat(most);
-    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-      V x = get<V>(v + c);
-      x = x < 0 ? -x : x;
-      if constexpr (sizeof(V) == 4)
-        most = x > most ? x : most;
-      else
-        top = x > top ? x : top;
-    });
-    for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
-    scale = most / 127;
+    Most most;
+    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) { most.add(get<V>(v + c)); });
+    float least = full * 1e-6f, top = most.total();  // a row of zeros has a scale too
+    scale = (top > least ? top : least) / 127;
     float inverse = 1 / scale;
     Sum rest, low;
     lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
@@ -245,25 +248,26 @@ struct Bytes {
 #endif
 };
 
-/** The shadow of the rows [f0, f1) of an encoder, and the columns of the bound. */
+/** A row of a shadow of type Q, and its columns, `stride` apart. */
 template <class Q>
-inline void shadow_of(const float* w, int64_t d_sae, int64_t d, uint16_t* out, float* columns, int64_t f0, int64_t f1) {
-  for (int64_t j = f0; j < f1; ++j) {
-    Rounded r = Q::round(w + j * d, out + j * d, d);
-    columns[j] = r.full;
-    columns[d_sae + j] = (r.rest + Q::chain(d) * r.low) * 1.0001f;
-    columns[2 * d_sae + j] = tiny(d, r.full, 0);
+inline void shadow_row(const float* w, uint16_t* row, int64_t d, float* column, int64_t stride) {
+  if constexpr (std::is_same_v<Q, Bytes>) {
+    Bytes::shadow(w, row, d, column, stride);
+  } else {
+    Rounded r = Q::round(w, row, d);
+    column[0] = r.full;
+    column[stride] = (r.rest + Q::chain(d) * r.low) * 1.0001f;
+    column[2 * stride] = tiny(d, r.full, 0);
   }
 }
 
+/** The shadow of the rows [f0, f1) of an encoder, and the columns of the bound. */
 inline void shadow(const float* w, int64_t d_sae, int64_t d, ShadowType type, uint16_t* out, float* columns, int64_t f0,
                    int64_t f1) {
-  if (type == ShadowType::i8) {
-    for (int64_t j = f0; j < f1; ++j)
-      Bytes::shadow(w + j * d, d, reinterpret_cast<int8_t*>(out + j * d), columns, d_sae, j);
-    return;
-  }
-  (type == ShadowType::bf16 ? shadow_of<Bfloats> : shadow_of<Integers>)(w, d_sae, d, out, columns, f0, f1);
+  auto row = type == ShadowType::i8    ? shadow_row<Bytes>
+             : type == ShadowType::i16 ? shadow_row<Integers>
+                                       : shadow_row<Bfloats>;
+  for (int64_t j = f0; j < f1; ++j) row(w + j * d, out + j * d, d, columns + j, d_sae);
 }
 
 typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
@@ -393,20 +397,21 @@ struct ScreenColumn {
   int32_t start = 0;  // what the sum of integers starts with
 
   ScreenColumn() = default;
-  ScreenColumn(const Screen& s, int64_t j, int64_t rest_at, float scale_)
-      : full(s.columns[j]),
-        rest(s.columns[rest_at * s.d_sae + j]),
-        bias(s.bias ? s.bias[j] : 0.0f),
-        scale(scale_) {
-    absolute = s.columns[2 * s.d_sae + j] + 2.4e-7f * __builtin_fabsf(bias);
-  }
+  /** Of a feature with these columns of the shadow, `stride` apart; `rest_at` names the one that bounds the rounding. */
+  ScreenColumn(const float* columns, int64_t stride, int64_t rest_at, float b, float unit)
+      : full(columns[0]),
+        rest(columns[rest_at * stride]),
+        absolute(columns[2 * stride] + 2.4e-7f * __builtin_fabsf(b)),
+        bias(b),
+        scale(unit) {}
 };
 
-/** Rows of features, and whether those of as many more follow at the same stride. */
+/** Rows of features, and memory to fetch meanwhile: `ahead`, as much of it for each of them, or null. */
 struct ScreenRows {
   const char* w;
   int64_t stride;
-  bool fetch;
+  const char* ahead;
+  int64_t ahead_bytes;
 };
 
 /** A pre-activation in low precision, and how far the float32 one may be from it. */
@@ -416,12 +421,11 @@ struct Interval {
 };
 
 /**
- * M features, rows of `stride` bytes, against the tokens of panel p: take(i, t0, interval), with interval(v) for the
- * tokens from t0 + v kLanes on. `ahead`: rows from here on, of the same stride, to fetch meanwhile, or null.
+ * M features against the tokens of panel p: take(i, t0, interval), with interval(v) for the tokens from t0 + v kLanes on.
  */
 template <class Q, int M, class Take>
-__attribute__((noinline)) void tile(const ScreenTokens& tokens, int64_t d, const char* w, int64_t stride,
-                                    const ScreenColumn* columns, int64_t p, const char* ahead, Take&& take) {
+__attribute__((noinline)) void tile(const ScreenTokens& tokens, int64_t d, const ScreenRows& rows,
+                                    const ScreenColumn* columns, int64_t p, bool fetch, Take&& take) {
   constexpr int NV = Q::kVectors, W = NV * kLanes, G = Q::kGroup;
   const int64_t whole = d / G;
   const uint32_t* panel = tokens.packed + p * W * ((d + G - 1) / G);
@@ -438,17 +442,15 @@ __attribute__((noinline)) void tile(const ScreenTokens& tokens, int64_t d, const
         load(reinterpret_cast<const int32_t*>(panel) + c * W + v * kLanes);
     MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
       int32_t group = 0;
-      std::memcpy(&group, w + i * stride + 4 * c, bytes);
+      std::memcpy(&group, rows.w + i * rows.stride + 4 * c, bytes);
       MLXSAE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = Q::multiply_add(acc[i][v], group, x[v]);
     }
   };
   int64_t c = 0;
   for (; c + 16 <= whole; c += 16) {
-    if (ahead) {
-      MLXSAE_UNROLL for (int i = 0; i < M; ++i) {
-        prefetch(ahead + i * stride + 4 * c);
-        if constexpr (G == 4) prefetch(ahead + i * stride + 4 * c + d);  // the low bytes
-      }
+    if (fetch) {
+      const char* at = rows.ahead + 4 * c;
+      for (int64_t part = 0; part < M * rows.ahead_bytes; part += 4 * whole) prefetch(at + part);
     }
     _Pragma("GCC unroll 4") for (int q = 0; q < 16; ++q) multiply_add(c + q, 4);
   }
@@ -479,6 +481,50 @@ __attribute__((noinline)) void emit_intervals(Intervals& lists, const vf* lower,
     }
   }
 }
+
+/** The shadow that a screen multiplies: the given one, or rows that are made of the float32 ones as they are reached. */
+template <class Q>
+class ShadowRows {
+ public:
+  explicit ShadowRows(const Screen& s) : s_(s), stride_(s.w16 ? s.d_sae : kFeatures) {
+    static thread_local Scratch mem;
+    if (!s.w16) made_ = mem.get<uint16_t>(kFeatures * s.d);
+  }
+  /** The m features from f on, which those below are then about. */
+  void reach(int64_t f, int m) {
+    if (!made_) return;
+    first_ = f;
+    for (int i = 0; i < m; ++i) {
+      shadow_row<Q>(s_.w + (f + i) * s_.d, made_ + i * s_.d, s_.d, columns_ + i, kFeatures);
+      if (!(columns_[i] < 1e18f)) __atomic_store_n(s_.unusable, true, __ATOMIC_RELAXED);
+      for (int c : {0, 2})  // every task says the same
+        __atomic_store(s_.made + c * s_.d_sae + f + i, columns_ + c * kFeatures + i, __ATOMIC_RELAXED);
+    }
+  }
+  const uint16_t* row(int64_t j) const { return made_ ? made_ + (j - first_) * s_.d : s_.w16 + j * s_.d; }
+  float operator()(int64_t column, int64_t j) const { return of(j)[column * stride_]; }
+  ScreenColumn column(int64_t j, int64_t rest_at, float unit) const {
+    return {of(j), stride_, rest_at, s_.bias ? s_.bias[j] : 0.0f, unit};
+  }
+  /** What the m features after those come from. */
+  ScreenRows rows(int64_t f, int m) const {
+    bool more = f + 2 * m <= s_.d_sae;
+    const void* next = made_ ? static_cast<const void*>(s_.w + (f + m) * s_.d) : s_.w16 + (f + m) * s_.d;
+    return {reinterpret_cast<const char*>(row(f)), 2 * s_.d, more ? static_cast<const char*>(next) : nullptr,
+            (made_ ? 4 : 2) * s_.d};
+  }
+
+ private:
+  static constexpr int kFeatures = 6;
+
+  const float* of(int64_t j) const { return made_ ? columns_ + (j - first_) : s_.columns + j; }
+
+  const Screen& s_;
+  const int64_t stride_;
+  uint16_t* made_ = nullptr;
+  float columns_[Q::kColumns * kFeatures];
+  int64_t first_ = 0;
+};
 
 /** What the screens of all types share: the tokens of a task and their lists. */
 struct ScreenTask {
@@ -530,19 +576,19 @@ struct ScreenTask {
   }
 
   /**
-   * The features [f0, f1) by tiles of Q: rows(f, m) gives the rows of m features, their stride and whether to fetch the
-   * next, column(j) a column, take(j, t0, interval) takes a tile's results and done(f, m) follows on all panels.
+   * The features [f0, f1) by tiles of Q: rows(f, m) gives the rows of m features, column(j) a column, take(j, t0, interval)
+   * takes a tile's results and done(f, m) follows on all panels.
    */
   template <class Q, class Rows, class ColumnOf, class Take, class Done>
   void scan(const ScreenTokens& x, int64_t f0, int64_t f1, Rows&& rows, ColumnOf&& column, Take&& take, Done&& done) {
     constexpr int MR = Q::kFeatures;
     static_assert(Q::kVectors * kLanes == kWidth);
     auto block = [&]<int M>(std::integral_constant<int, M>, int64_t f) {
+      ScreenRows w = rows(f, M);
       ScreenColumn columns[M];
       for (int i = 0; i < M; ++i) columns[i] = column(f + i);
-      auto [w, stride, fetch] = rows(f, M);
       for (int64_t p = 0; p * kWidth < padded; ++p)
-        tile<Q, M>(x, s.d, w, stride, columns, p, fetch && p == 0 ? w + M * stride : nullptr,
+        tile<Q, M>(x, s.d, w, columns, p, p == 0 && w.ahead,
                    [&](int i, int64_t t0, auto&& interval) __attribute__((always_inline)) { take(f + i, t0, interval); });
       done(f, M);
     };
@@ -627,13 +673,15 @@ inline void screen(const Screen& s) {
     Rounded r = Q::round(task.row(t), rounded, s.d);
     task.put<2>(x, t, rounded, r, Q::scale(r.full));
   }
+  ShadowRows<Q> shadow(s);
   auto scan = [&](int64_t f0, int64_t f1) {
     task.scan<Q>(
         x, f0, f1,
         [&](int64_t f, int m) {
-          return ScreenRows{reinterpret_cast<const char*>(s.w16 + f * s.d), 2 * s.d, f + 2 * m <= s.d_sae};
+          shadow.reach(f, m);
+          return shadow.rows(f, m);
         },
-        [&](int64_t j) { return ScreenColumn(s, j, 1, Q::scale(s.columns[j])); },
+        [&](int64_t j) { return shadow.column(j, 1, Q::scale(shadow(0, j))); },
         [&](int64_t j, int64_t t0, auto&& interval)
             __attribute__((always_inline)) { task.list<Q::kVectors>(j, t0, interval); },
         [](int64_t, int) {});
@@ -688,21 +736,23 @@ inline void screen<Bytes>(const Screen& s) {
     Rounded coarse = Bytes::round(task.row(t), r.full, bytes, d, scale);
     task.put<4>(x8, t, bytes, coarse, scale);
   }
-  auto high_of = [&](int64_t j) { return reinterpret_cast<const int8_t*>(s.w16 + j * d); };
-  auto unit_of = [&](int64_t j) { return s.columns[3 * s.d_sae + j]; };
-  auto column16 = [&](int64_t j) { return ScreenColumn(s, j, 1, s.columns[j] * Bytes::kUnit); };
+  ShadowRows<Bytes> shadow(s);
+  auto high_of = [&](int64_t j) { return reinterpret_cast<const int8_t*>(shadow.row(j)); };
+  auto unit_of = [&](int64_t j) { return shadow(3, j); };
+  auto column16 = [&](int64_t j) { return shadow.column(j, 1, shadow(0, j) * Bytes::kUnit); };
 
   int16_t* whole = mem[6].get<int16_t>(M * width);
   auto integers = [&](int64_t f0, int64_t f1) {
     task.scan<Integers>(
         x16, f0, f1,
         [&](int64_t f, int m) {
+          shadow.reach(f, m);
           for (int i = 0; i < m; ++i) {
             const int8_t* high = high_of(f + i);
             int16_t unit = static_cast<int16_t>(unit_of(f + i));
             for (int64_t c = 0; c < d; ++c) whole[i * width + c] = static_cast<int16_t>(unit * high[c] + high[d + c]);
           }
-          return ScreenRows{reinterpret_cast<const char*>(whole), 2 * width, false};
+          return ScreenRows{reinterpret_cast<const char*>(whole), 2 * width, nullptr, 0};
         },
         column16,
         [&](int64_t j, int64_t t0, auto&& interval)
@@ -741,11 +791,12 @@ inline void screen<Bytes>(const Screen& s) {
         x8, f0, f1,
         [&](int64_t f, int m) {
           first = f;
-          return ScreenRows{reinterpret_cast<const char*>(high_of(f)), 2 * d, f + 2 * m <= s.d_sae};
+          shadow.reach(f, m);
+          return shadow.rows(f, m);
         },
         [&](int64_t j) {
-          ScreenColumn c(s, j, 4, s.columns[j] * Bytes::kUnit * unit_of(j));
-          c.start = -128 * static_cast<int32_t>(s.columns[5 * s.d_sae + j]);
+          ScreenColumn c = shadow.column(j, 4, shadow(0, j) * Bytes::kUnit * unit_of(j));
+          c.start = -128 * static_cast<int32_t>(shadow(5, j));
           return c;
         },
         [&](int64_t j, int64_t t0, auto&& interval) __attribute__((always_inline)) {

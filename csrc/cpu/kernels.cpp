@@ -35,9 +35,11 @@ const Kernels& table() {
 #if defined(__AVX2__)
       .screen = {nullptr, screen<Integers>, nullptr},
       .shadow_type = ShadowType::i16,
+      .makes_shadows = true,
 #else
       .screen = {nullptr, nullptr, nullptr},
       .shadow_type = ShadowType::bf16,
+      .makes_shadows = false,
 #endif
       .shadow = shadow,
       .estimate = estimate,

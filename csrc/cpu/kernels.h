@@ -84,8 +84,11 @@ struct Screen {
   const float* x;  // [n, d]
   int64_t d, d_sae, k, capacity;
   float floor;
-  const uint16_t* w16;   // [d_sae, d]; of i8 the high bytes of a row and then its low ones
+  const uint16_t* w16;   // [d_sae, d]; of i8 the high bytes of a row and then its low ones. Null: to be made of w
   const float* columns;  // [3, d_sae], of i8 [6, d_sae]
+  const float* w;        // [d_sae, d]
+  float* made;           // without w16: columns 0 and 2 of what is made, [3, d_sae]
+  bool* unusable;        // without w16: set where a norm is not finite, or too large
   const float* bias;     // [d_sae] or null
   int64_t t0, t1;
   int32_t* ids;     // [n, capacity], ascending
@@ -196,6 +199,7 @@ struct Kernels {
   float (*entries_of)(float* values, float* dz, float scale, int64_t n);
   void (*screen[3])(const Screen&);  // by the ShadowType; null where the instruction set has no product of such numbers
   ShadowType shadow_type;            // the one that it screens fastest with
+  bool makes_shadows;                // whether to make one for a single encode
   void (*shadow)(const float* w, int64_t d_sae, int64_t d, ShadowType type, uint16_t* out, float* columns, int64_t f0,
                  int64_t f1);
   void (*estimate)(const Rescore&, int64_t begin, int64_t end);  // in any order of additions

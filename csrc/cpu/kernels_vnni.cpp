@@ -23,7 +23,7 @@ const Kernels& table() {
 #endif
     k.screen[static_cast<int>(ShadowType::i16)] = screen<Integers>;
     k.screen[static_cast<int>(ShadowType::i8)] = screen<Bytes>;
-    k.shadow_type = ShadowType::i8;
+    k.shadow_type = ShadowType::i8, k.makes_shadows = true;
     return k;
   }();
   return t;

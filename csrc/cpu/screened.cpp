@@ -11,7 +11,8 @@ Shadowed Shadowed::of(const Rows& x, const Rows& w, const float* bias, const mx:
           bias,
           shadow ? shadow[0].data<uint16_t>() : nullptr,
           shadow ? shadow[1].data<float>() : nullptr,
-          shadow ? shadow_type_of(shadow[0]) : ShadowType::bf16,
+          shadow ? shadow_type_of(shadow[0]) : kernels().shadow_type,
+          x.type == Type::f32 && w.type == Type::f32,
           x.n,
           x.d,
           w.n};
@@ -23,10 +24,13 @@ auto screen_of(ShadowType type) { return kernels().screen[static_cast<int>(type)
 
 }  // namespace
 
-bool Shadowed::usable() const {
-  if (!w16 || !screen_of(type) || d_sae >= INT32_MAX / 2) return false;
+bool Shadowed::usable(int64_t k) const {
+  if (!floats || !screen_of(type) || d_sae >= INT32_MAX / 2) return false;
+  // Few tokens are bound by reading the weights once; and a width or a k that the screen cannot thin out gains nothing.
+  if (n < 32 || 4 * k > d_sae) return false;
+  if (!w16 && (!kernels().makes_shadows || n < 128 || d < 64 || 32 * k > d_sae)) return false;
   auto small = [](float v) { return std::fabs(v) < 1e18f; };  // not NaN, and no sum of it overflows
-  return std::all_of(columns, columns + d_sae, small) && (!bias || std::all_of(bias, bias + d_sae, small));
+  return (!w16 || std::all_of(columns, columns + d_sae, small)) && (!bias || std::all_of(bias, bias + d_sae, small));
 }
 
 Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) : e_(e) {
@@ -35,13 +39,16 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
   auto upper = room_for<float>(k > 0 ? n * room : 0);
   auto counts = room_for<int32_t>(n);
   norms_ = room_for<float>(n);
-  int64_t block = int64_t{kernels().screen_block} * 1024 / std::max<int64_t>(1024, e.d);
+  if (!e.w16) made_ = room_for<float>(3 * d_sae), e_.columns = made_.get();
+  // A shadow that every task makes for itself is worth more tokens.
+  int64_t block = int64_t{kernels().screen_block} * (e.w16 ? 1 : 2) * 1024 / std::max<int64_t>(1024, e.d);
   block = std::clamp<int64_t>(block, 64, std::max<int64_t>(64, n / num_threads()));
   int64_t blocks = (n + block - 1) / block;
   parallel_for(blocks, [&](int64_t i, int) {
-    screen_of(e.type)({e.x, e.d, d_sae, k, room, floor, e.w16, e.columns, e.bias, n * i / blocks, n * (i + 1) / blocks,
-                       ids.get(), upper.get(), counts.get(), norms_.get()});
+    screen_of(e.type)({e.x, e.d, d_sae, k, room, floor, e.w16, e.columns, e.w, made_.get(), &usable_, e.bias,
+                       n * i / blocks, n * (i + 1) / blocks, ids.get(), upper.get(), counts.get(), norms_.get()});
   });
+  if (!usable_) return;
 
   first_.assign(n + 1, 0);
   for (int64_t t = 0; t < n; ++t) {

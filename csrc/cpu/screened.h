@@ -15,18 +15,22 @@ std::unique_ptr<T[]> room_for(int64_t n) {
   return std::make_unique_for_overwrite<T[]>(n);
 }
 
-/** A float32 encoder with its shadow (ops/encoder_shadow.h). */
+/** A float32 encoder with its shadow (ops/encoder_shadow.h), or with one that is made while it is used. */
 struct Shadowed {
   const float *x, *w, *bias;
-  const uint16_t* w16;
-  const float* columns;  // [3, d_sae]
+  const uint16_t* w16;   // or null
+  const float* columns;  // with w16
   ShadowType type;
+  bool floats;  // whether x and w are float32
   int64_t n, d, d_sae;
 
-  /** Where `shadow` is w16 and columns; never usable where it is null. */
+  /** Where `shadow` is w16 and columns, or null. */
   static Shadowed of(const Rows& x, const Rows& w, const float* bias, const mx::array* shadow);
-  /** Whether the screen is there, and the bounds are finite. */
-  bool usable() const;
+  /**
+   * Whether a screen for the k largest of each row is there, is worth its time, and has finite bounds, as far as is known
+   * before.
+   */
+  bool usable(int64_t k) const;
 };
 
 /**
@@ -37,6 +41,8 @@ class Candidates {
  public:
   /** What may be among the k largest of its token; with k = 0, what may reach `floor`; `room` candidates a token. */
   Candidates(const Shadowed& e, int64_t k, float floor, int64_t room);
+  /** False: a bound is not finite, and nothing below means anything. */
+  bool usable() const { return usable_; }
 
   int64_t size() const { return size_; }
   int64_t row(int64_t q) const { return rows_[q]; }
@@ -78,7 +84,8 @@ class Candidates {
   Shadowed e_;
   int64_t size_ = 0, leading_ = 0;  // the leading ones have their sums
   std::unique_ptr<uint32_t[]> rows_, features_, slots_;
-  std::unique_ptr<float[]> sums_, norms_, upper_;
+  std::unique_ptr<float[]> sums_, norms_, upper_, made_;
+  bool usable_ = true;
   std::vector<int64_t> first_, redo_;
 };
 

@@ -112,6 +112,7 @@ void encode_masked(const cpu::Encode& e, const float* w) {
 void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
   int64_t n = e.x.n, k = e.k, room = std::min(16 * k + 64, e.w.n + 1);
   cpu::Candidates found(by, k, 0, room);
+  if (!found.usable()) return encode_all(e, 0, n);
   int64_t total = found.size();
 
   // First fast sums, whose order nobody promises: they leave hardly more than k of a token.
@@ -191,9 +192,7 @@ void TopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   }
   auto by = cpu::Shadowed::of(e.x, e.w, e.bias, product_.certified ? &inputs[inputs.size() - 2] : nullptr);
   cpu::dispatch(stream(), inputs, outputs, [e, by] {
-    // Few tokens are bound by reading the weights once; and a width or a k that the screen cannot thin out gains
-    // nothing.
-    if (e.x.n < 32 || 4 * e.k > e.w.n || !by.usable()) return encode_all(e, 0, e.x.n);
+    if (!by.usable(e.k)) return encode_all(e, 0, e.x.n);
     encode_screened(e, by);
   });
 }

@@ -165,6 +165,51 @@ def test_not_finite_bias(value: float):
     same_bits(x, w, b, 5)
 
 
+WAYS = ("gauss", "few large", "equal features", "ties", "bias decides", "not finite x", "not finite w", "not finite b", "tiny")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("n", "d", "d_sae", "k"), [(128, 512, 4100, 32), (300, 577, 6001, 40), (129, 1030, 2100, 16)])
+def test_a_shadow_that_float32_encode_makes_for_itself(n, d, d_sae, k, way):
+    """Thirty-one tokens at a time nothing is screened: the float32 kernel itself."""
+    rng = np.random.default_rng([n, d])
+    x, w = rng.standard_normal((n, d)), rng.standard_normal((d_sae, d)) / np.sqrt(d)
+    b = 0.1 * rng.standard_normal(d_sae)
+    if way == "few large":
+        x[:, ::50] *= rng.choice([1.0, 100.0], (n, 1))
+    elif way == "equal features":
+        w[1::3] = w[::3][: len(w[1::3])]
+        b[:] = 0
+    elif way == "ties":
+        x, w, b = rng.integers(-1, 2, x.shape), rng.integers(-1, 2, w.shape), rng.integers(-1, 2, d_sae)
+    elif way == "bias decides":
+        x, b = x * 1e-3, rng.permutation(d_sae) / 16
+    elif way == "not finite x":
+        x[3, 2], x[7, 1], x[9, 5], x[11] = np.nan, np.inf, -np.inf, 1e30
+    elif way == "not finite w":
+        w[17, 3], w[100, 5] = np.nan, -np.inf
+    elif way == "not finite b":
+        b[17], b[d_sae - 1], b[5] = np.nan, np.inf, -np.inf
+    elif way == "tiny":
+        x, w, b = x * 1e-22, w * 1e-20, b * 1e-40
+    x, w, b = (mx.array(np.asarray(a, np.float32)) for a in (x, w, b))
+    mask = mx.arange(d_sae) % 20 == 7
+    want = [ops.topk_encode(x[t : t + 31], w, b, k=k) for t in range(0, n, 31)]
+    got = ops.topk_encode(x, w, b, k=k)
+    masked = ops.topk_encode_masked(x, w, b, mask=mask, k=k, k_aux=50)
+    aux = [
+        ops.topk_encode_masked(x[t : t + 31], w, b, mask=mask, k=k, k_aux=50)[1] for t in range(0, n, 31)
+    ]
+    for code, parts in ((got, want), (masked[0], want), (masked[1], aux)):
+        np.testing.assert_array_equal(np.array(code.indices), np.concatenate([p.indices for p in parts]))
+        np.testing.assert_array_equal(np.array(code.values), np.concatenate([p.values for p in parts]))
+    want = ops.batch_topk_encode(x, w, b, k=k)
+    for off in (1.0, 0.7, 1.04):
+        again = ops.batch_topk_encode(x, w, b, k=k, hint=off * want[1])
+        for a, c in zip((*again[0], again[1]), (*want[0], want[1]), strict=True):
+            np.testing.assert_array_equal(np.array(a), np.array(c))
+
+
 def test_masked_selection_with_a_shadow():
     rng = np.random.default_rng(0)
     for n, d_sae, k, k_aux, share in [

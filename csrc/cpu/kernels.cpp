@@ -18,7 +18,9 @@ const Kernels& table() {
       .isa = MLXSAE_STRING(MLXSAE_ISA),
       .panel = kPanel,
       .token_block = 2 * kTileVectors * kLanes,
-      .screen_block = 16 * (kLanes < 16 ? 4 : kLanes),
+      .screen_block = kLanes < 16 ? 64 : 256,
+      .making_block = 512,
+      .making_width = 512,
       .encode = encode,
       .merge = merge,
       .above = above,
@@ -35,11 +37,9 @@ const Kernels& table() {
 #if defined(__AVX2__)
       .screen = {nullptr, screen<Integers>, nullptr},
       .shadow_type = ShadowType::i16,
-      .makes_shadows = true,
 #else
       .screen = {nullptr, nullptr, nullptr},
       .shadow_type = ShadowType::bf16,
-      .makes_shadows = false,
 #endif
       .shadow = shadow,
       .estimate = estimate,

@@ -178,6 +178,8 @@ struct Kernels {
   int panel;         // columns of a packed panel of `product`
   int token_block;   // two panels: tokens of one encode task that fill the tile and the cache well, at d_in = 1024
   int screen_block;  // the same for the screen
+  int making_block;  // the same for a screen that makes the shadow, which every task does for itself
+  int making_width;  // d from which on that pays
 
   void (*encode)(const Encode&);
   void (*merge)(const Merge&);
@@ -199,7 +201,6 @@ struct Kernels {
   float (*entries_of)(float* values, float* dz, float scale, int64_t n);
   void (*screen[3])(const Screen&);  // by the ShadowType; null where the instruction set has no product of such numbers
   ShadowType shadow_type;            // the one that it screens fastest with
-  bool makes_shadows;                // whether to make one for a single encode
   void (*shadow)(const float* w, int64_t d_sae, int64_t d, ShadowType type, uint16_t* out, float* columns, int64_t f0,
                  int64_t f1);
   void (*estimate)(const Rescore&, int64_t begin, int64_t end);  // in any order of additions

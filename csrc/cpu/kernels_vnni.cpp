@@ -23,7 +23,7 @@ const Kernels& table() {
 #endif
     k.screen[static_cast<int>(ShadowType::i16)] = screen<Integers>;
     k.screen[static_cast<int>(ShadowType::i8)] = screen<Bytes>;
-    k.shadow_type = ShadowType::i8, k.makes_shadows = true;
+    k.shadow_type = ShadowType::i8, k.making_block = 1024, k.making_width = 128;
     return k;
   }();
   return t;

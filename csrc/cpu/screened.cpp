@@ -28,7 +28,8 @@ bool Shadowed::usable(int64_t k) const {
   if (!floats || !screen_of(type) || d_sae >= INT32_MAX / 2) return false;
   // Few tokens are bound by reading the weights once; and a width or a k that the screen cannot thin out gains nothing.
   if (n < 32 || 4 * k > d_sae) return false;
-  if (!w16 && (!kernels().makes_shadows || n < 128 || d < 64 || 32 * k > d_sae)) return false;
+  // Measured (benchmarks/bench_topk_encode.py): what making the shadow and deciding k of every token take in return.
+  if (!w16 && (n < 128 || d < kernels().making_width || (d < 1024 ? 128 : 64) * k > d_sae)) return false;
   auto small = [](float v) { return std::fabs(v) < 1e18f; };  // not NaN, and no sum of it overflows
   return (!w16 || std::all_of(columns, columns + d_sae, small)) && (!bias || std::all_of(bias, bias + d_sae, small));
 }
@@ -40,15 +41,14 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
   auto counts = room_for<int32_t>(n);
   norms_ = room_for<float>(n);
   if (!e.w16) made_ = room_for<float>(3 * d_sae), e_.columns = made_.get();
-  // A shadow that every task makes for itself is worth more tokens.
-  int64_t block = int64_t{kernels().screen_block} * (e.w16 ? 1 : 2) * 1024 / std::max<int64_t>(1024, e.d);
+  int64_t block = int64_t{e.w16 ? kernels().screen_block : kernels().making_block} * 1024 / std::max<int64_t>(1024, e.d);
   block = std::clamp<int64_t>(block, 64, std::max<int64_t>(64, n / num_threads()));
   int64_t blocks = (n + block - 1) / block;
   parallel_for(blocks, [&](int64_t i, int) {
-    screen_of(e.type)({e.x, e.d, d_sae, k, room, floor, e.w16, e.columns, e.w, made_.get(), &usable_, e.bias,
+    screen_of(e.type)({e.x, e.d, d_sae, k, room, floor, e.w16, e.columns, e.w, made_.get(), &unusable_, e.bias,
                        n * i / blocks, n * (i + 1) / blocks, ids.get(), upper.get(), counts.get(), norms_.get()});
   });
-  if (!usable_) return;
+  if (unusable_) return;
 
   first_.assign(n + 1, 0);
   for (int64_t t = 0; t < n; ++t) {

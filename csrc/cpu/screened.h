@@ -42,7 +42,7 @@ class Candidates {
   /** What may be among the k largest of its token; with k = 0, what may reach `floor`; `room` candidates a token. */
   Candidates(const Shadowed& e, int64_t k, float floor, int64_t room);
   /** False: a bound is not finite, and nothing below means anything. */
-  bool usable() const { return usable_; }
+  bool usable() const { return !unusable_; }
 
   int64_t size() const { return size_; }
   int64_t row(int64_t q) const { return rows_[q]; }
@@ -85,7 +85,7 @@ class Candidates {
   int64_t size_ = 0, leading_ = 0;  // the leading ones have their sums
   std::unique_ptr<uint32_t[]> rows_, features_, slots_;
   std::unique_ptr<float[]> sums_, norms_, upper_, made_;
-  bool usable_ = true;
+  bool unusable_ = false;
   std::vector<int64_t> first_, redo_;
 };
 

@@ -136,7 +136,9 @@ def test_sums_of_integers_do_not_overflow():
         same_bits(direction * np.exp(rng.standard_normal((64, 1))), w, np.zeros(5000), 7)
     for d in (66_000, 140_000):  # 127 * 128 * d is past 2^30, past 2^31
         x = rng.choice([-1.0, 1.0], (32, 1)) * np.ones(d)
-        same_bits(x, rng.choice([-1.0, 1.0], (64, 1)) * (1 + 1e-3 * rng.standard_normal((64, d))), np.zeros(64), 7)
+        same_bits(
+            x, rng.choice([-1.0, 1.0], (64, 1)) * (1 + 1e-3 * rng.standard_normal((64, d))), np.zeros(64), 7
+        )
 
 
 def test_too_many_candidates_go_to_the_float32_kernel():
@@ -165,11 +167,23 @@ def test_not_finite_bias(value: float):
     same_bits(x, w, b, 5)
 
 
-WAYS = ("gauss", "few large", "equal features", "ties", "bias decides", "not finite x", "not finite w", "not finite b", "tiny")
+WAYS = (
+    "gauss",
+    "few large",
+    "equal features",
+    "ties",
+    "bias decides",
+    "not finite x",
+    "not finite w",
+    "not finite b",
+    "tiny",
+)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("n", "d", "d_sae", "k"), [(128, 512, 4100, 32), (300, 577, 6001, 40), (129, 1030, 2100, 16)])
+@pytest.mark.parametrize(
+    ("n", "d", "d_sae", "k"), [(128, 512, 4100, 32), (300, 577, 6001, 40), (129, 1030, 2100, 16)]
+)
 def test_a_shadow_that_float32_encode_makes_for_itself(n, d, d_sae, k, way):
     """Thirty-one tokens at a time nothing is screened: the float32 kernel itself."""
     rng = np.random.default_rng([n, d])
@@ -197,9 +211,7 @@ def test_a_shadow_that_float32_encode_makes_for_itself(n, d, d_sae, k, way):
     want = [ops.topk_encode(x[t : t + 31], w, b, k=k) for t in range(0, n, 31)]
     got = ops.topk_encode(x, w, b, k=k)
     masked = ops.topk_encode_masked(x, w, b, mask=mask, k=k, k_aux=50)
-    aux = [
-        ops.topk_encode_masked(x[t : t + 31], w, b, mask=mask, k=k, k_aux=50)[1] for t in range(0, n, 31)
-    ]
+    aux = [ops.topk_encode_masked(x[t : t + 31], w, b, mask=mask, k=k, k_aux=50)[1] for t in range(0, n, 31)]
     for code, parts in ((got, want), (masked[0], want), (masked[1], aux)):
         np.testing.assert_array_equal(np.array(code.indices), np.concatenate([p.indices for p in parts]))
         np.testing.assert_array_equal(np.array(code.values), np.concatenate([p.values for p in parts]))
@@ -298,7 +310,9 @@ def test_columns_bound_what_they_name(dtype, kernels):
                 high, scale = whole[:, :d], scale * (1 + 4 / 256)
                 whole = unit[:, None] * high + whole[:, d:]
                 assert (np.abs(whole - unit[:, None] * high) <= unit[:, None] / 2).all()
-                assert (rest8 >= np.linalg.norm(w - unit[:, None] * high * full[:, None] * scale, axis=1)).all()
+                assert (
+                    rest8 >= np.linalg.norm(w - unit[:, None] * high * full[:, None] * scale, axis=1)
+                ).all()
                 np.testing.assert_array_equal(highs, high.sum(axis=1))
                 assert ((unit >= 1) & (unit <= 255) & (np.abs(high) <= 127).all(axis=1)).all()
             low = whole * full[:, None] * scale

@@ -15,10 +15,11 @@
 // d < 16384 the closer of the two.
 //
 // Where VNNI multiplies bytes at twice the rate of integers of 16 bits, the integer of a weight lies in two bytes, q =
-// unit high + low, a unit for each row, so that the high bytes alone are the weight to 8 bits; the token has bytes of its
-// own, in units of its largest coordinate. Every product is made of bytes, and bounded in the same way; only a pair
-// whose interval reaches what its token has by then, about one in a hundred, is multiplied in 16 bits. ScreenTokens with few
-// large coordinates are told too little by bytes: while more than a quarter of the pairs pass, integers take over.
+// unit high + low, a unit for each row, so that the high bytes alone are the weight to 8 bits; the token has bytes of
+// its own, in units of its largest coordinate. Every product is made of bytes, and bounded in the same way; only a pair
+// whose interval reaches what its token has by then, about one in a hundred, is multiplied in 16 bits. ScreenTokens
+// with few large coordinates are told too little by bytes: while more than a quarter of the pairs pass, integers take
+// over.
 //
 // Every norm is rounded up. A feature can be among the k largest only if its upper end reaches the k-th largest lower
 // end; those features are computed again, in the very order of the encode kernel, so the codes are its bits.
@@ -387,8 +388,8 @@ struct Intervals {
 
 /** The tokens of a task as a tile reads them. */
 struct ScreenTokens {
-  uint32_t* packed;                 // [panels][groups][kVectors * kLanes] groups of coordinates
-  float *scale, *row0, *row1;       // [tokens]
+  uint32_t* packed;            // [panels][groups][kVectors * kLanes] groups of coordinates
+  float *scale, *row0, *row1;  // [tokens]
 };
 
 /** A feature as a tile reads it. */
@@ -397,7 +398,8 @@ struct ScreenColumn {
   int32_t start = 0;  // what the sum of integers starts with
 
   ScreenColumn() = default;
-  /** Of a feature with these columns of the shadow, `stride` apart; `rest_at` names the one that bounds the rounding. */
+  /** Of a feature with these columns of the shadow, `stride` apart; `rest_at` names the one that bounds the rounding.
+   */
   ScreenColumn(const float* columns, int64_t stride, int64_t rest_at, float b, float unit)
       : full(columns[0]),
         rest(columns[rest_at * stride]),
@@ -421,7 +423,8 @@ struct Interval {
 };
 
 /**
- * M features against the tokens of panel p: take(i, t0, interval), with interval(v) for the tokens from t0 + v kLanes on.
+ * M features against the tokens of panel p: take(i, t0, interval), with interval(v) for the tokens from t0 + v kLanes
+ * on.
  */
 template <class Q, int M, class Take>
 __attribute__((noinline)) void tile(const ScreenTokens& tokens, int64_t d, const ScreenRows& rows,
@@ -482,7 +485,8 @@ __attribute__((noinline)) void emit_intervals(Intervals& lists, const vf* lower,
   }
 }
 
-/** The shadow that a screen multiplies: the given one, or rows that are made of the float32 ones as they are reached. */
+/** The shadow that a screen multiplies: the given one, or rows that are made of the float32 ones as they are reached.
+ */
 template <class Q>
 class ShadowRows {
  public:
@@ -576,8 +580,8 @@ struct ScreenTask {
   }
 
   /**
-   * The features [f0, f1) by tiles of Q: rows(f, m) gives the rows of m features, column(j) a column, take(j, t0, interval)
-   * takes a tile's results and done(f, m) follows on all panels.
+   * The features [f0, f1) by tiles of Q: rows(f, m) gives the rows of m features, column(j) a column, take(j, t0,
+   * interval) takes a tile's results and done(f, m) follows on all panels.
    */
   template <class Q, class Rows, class ColumnOf, class Take, class Done>
   void scan(const ScreenTokens& x, int64_t f0, int64_t f1, Rows&& rows, ColumnOf&& column, Take&& take, Done&& done) {
@@ -589,7 +593,8 @@ struct ScreenTask {
       for (int i = 0; i < M; ++i) columns[i] = column(f + i);
       for (int64_t p = 0; p * kWidth < padded; ++p)
         tile<Q, M>(x, s.d, w, columns, p, p == 0 && w.ahead,
-                   [&](int i, int64_t t0, auto&& interval) __attribute__((always_inline)) { take(f + i, t0, interval); });
+                   [&](int i, int64_t t0, auto&& interval)
+                       __attribute__((always_inline)) { take(f + i, t0, interval); });
       done(f, M);
     };
     int64_t f = f0;
@@ -654,8 +659,7 @@ struct ScreenTask {
       if (m > 0) std::memcpy(to_ids, lists.ids + t * lists.stride, m * sizeof(int32_t));
       for (int64_t i = 0; i < m && s.k > 0; ++i) {
         int64_t at = t * lists.stride + i;
-        s.upper[(s.t0 + t) * s.capacity + i] =
-            from_key(lists.keys[at]) >= lists.bound[t] ? INFINITY : lists.upper[at];
+        s.upper[(s.t0 + t) * s.capacity + i] = from_key(lists.keys[at]) >= lists.bound[t] ? INFINITY : lists.upper[at];
       }
     }
   }
@@ -696,7 +700,8 @@ inline void screen(const Screen& s) {
 
 #if defined(__AVX512VNNI__)
 
-/** The product in 16 bits of the feature with these bytes and N tokens: the unit times its high bytes, and its low ones. */
+/** The product in 16 bits of the feature with these bytes and N tokens: the unit times its high bytes, and its low
+ * ones. */
 template <int N>
 inline void products(const int8_t* high, int64_t d, float unit, const uint16_t* const* x, int32_t* out) {
   __m512i units = _mm512_set1_epi16(static_cast<int16_t>(unit)), acc[N];
@@ -755,8 +760,7 @@ inline void screen<Bytes>(const Screen& s) {
           return ScreenRows{reinterpret_cast<const char*>(whole), 2 * width, nullptr, 0};
         },
         column16,
-        [&](int64_t j, int64_t t0, auto&& interval)
-            __attribute__((always_inline)) { task.list<NV>(j, t0, interval); },
+        [&](int64_t j, int64_t t0, auto&& interval) __attribute__((always_inline)) { task.list<NV>(j, t0, interval); },
         [](int64_t, int) {});
   };
 
@@ -805,7 +809,8 @@ inline void screen<Bytes>(const Screen& s) {
             auto [at, error] = interval(v);
             int64_t t = t0 + v * kLanes;
             if (uint32_t mask = at_least(at + error, load(lists.bound + t))) {
-              vi ids = (vi)_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(t)), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+              vi ids = (vi)_mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(t)),
+                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
               _mm512_storeu_si512(passed + i * room + counts[i],
                                   _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), (__m512i)ids));
               counts[i] += __builtin_popcount(mask);
@@ -825,8 +830,8 @@ inline void screen<Bytes>(const Screen& s) {
   task.start(sample);
   integers(0, sample);
   if (sample) task.sampled();
-  // Integers before feature `turn`, bytes from there on. Without a bound every pair passes; and the sums of bytes, 127^2 d
-  // at most, must fit in 32 bits.
+  // Integers before feature `turn`, bytes from there on. Without a bound every pair passes; and the sums of bytes,
+  // 127^2 d at most, must fit in 32 bits.
   int64_t f = sample, turn = d > 1 << 17 ? s.d_sae : s.k > 0 && !sample ? 4 * s.k : 0;
   while (f < s.d_sae) {
     int64_t end = f + kWindow < s.d_sae ? f + kWindow : s.d_sae;

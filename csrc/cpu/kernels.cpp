@@ -1,4 +1,5 @@
-// The kernels of one instruction set; compiled once for each but avx512vnni and avx512bf16 (CMakeLists.txt, mlxsae_kernels).
+// The kernels of one instruction set; compiled once for each but avx512vnni and avx512bf16 (CMakeLists.txt,
+// mlxsae_kernels).
 #include "cpu/kernels.h"
 
 #include "cpu/kernel_dense.h"

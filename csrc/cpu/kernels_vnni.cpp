@@ -1,5 +1,5 @@
-// The kernels of avx512, but for the screen: VNNI multiplies its integers, and bfloat16 are multiplied where they can be.
-// Compiled for avx512vnni and for avx512bf16 (CMakeLists.txt, mlxsae_kernels).
+// The kernels of avx512, but for the screen: VNNI multiplies its integers, and bfloat16 are multiplied where they can
+// be. Compiled for avx512vnni and for avx512bf16 (CMakeLists.txt, mlxsae_kernels).
 #include "cpu/kernel_screen.h"
 
 #define MLXSAE_STRING_(x) #x

@@ -41,7 +41,8 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
   auto counts = room_for<int32_t>(n);
   norms_ = room_for<float>(n);
   if (!e.w16) made_ = room_for<float>(3 * d_sae), e_.columns = made_.get();
-  int64_t block = int64_t{e.w16 ? kernels().screen_block : kernels().making_block} * 1024 / std::max<int64_t>(1024, e.d);
+  int64_t block =
+      int64_t{e.w16 ? kernels().screen_block : kernels().making_block} * 1024 / std::max<int64_t>(1024, e.d);
   block = std::clamp<int64_t>(block, 64, std::max<int64_t>(64, n / num_threads()));
   int64_t blocks = (n + block - 1) / block;
   parallel_for(blocks, [&](int64_t i, int) {

@@ -27,8 +27,8 @@ struct Shadowed {
   /** Where `shadow` is w16 and columns, or null. */
   static Shadowed of(const Rows& x, const Rows& w, const float* bias, const mx::array* shadow);
   /**
-   * Whether a screen for the k largest of each row is there, is worth its time, and has finite bounds, as far as is known
-   * before.
+   * Whether a screen for the k largest of each row is there, is worth its time, and has finite bounds, as far as is
+   * known before.
    */
   bool usable(int64_t k) const;
 };

@@ -33,7 +33,8 @@ Arrays encoder_shadow_graph(const Arrays& in, mx::Dtype dtype, mx::Stream s) {
     auto high = mx::round(mx::divide(whole, unit, s), s);
     low = mx::astype(mx::concatenate({high, mx::subtract(whole, mx::multiply(high, unit, s), s)}, 1, s), dtype, s);
     low32 = mx::multiply(whole, scale, s);
-    more = {mx::squeeze(unit, 1, s), bound(mx::multiply(high, mx::multiply(unit, scale, s), s)), mx::sum(high, 1, false, s)};
+    more = {mx::squeeze(unit, 1, s), bound(mx::multiply(high, mx::multiply(unit, scale, s), s)),
+            mx::sum(high, 1, false, s)};
   } else {
     low = mx::astype(w, dtype, s), low32 = mx::astype(low, mx::float32, s);
   }

@@ -55,7 +55,9 @@ class Shadow(NamedTuple):
     """A float32 encoder in 16 bits, with what bounds the error of products with it: :func:`encoder_shadow`."""
 
     w16: mx.array  # [d_sae, d_in] bfloat16 or int16, or [d_sae, 2 d_in] int8
-    columns: mx.array  # [3, d_sae] float32: |w|, |w - w16| plus its rounding, an absolute floor; [6, d_sae] for int8
+    columns: (
+        mx.array
+    )  # [3, d_sae] float32: |w|, |w - w16| plus its rounding, an absolute floor; [6, d_sae] for int8
 
 
 def encoder_shadow(w_enc: mx.array, *, dtype: mx.Dtype | None = None, stream: Stream = None) -> Shadow:

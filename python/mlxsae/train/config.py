@@ -295,9 +295,9 @@ class TrainConfig(_Config):
     ``precision`` is that of the encoder's product; parameters and the update are float32 in each.
 
     - ``float32``: the float32 result. On a GPU too: where its product is less exact (TF32 on NVIDIA and M5), that only
-      screens.
-    - ``certified``: the same bits. Multiplies in 16 bits and computes again in float32 whatever a proven error bound
-      cannot decide.
+      screens. On x86 a product of whole numbers screens where that is faster (:func:`mlxsae.ops.topk_encode`).
+    - ``certified``: the same bits. Multiplies in 8 or 16 bits, by a copy of the encoder that the update renews, and
+      computes again in float32 whatever a proven error bound cannot decide.
     - ``tf32``: what the GPU's float32 product gives, TF32 included: latents and values are not exact. The float32 result
       on the CPU, which has no such product.
     - ``bfloat16``: operands rounded to bfloat16. On a GPU selection and values are those of its bfloat16 product: fast,

@@ -479,3 +479,19 @@ def test_malformed_mask(change, message):
     with pytest.raises(ValueError) as e:
         ops.topk_encode_masked(mx.zeros((2, 4)), mx.zeros((20, 4)), **args)
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize("n", [1, 5, 31, 100, 200])
+def test_ties_of_nan_go_to_the_lowest_features(n: int) -> None:
+    """Of a token that is NaN everywhere, and of one with more NaN than a first guess at the bound expects."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((n, 40)).astype(np.float32), rng.standard_normal((8200, 40)).astype(np.float32)
+    x[n // 2, 3] = np.nan
+    got = ops.topk_encode(mx.array(x), mx.array(w), k=64)
+    np.testing.assert_array_equal(np.array(got.indices)[n // 2], np.arange(64))
+    x[n // 2, 3] = 1
+    some = np.r_[3:40, 5000:5080:3]  # 64 in all, most in the sample
+    w[some] = np.nan
+    got = ops.topk_encode(mx.array(x), mx.array(w), k=len(some) - 2)
+    for row in np.array(got.indices):
+        np.testing.assert_array_equal(row, some[:-2])

@@ -6,7 +6,6 @@
 #include <cmath>
 
 #include "cpu/hits.h"
-#include "cpu/screened.h"
 
 namespace mlxsae {
 namespace {
@@ -97,37 +96,23 @@ cpu::SortedHits collect_counted(Above e, int64_t total, int64_t most) {
 std::optional<cpu::SortedHits> collect_screened(Above e, const cpu::Shadowed& by, float bound, int64_t total) {
   int64_t n = e.x.n;
   cpu::Candidates found(by, 0, bound, std::min<int64_t>(16 * (total / n) + 64, e.w.n + 1));
-  if (!found.usable() || found.redo().size() * 8 > static_cast<size_t>(n)) return std::nullopt;
+  if (!found.usable() || found.too_many_to_redo()) return std::nullopt;
   e.bound = bound;
-  std::vector<cpu::Hit> redone;
-  auto take = [&](int64_t t, int64_t f, float v) {
-    redone.push_back({static_cast<uint32_t>(t), static_cast<uint32_t>(f), v});
-  };
-  for (int64_t t : found.redo()) {
-    e.t0 = t, e.t1 = t + 1;
-    cpu::visit(e, true, [&](int64_t, int) -> auto& { return take; });
-  }
-  int64_t m = found.size(), all = m + static_cast<int64_t>(redone.size());
+  auto redone = cpu::redo(e, found, 4 * total);
+  if (!redone) return std::nullopt;
+  int64_t m = found.size(), all = m + static_cast<int64_t>(redone->size());
   if (all < total) return std::nullopt;
   found.estimate();
   auto low = cpu::room_for<int32_t>(all);
   for (int64_t q = 0; q < m; ++q) low[q] = cpu::order_key(found.sum(q) - found.error(q));
-  for (int64_t q = m; q < all; ++q) low[q] = cpu::order_key(redone[q - m].value);
+  for (int64_t q = m; q < all; ++q) low[q] = cpu::order_key((*redone)[q - m].value);
   std::nth_element(low.get(), low.get() + total - 1, low.get() + all, std::greater<>());
   int32_t edge = low[total - 1];
   if (edge < cpu::order_key(bound)) return std::nullopt;  // what the screen left out might be among them
   found.keep([&](int64_t q) { return cpu::order_key(found.sum(q) + found.error(q)) >= edge; });
   found.rescore();
 
-  cpu::SortedHits out{std::vector<int64_t>(n + 1, 0), cpu::room_for<cpu::Hit>(found.size() + redone.size())};
-  for (int64_t q = 0; q < found.size(); ++q) ++out.starts[found.row(q) + 1];
-  for (auto& hit : redone) ++out.starts[hit.row + 1];
-  for (int64_t t = 0; t < n; ++t) out.starts[t + 1] += out.starts[t];
-  auto next = out.starts;
-  for (auto& hit : redone) out.hits[next[hit.row]++] = hit;
-  for (int64_t q = 0; q < found.size(); ++q)
-    out.hits[next[found.row(q)]++] = {static_cast<uint32_t>(found.row(q)), found.feature(q), found.sum(q)};
-  return out;
+  return sorted_hits(found, *redone, n);
 }
 
 /** At least the `total` largest values > 0, or all of them. */

@@ -69,6 +69,30 @@ std::optional<SortedHits> collect(const Above& e, int64_t most, const Accept& ac
   return out;
 }
 
+std::optional<std::vector<Hit>> redo(Above e, const Candidates& found, int64_t most) {
+  std::vector<Hit> hits;
+  for (auto [t0, t1] : found.redo()) {
+    e.t0 = t0, e.t1 = t1;
+    auto some = collect(e, most - static_cast<int64_t>(hits.size()));
+    if (!some) return std::nullopt;
+    hits.insert(hits.end(), some->hits.get(), some->hits.get() + some->size());
+    if (static_cast<int64_t>(hits.size()) > most) return std::nullopt;
+  }
+  return hits;
+}
+
+SortedHits sorted_hits(const Candidates& found, const std::vector<Hit>& redone, int64_t n) {
+  SortedHits out{std::vector<int64_t>(n + 1, 0), room_for<Hit>(found.size() + redone.size())};
+  for (int64_t q = 0; q < found.size(); ++q) ++out.starts[found.row(q) + 1];
+  for (auto& hit : redone) ++out.starts[hit.row + 1];
+  for (int64_t t = 0; t < n; ++t) out.starts[t + 1] += out.starts[t];
+  auto next = out.starts;
+  for (auto& hit : redone) out.hits[next[hit.row]++] = hit;
+  for (int64_t q = 0; q < found.size(); ++q)
+    out.hits[next[found.row(q)]++] = {static_cast<uint32_t>(found.row(q)), found.feature(q), found.sum(q)};
+  return out;
+}
+
 Above above_of(const Arrays& inputs) {
   Above e{};
   e.x = rows_of(inputs[0]);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/eval.h"
+#include "cpu/screened.h"
 
 namespace mlxsae::cpu {
 
@@ -52,6 +53,13 @@ struct SortedHits {
   std::unique_ptr<Hit[]> hits;
   int64_t size() const { return starts.back(); }
 };
+
+/** Hits of the rows that a screen left to the float32 kernel, in order; nothing where they are clearly more than
+ * `most`.
+ */
+std::optional<std::vector<Hit>> redo(Above e, const Candidates& found, int64_t most);
+/** What a screen found of n rows, and those hits. */
+SortedHits sorted_hits(const Candidates& found, const std::vector<Hit>& redone, int64_t n);
 
 /** May this hit be kept? It is asked from several threads, but for one row in the order of the features. */
 using Accept = std::function<bool(int64_t row, float value)>;

@@ -386,9 +386,13 @@ inline void finish(Lists& lists, int64_t n) {
     if (lists.counts[t] > lists.k) lists.cut(t);
 }
 
-/** The lists of `n` tokens over all of [f0, f1). With `guess`, some may end with fewer than k: they must be redone. */
+/**
+ * The lists of `n` tokens over all of [f0, f1). With `guess`, some may end with fewer than k, or have lost some of many
+ * NaN, which `lost` [n] says: they must be redone.
+ */
 template <int MR, int NV, class TW>
-inline void collect(const Encode& e, const int64_t* tokens, int64_t n, bool guess, Room& room, Selection& out) {
+inline void collect(const Encode& e, const int64_t* tokens, int64_t n, bool guess, Room& room, Selection& out,
+                    bool* lost) {
   int64_t f_total = e.f1 - e.f0;
   Block block = pack_block<MR, NV, TW>(e.x, tokens, n, room.packed);
   int64_t padded = block.panels * NV * kLanes;
@@ -410,7 +414,10 @@ inline void collect(const Encode& e, const int64_t* tokens, int64_t n, bool gues
     int64_t few = 2 * k * sample / f_total + 6;
     out.main.keep(few < k ? few : k, f_total);
     scan<MR, NV>(w, block, e.bias, f, f + sample, out);
-    for (int64_t t = 0; t < n; ++t) out.main.cut(t);
+    for (int64_t t = 0; t < n; ++t) {
+      out.main.cut(t);
+      lost[t] = out.main.bound[t] != out.main.bound[t];  // which excludes nothing
+    }
     out.main.keep(k, f_total);
     f += sample;
   }
@@ -465,7 +472,7 @@ inline void write(const Lists& lists, int64_t i, int64_t token, const Codes& to)
 template <int MR, int NV, class TW>
 inline void encode_block(const Encode& e) {
   static thread_local Room room;
-  static thread_local Scratch token_mem;
+  static thread_local Scratch token_mem, lost_mem;
   int64_t n = e.t1 - e.t0, f_total = e.f1 - e.f0;
   int64_t* tokens = token_mem.get<int64_t>(2 * n);
   int64_t* again = tokens + n;
@@ -479,16 +486,17 @@ inline void encode_block(const Encode& e) {
     write(found.aux, i, token, e.aux);
   };
   bool guess = f_total >= 4096 && e.k * 32 <= f_total;
-  collect<MR, NV, TW>(e, tokens, n, guess, room, found);
+  bool* lost = lost_mem.get<bool>(n);
+  collect<MR, NV, TW>(e, tokens, n, guess, room, found, lost);
   int64_t redo = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (guess && found.main.counts[i] < found.main.k)  // the sample was not like the rest
+    if (guess && (lost[i] || found.main.counts[i] < found.main.k))  // the sample was not like the rest
       again[redo++] = tokens[i];
     else
       write_all(i, tokens[i]);
   }
   if (redo) {
-    collect<MR, NV, TW>(e, again, redo, false, room, found);
+    collect<MR, NV, TW>(e, again, redo, false, room, found, nullptr);
     for (int64_t i = 0; i < redo; ++i) write_all(i, again[i]);
   }
 }

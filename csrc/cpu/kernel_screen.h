@@ -17,7 +17,7 @@
 // Where VNNI multiplies bytes at twice the rate of integers of 16 bits, the integer of a weight lies in two bytes, q =
 // unit high + low, a unit for each row, so that the high bytes alone are the weight to 8 bits; the token has bytes of
 // its own, in units of its largest coordinate. Every product is made of bytes, and bounded in the same way; only a pair
-// whose interval reaches what its token has by then, about one in a hundred, is multiplied in 16 bits. ScreenTokens
+// whose interval reaches what its token has by then, about one in a hundred, is multiplied in 16 bits. Tokens
 // with few large coordinates are told too little by bytes: while more than a quarter of the pairs pass, integers take
 // over.
 //
@@ -201,9 +201,10 @@ struct Bytes {
       square.add(x * x), most.add(x);
     });
     Norm norm(d);
-    // No integer is larger than what the largest number gives: 2^15 / 1.015, which is 127 units, a unit at most 255.
+    // No integer is larger than what the largest number gives (or, should the two be rounded differently, than one
+    // more): 2^15 / 1.015, which is 127 units, a unit at most 255.
     float full = norm(square.total()), scale = full * kUnit, inverse = 1 / scale, top = nearest(most.total() * inverse);
-    float unit = top > 127 ? __builtin_ceilf(top / 127) : 1, per_unit = 1 / unit, coarse = unit * scale;
+    float unit = top > 126 ? __builtin_ceilf((top + 1) / 127) : 1, per_unit = 1 / unit, coarse = unit * scale;
     Sum rest, rest8, highs;
     lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
       V x = get<V>(v + c), q = nearest(x * inverse), high = nearest(q * per_unit);
@@ -350,6 +351,7 @@ struct Intervals {
   int32_t* limits;
   float* bound;  // the filter: an upper end below it is out
   int64_t stride, k, capacity;
+  int64_t overflowed = 0;  // tokens
 
   __attribute__((noinline)) void cut(int64_t t) {
     int64_t m = counts[t];
@@ -375,6 +377,7 @@ struct Intervals {
   MLXSAE_INLINE void overflow(int64_t t) {
     bound[t] = INFINITY;
     counts[t] = -1;
+    ++overflowed;
   }
   MLXSAE_INLINE void add(int64_t t, float lower, float up, int32_t feature) {
     if (counts[t] < 0) return;
@@ -400,11 +403,11 @@ struct ScreenColumn {
   ScreenColumn() = default;
   /** Of a feature with these columns of the shadow, `stride` apart; `rest_at` names the one that bounds the rounding.
    */
-  ScreenColumn(const float* columns, int64_t stride, int64_t rest_at, float b, float unit)
+  ScreenColumn(const float* columns, int64_t stride, int64_t rest_at, float b, float least, float unit)
       : full(columns[0]),
         rest(columns[rest_at * stride]),
-        absolute(columns[2 * stride] + 2.4e-7f * __builtin_fabsf(b)),
-        bias(b),
+        absolute(columns[2 * stride] + 2.4e-7f * (__builtin_fabsf(b) + __builtin_fabsf(least))),
+        bias(b - least),
         scale(unit) {}
 };
 
@@ -508,7 +511,7 @@ class ShadowRows {
   const uint16_t* row(int64_t j) const { return made_ ? made_ + (j - first_) * s_.d : s_.w16 + j * s_.d; }
   float operator()(int64_t column, int64_t j) const { return of(j)[column * stride_]; }
   ScreenColumn column(int64_t j, int64_t rest_at, float unit) const {
-    return {of(j), stride_, rest_at, s_.bias ? s_.bias[j] : 0.0f, unit};
+    return {of(j), stride_, rest_at, s_.bias ? s_.bias[j] : 0.0f, s_.bounds ? s_.bounds[j] : 0.0f, unit};
   }
   /** What the m features after those come from. */
   ScreenRows rows(int64_t f, int m) const {
@@ -574,9 +577,11 @@ struct ScreenTask {
     int64_t groups = (s.d + G - 1) / G;
     uint32_t* at = to.packed + t / kWidth * groups * kWidth + t % kWidth;
     for (int64_t c = 0; c < groups; ++c) std::memcpy(&at[c * kWidth], static_cast<const char*>(numbers) + 4 * c, 4);
-    to.scale[t] = scale, to.row0[t] = (r.rest + gamma_of(s.d) * r.full) * 1.0001f, to.row1[t] = r.low;
     s.norms[s.t0 + t] = r.full;
-    if (!(r.full < 1e18f)) lists.counts[t] = -1, lists.bound[t] = INFINITY;  // NaN, infinite, or squares may overflow
+    bool fit = r.full < 1e18f;  // or NaN, infinite, or squares may overflow
+    if (!fit) lists.counts[t] = -1, lists.bound[t] = INFINITY;
+    to.scale[t] = fit ? scale : 0, to.row1[t] = fit ? r.low : 0;
+    to.row0[t] = fit ? (r.rest + gamma_of(s.d) * r.full) * 1.0001f : 0;
   }
 
   /**
@@ -622,7 +627,7 @@ struct ScreenTask {
 
   /** How many features give a first bound, as in encode: one in `sparing`, where k is a small part of them. */
   int64_t sample(int64_t sparing) const {
-    return s.k > 0 && s.d_sae >= 4096 && s.k * 32 <= s.d_sae ? s.d_sae / sparing / 6 * 6 : 0;
+    return s.k > 0 && s.d_sae >= 4096 && s.k * 32 <= s.d_sae ? (s.d_sae + 6 * sparing - 1) / (6 * sparing) * 6 : 0;
   }
   /** Before the first feature, where the first `m` are a sample and where they are not (0). */
   void start(int64_t m) {
@@ -633,15 +638,27 @@ struct ScreenTask {
       lists.limits[t] = static_cast<int32_t>(s.k > 0 && next < lists.capacity ? next : lists.capacity);
     }
   }
-  /** After the sample. */
-  void sampled() {
-    for (int64_t t = 0; t < n; ++t)
+  /** By scan(f0, f1): six features now and then, as their order may tell how large they are; only the bound is kept. */
+  template <class Scan>
+  void first_bound(int64_t sparing, Scan&& scan) {
+    int64_t m = sample(sparing);
+    start(m);
+    if (!m) return;
+    for (int64_t f = 0; f < s.d_sae; f += 6 * sparing) scan(f, f + 6 < s.d_sae ? f + 6 : s.d_sae);
+    for (int64_t t = 0; t < n; ++t) {
       if (lists.counts[t] > 0) lists.cut(t);
+      if (lists.counts[t] > 0) lists.counts[t] = 0;
+    }
     start(0);
   }
 
+  /** So many tokens need the float32 kernel that all are left to it: the rest of the features changes nothing. */
+  bool hopeless() const { return 8 * lists.overflowed > n; }
+
   void finish() {
+    bool nothing = hopeless();
     for (int64_t t = 0; t < n; ++t) {
+      if (nothing) lists.counts[t] = -1;
       int32_t* to_ids = s.ids + (s.t0 + t) * s.capacity;
       int64_t m = lists.counts[t];
       if (s.k > 0) {
@@ -690,11 +707,10 @@ inline void screen(const Screen& s) {
             __attribute__((always_inline)) { task.list<Q::kVectors>(j, t0, interval); },
         [](int64_t, int) {});
   };
-  int64_t sample = task.sample(16);
-  task.start(sample);
-  scan(0, sample);
-  if (sample) task.sampled();
-  scan(sample, s.d_sae);
+  task.first_bound(16, scan);
+  constexpr int64_t kWindow = 170 * Q::kFeatures;
+  for (int64_t f = 0; f < s.d_sae && !task.hopeless(); f += kWindow)
+    scan(f, f + kWindow < s.d_sae ? f + kWindow : s.d_sae);
   task.finish();
 }
 
@@ -732,6 +748,7 @@ inline void screen<Bytes>(const Screen& s) {
   auto x16 = task.tokens<2>(mem), x8 = task.tokens<4>(mem + 2);
   uint16_t* rows = mem[4].get<uint16_t>(n * width);
   uint8_t* bytes = mem[5].get<uint8_t>(d + 4);
+  std::memset(bytes + d, 0, 4);
   for (int64_t t = 0; t < n; ++t) {
     uint16_t* row = rows + t * width;
     Rounded r = Integers::round(task.row(t), row, d);
@@ -800,7 +817,9 @@ inline void screen<Bytes>(const Screen& s) {
         },
         [&](int64_t j) {
           ScreenColumn c = shadow.column(j, 4, shadow(0, j) * Bytes::kUnit * unit_of(j));
-          c.start = -128 * static_cast<int32_t>(shadow(5, j));
+          float highs = shadow(5, j);
+          c.start =
+              __builtin_fabsf(highs) < 0x1p24f ? -128 * static_cast<int32_t>(highs) : 0;  // of NaN nothing is used
           return c;
         },
         [&](int64_t j, int64_t t0, auto&& interval) __attribute__((always_inline)) {
@@ -826,14 +845,11 @@ inline void screen<Bytes>(const Screen& s) {
   };
 
   constexpr int64_t kWindow = 16 * M;
-  int64_t sample = task.sample(32);
-  task.start(sample);
-  integers(0, sample);
-  if (sample) task.sampled();
+  task.first_bound(32, integers);
   // Integers before feature `turn`, bytes from there on. Without a bound every pair passes; and the sums of bytes,
   // 127^2 d at most, must fit in 32 bits.
-  int64_t f = sample, turn = d > 1 << 17 ? s.d_sae : s.k > 0 && !sample ? 4 * s.k : 0;
-  while (f < s.d_sae) {
+  int64_t f = 0, turn = d > 1 << 17 ? s.d_sae : s.k > 0 && !task.sample(32) ? 4 * s.k : 0;
+  while (f < s.d_sae && !task.hopeless()) {
     int64_t end = f + kWindow < s.d_sae ? f + kWindow : s.d_sae;
     if (f < turn) {
       integers(f, end);

@@ -21,7 +21,11 @@ const Kernels& table() {
       .token_block = 2 * kTileVectors * kLanes,
       .screen_block = kLanes < 16 ? 64 : 256,
       .making_block = 512,
+#if defined(__AVX512F__)
+      .making_width = 1 << 30,  // without VNNI a product of integers is hardly faster than float32's
+#else
       .making_width = 512,
+#endif
       .encode = encode,
       .merge = merge,
       .above = above,

@@ -77,7 +77,7 @@ struct Merge {
 };
 
 /**
- * The 16-bit screen of the tokens [t0, t1) (kernel_screen.h): features that may be among the k largest, or, where k
+ * The screen of the tokens [t0, t1) (kernel_screen.h): features that may be among the k largest, or, where k
  * is 0, that may reach `floor`.
  */
 struct Screen {
@@ -90,6 +90,7 @@ struct Screen {
   float* made;           // without w16: columns 0 and 2 of what is made, [3, d_sae]
   bool* unusable;        // without w16: set where a norm is not finite, or too large
   const float* bias;     // [d_sae] or null
+  const float* bounds;   // [d_sae], which are taken off the bias; or null
   int64_t t0, t1;
   int32_t* ids;     // [n, capacity], ascending
   float* upper;     // [n, capacity] where k > 0: upper ends; infinite where the lower end is among the k largest

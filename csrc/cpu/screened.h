@@ -1,9 +1,10 @@
 #pragma once
-// The encoders' certified way: a product in 16 bits leaves candidates, whose float32 pre-activations follow one by
+// The encoders' certified way: a product in 8 or 16 bits leaves candidates, whose float32 pre-activations follow one by
 // one.
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cpu/eval.h"
@@ -18,6 +19,7 @@ std::unique_ptr<T[]> room_for(int64_t n) {
 /** A float32 encoder with its shadow (ops/encoder_shadow.h), or with one that is made while it is used. */
 struct Shadowed {
   const float *x, *w, *bias;
+  const float* bounds;   // of each feature, which its pre-activation has to exceed; or null
   const uint16_t* w16;   // or null
   const float* columns;  // with w16
   ShadowType type;
@@ -25,7 +27,8 @@ struct Shadowed {
   int64_t n, d, d_sae;
 
   /** Where `shadow` is w16 and columns, or null. */
-  static Shadowed of(const Rows& x, const Rows& w, const float* bias, const mx::array* shadow);
+  static Shadowed of(const Rows& x, const Rows& w, const float* bias, const mx::array* shadow,
+                     const float* bounds = nullptr);
   /**
    * Whether a screen for the k largest of each row is there, is worth its time, and has finite bounds, as far as is
    * known before.
@@ -39,7 +42,10 @@ struct Shadowed {
  */
 class Candidates {
  public:
-  /** What may be among the k largest of its token; with k = 0, what may reach `floor`; `room` candidates a token. */
+  /**
+   * What may be among the k largest of its token; with k = 0, what may reach `floor`, of which `bounds` are taken off;
+   * `room` candidates a token.
+   */
   Candidates(const Shadowed& e, int64_t k, float floor, int64_t room);
   /** False: a bound is not finite, and nothing below means anything. */
   bool usable() const { return !unusable_; }
@@ -51,7 +57,10 @@ class Candidates {
   int64_t slot(int64_t q) const { return slots_[q]; }
   /** Candidates of token t have the slots [first(t), first(t + 1)); none where it is to be done in float32. */
   int64_t first(int64_t t) const { return first_[t]; }
-  const std::vector<int64_t>& redo() const { return redo_; }
+  /** Ranges of tokens [first, second) that are to be done in float32. */
+  const std::vector<std::pair<int64_t, int64_t>>& redo() const { return redo_; }
+  /** So many, or so scattered, that all tokens had better be: each range reads all weights. */
+  bool too_many_to_redo() const { return 8 * to_redo_ > e_.n || 64 * static_cast<int64_t>(redo_.size()) > e_.n; }
 
   /**
    * Fast pre-activations, in any order of additions, and how far each may be off. With k > 0 the likeliest are rescored
@@ -83,10 +92,12 @@ class Candidates {
 
   Shadowed e_;
   int64_t size_ = 0, leading_ = 0;  // the leading ones have their sums
+  int64_t to_redo_ = 0;             // tokens
   std::unique_ptr<uint32_t[]> rows_, features_, slots_;
   std::unique_ptr<float[]> sums_, norms_, upper_, made_;
   bool unusable_ = false;
-  std::vector<int64_t> first_, redo_;
+  std::vector<int64_t> first_;
+  std::vector<std::pair<int64_t, int64_t>> redo_;
 };
 
 }  // namespace mlxsae::cpu

@@ -1,10 +1,30 @@
 #include "ops/threshold_encode.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "cpu/hits.h"
 
 namespace mlxsae {
+namespace {
+
+/** All that exceed their bounds, by way of a screen; nothing where it cannot tell, or where they are many. */
+std::optional<cpu::SortedHits> collect_screened(const cpu::Above& e, int64_t room) {
+  int64_t n = e.x.n, most = n ? room / n : 0;
+  auto by = cpu::Shadowed::of(e.x, e.w, e.bias, nullptr, e.bounds);
+  if (!by.usable(most / 4)) return std::nullopt;
+  // A token with more than this share is not worth its screen.
+  int64_t room_of_each = std::min({4 * most, e.w.n / (e.x.d < 1024 ? 128 : 64), e.w.n}) + 64;
+  cpu::Candidates found(by, 0, 0, std::min(room_of_each, e.w.n + 1));
+  if (!found.usable() || found.too_many_to_redo()) return std::nullopt;
+  auto redone = cpu::redo(e, found, room);
+  if (!redone) return std::nullopt;
+  found.rescore();
+  found.keep([&](int64_t q) { return found.sum(q) > e.bounds[found.feature(q)]; });
+  return cpu::sorted_hits(found, *redone, n);
+}
+
+}  // namespace
 
 void ThresholdEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (auto& out : outputs) cpu::allocate(out);
@@ -12,6 +32,10 @@ void ThresholdEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   e.bounds = inputs[3].data<float>();
   cpu::dispatch(stream(), inputs, outputs, [e, out = cpu::csr_out(outputs), count = outputs[3].data<int64_t>()] {
     auto all = [](const cpu::Hit&) { return true; };
+    if (auto found = collect_screened(e, out.room)) {
+      *count = found->size();
+      return out.write(*found, all);
+    }
     if (auto found = cpu::collect(e, out.room)) {
       *count = found->size();
       return out.write(*found, all);

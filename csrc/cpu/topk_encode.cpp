@@ -35,6 +35,17 @@ void encode_all(const cpu::Encode& e, int64_t t0, int64_t t1) {
     cpu::parallel_for(blocks, [&](int64_t i, int) { kernels.encode(task(i, 0)); });
     return;
   }
+  if (t0 > 0) {  // as if there were no others, so that nothing is as large as they are
+    cpu::Encode these = e;
+    auto from = [&](cpu::Codes& c) {
+      if (!c.values) return;
+      c.values = static_cast<char*>(c.values) + t0 * c.k * (c.type == cpu::Type::f32 ? 4 : 2), c.indices += t0 * c.k;
+    };
+    these.x.data = static_cast<const char*>(e.x.data) + t0 * e.x.d * (e.x.type == cpu::Type::f32 ? 4 : 2);
+    these.x.n = n;
+    from(these.out), from(these.aux);
+    return encode_all(these, 0, n);
+  }
   // Candidates of each part: keys and ids [parts, t1, k], counts [parts, t1], for both selections.
   int64_t per_part = t1 * (2 * (e.k + e.k_aux) + 2);
   auto memory = room_for<int32_t>(parts * per_part);
@@ -112,7 +123,7 @@ void encode_masked(const cpu::Encode& e, const float* w) {
 void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
   int64_t n = e.x.n, k = e.k, room = std::min(16 * k + 64, e.w.n + 1);
   cpu::Candidates found(by, k, 0, room);
-  if (!found.usable()) return encode_all(e, 0, n);
+  if (!found.usable() || found.too_many_to_redo()) return encode_all(e, 0, n);
   int64_t total = found.size();
 
   // First fast sums, whose order nobody promises: they leave hardly more than k of a token.
@@ -159,10 +170,9 @@ void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
     }
     cpu::kernels().merge({to, 1, t1 - t0, 0, t1 - t0});
   });
-  if (found.redo().size() * 8 > static_cast<size_t>(n)) return encode_all(e, 0, n);
   if (e.mask) encode_masked(e, static_cast<const float*>(e.w.data));
   // With the mask: only here may pre-activations be infinite, and what is as low as unused is filled from all features.
-  for (int64_t t : found.redo()) encode_all(e, t, t + 1);
+  for (auto [t0, t1] : found.redo()) encode_all(e, t0, t1);
 }
 
 }  // namespace
@@ -192,7 +202,9 @@ void TopKEncode::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   }
   auto by = cpu::Shadowed::of(e.x, e.w, e.bias, product_.certified ? &inputs[inputs.size() - 2] : nullptr);
   cpu::dispatch(stream(), inputs, outputs, [e, by] {
-    if (!by.usable(e.k)) return encode_all(e, 0, e.x.n);
+    // A second product over the masked features takes more than the screen of the first one spares where they are many.
+    bool many = !by.w16 && e.mask && 4 * std::count(e.mask, e.mask + e.w.n, true) > e.w.n;
+    if (many || !by.usable(e.k)) return encode_all(e, 0, e.x.n);
     encode_screened(e, by);
   });
 }

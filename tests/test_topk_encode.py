@@ -309,14 +309,14 @@ def test_vmap_over_encoders_of_one_token():
         np.testing.assert_allclose(np.array(codes.values[i]), np.array(want.values), rtol=1e-5)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "plain"])
+@pytest.mark.parametrize("isa", ["avx512vnni", "avx512", "avx2", "neon", "plain"])
 def test_every_instruction_set_and_thread_count_selects_the_same(isa):
     program = """
 import sys, numpy as np, mlx.core as mx
 from mlxsae import ops
 ops.backends()  # says at once if this machine does not run the set
 rng = np.random.default_rng(0)
-for n, d, f, k in [(1, 64, 5000, 9), (70, 100, 6000, 20), (200, 33, 513, 513)]:
+for n, d, f, k in [(1, 64, 5000, 9), (70, 100, 6000, 20), (200, 33, 513, 513), (200, 512, 4100, 32)]:
     x, w = (mx.array(rng.standard_normal(s).astype(np.float32)) for s in ((n, d), (f, d)))
     code = ops.topk_encode(x, w, k=k)
     sys.stdout.write(str(int(np.array(code.indices).astype(np.int64).dot(np.arange(k)).dot(np.arange(n) + 1))) + " ")

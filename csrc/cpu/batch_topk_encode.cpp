@@ -90,7 +90,7 @@ cpu::SortedHits collect_counted(Above e, int64_t total, int64_t most) {
 }
 
 /**
- * At least the `total` largest by way of the 16-bit screen; nothing where they are not all certain to exceed `bound`,
+ * At least the `total` largest by way of a screen; nothing where they are not all certain to exceed `bound`,
  * which is > 0.
  */
 std::optional<cpu::SortedHits> collect_screened(Above e, const cpu::Shadowed& by, float bound, int64_t total) {

@@ -522,7 +522,7 @@ class ShadowRows {
   }
 
  private:
-  static constexpr int kFeatures = 6;
+  static constexpr int kFeatures = Integers::kFeatures;  // of the blocks of all types
 
   const float* of(int64_t j) const { return made_ ? columns_ + (j - first_) : s_.columns + j; }
 
@@ -654,6 +654,13 @@ struct ScreenTask {
 
   /** So many tokens need the float32 kernel that all are left to it: the rest of the features changes nothing. */
   bool hopeless() const { return 8 * lists.overflowed > n; }
+  /** Before feature f, with a given floor: whether so many reach it that the lists are going to overflow. */
+  void foresee(int64_t f) {
+    if (s.k > 0 || 16 * f < s.d_sae) return;
+    int64_t found = 0;
+    for (int64_t t = 0; t < n; ++t) found += lists.counts[t] > 0 ? lists.counts[t] : 0;
+    if (2 * found * s.d_sae > n * s.capacity * f) lists.overflowed = n;
+  }
 
   void finish() {
     bool nothing = hopeless();
@@ -709,8 +716,12 @@ inline void screen(const Screen& s) {
   };
   task.first_bound(16, scan);
   constexpr int64_t kWindow = 170 * Q::kFeatures;
-  for (int64_t f = 0; f < s.d_sae && !task.hopeless(); f += kWindow)
-    scan(f, f + kWindow < s.d_sae ? f + kWindow : s.d_sae);
+  for (int64_t f = 0; f < s.d_sae && !task.hopeless();) {
+    int64_t end = f + kWindow < s.d_sae ? f + kWindow : s.d_sae;
+    scan(f, end);
+    f = end;
+    task.foresee(f);
+  }
   task.finish();
 }
 
@@ -858,6 +869,7 @@ inline void screen<Bytes>(const Screen& s) {
       if (4 * pairs > n * (end - f)) turn = end + 8 * kWindow;
     }
     f = end;
+    task.foresee(f);
   }
   task.finish();
 }

@@ -13,8 +13,8 @@ std::optional<cpu::SortedHits> collect_screened(const cpu::Above& e, int64_t roo
   int64_t n = e.x.n, most = n ? room / n : 0;
   auto by = cpu::Shadowed::of(e.x, e.w, e.bias, nullptr, e.bounds);
   if (!by.usable(most / 4)) return std::nullopt;
-  // A token with more than this share is not worth its screen.
-  int64_t room_of_each = std::min({4 * most, e.w.n / (e.x.d < 1024 ? 128 : 64), e.w.n}) + 64;
+  // Twice as many as are worth a screen on average.
+  int64_t room_of_each = std::min(4 * most, 2 * e.w.n / (e.x.d < 1024 ? 128 : 64)) + 64;
   cpu::Candidates found(by, 0, 0, std::min(room_of_each, e.w.n + 1));
   if (!found.usable() || found.too_many_to_redo()) return std::nullopt;
   auto redone = cpu::redo(e, found, room);

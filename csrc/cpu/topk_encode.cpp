@@ -119,7 +119,7 @@ void encode_masked(const cpu::Encode& e, const float* w) {
   });
 }
 
-/** Screen in 16 bits, then the float32 pre-activations of what may be among the k largest (cpu/kernel_screen.h). */
+/** Screen, then the float32 pre-activations of what may be among the k largest (cpu/kernel_screen.h). */
 void encode_screened(const cpu::Encode& e, const cpu::Shadowed& by) {
   int64_t n = e.x.n, k = e.k, room = std::min(16 * k + 64, e.w.n + 1);
   cpu::Candidates found(by, k, 0, room);

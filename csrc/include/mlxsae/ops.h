@@ -31,7 +31,7 @@
 
 namespace mlxsae {
 
-/** A float32 encoder in 16 bits, with what bounds the error of products with it (encoder_shadow). */
+/** A float32 encoder in 8 or 16 bits, with what bounds the error of products with it (encoder_shadow). */
 struct Shadow {
   mlx::core::array w16;      // [d_sae, d_in] bfloat16 or int16, or [d_sae, 2 d_in] int8
   mlx::core::array columns;  // [3, d_sae] float32, [6, d_sae] for int8

@@ -222,15 +222,28 @@ def test_a_shadow_that_float32_encode_makes_for_itself(n, d, d_sae, k, way):
             np.testing.assert_array_equal(np.array(a), np.array(c))
     # What exceeds a threshold: one for all, which leaves k of a token or very many, and one for each feature.
     least = mx.where(mx.isfinite(want[1]), want[1], 1)
-    for threshold in (least, 0.3 * least, least * mx.array(rng.uniform(0.8, 2, d_sae), mx.float32), mx.abs(1e3 * b)):
+    for threshold in (
+        least,
+        0.3 * least,
+        least * mx.array(rng.uniform(0.8, 2, d_sae), mx.float32),
+        mx.abs(1e3 * b),
+    ):
         for room in (n * k, 2 * n * k, 64 * n * k):
             got, overflow = ops.threshold_encode_capped(x, w, b, threshold=threshold, capacity=room)
             parts = [ops.threshold_encode(x[t : t + 31], w, b, threshold=threshold) for t in range(0, n, 31)]
             sizes = [p.values.size for p in parts]
-            offsets = [0, *np.concatenate([np.array(p.offsets)[1:] + s for p, s in zip(parts, np.cumsum([0, *sizes]), strict=False)])]
+            offsets = [
+                0,
+                *np.concatenate(
+                    [np.array(p.offsets)[1:] + s for p, s in zip(parts, np.cumsum([0, *sizes]), strict=False)]
+                ),
+            ]
             assert overflow.item() == (sum(sizes) > room)
             np.testing.assert_array_equal(np.array(got.offsets), np.minimum(offsets, room))
-            for a, parts_of in ((got.values, [p.values for p in parts]), (got.indices, [p.indices for p in parts])):
+            for a, parts_of in (
+                (got.values, [p.values for p in parts]),
+                (got.indices, [p.indices for p in parts]),
+            ):
                 wanted = np.concatenate(parts_of)[:room]
                 np.testing.assert_array_equal(np.array(a)[: len(wanted)], wanted)
 

@@ -117,7 +117,8 @@ def test_ctrl_c_and_the_same_command(model: Path, text: Path, tmp_path: Path) ->
         assert process.poll() is None
     process.send_signal(2)
     said, err = process.communicate()
-    if process.returncode == -2:  # it had said all, and was leaving: an interpreter that ends handles no signal
+    if process.returncode == -2:
+        # It had said all, and was leaving: an interpreter that ends handles no signal.
         assert not err
         assert "tokens in" in said
     elif process.returncode:  # else it was done before the signal came

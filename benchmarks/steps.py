@@ -27,7 +27,7 @@ class OurStep:
     ``b_dec_path`` lets ``b_dec`` learn through the encoder too, as SAELens and dictionary_learning do; ``clip_norm``
     clips by the global gradient norm; ``auxk`` adds dictionary_learning's AuxK with ``k_aux = d_in / 2`` over a fixed
     twentieth of the features, dead by decree: real ones would come back to life while they are timed. ``certified``
-    screens the encoder's product in bfloat16 and keeps its shadow up to date.
+    screens the encoder's product with a shadow that it keeps up to date.
     """
 
     def __init__(self, shape: Shape, start: Weights, *, certified: bool = False):

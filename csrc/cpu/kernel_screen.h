@@ -57,19 +57,41 @@ struct Most {
   vf wide{};
   float rest = 0;
   MLXSAE_INLINE void add(vf v) {
+#if defined(__AVX512F__)
+    wide = (vf)_mm512_max_ps(_mm512_abs_ps((__m512)v), (__m512)wide);  // the second where either one is NaN
+#else
     v = v < 0 ? -v : v;
     wide = v > wide ? v : wide;
+#endif
   }
   MLXSAE_INLINE void add(float v) {
     v = __builtin_fabsf(v);
     rest = v > rest ? v : rest;
   }
   float total() const {
-    float most = rest;
-    for (int i = 0; i < kLanes; ++i) most = wide[i] > most ? wide[i] : most;
-    return most;
+    vf most = wide;
+    for (int w = kLanes / 2; w > 0; w /= 2)
+      for (int i = 0; i < w; ++i) most[i] = most[i + w] > most[i] ? most[i + w] : most[i];
+    return most[0] > rest ? most[0] : rest;
   }
 };
+
+/** As lanes, with four sums side by side: body(c, which of them). */
+template <class Body>
+MLXSAE_INLINE void by_four(int64_t d, Body&& body) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= d; c += 4 * kLanes)
+    MLXSAE_UNROLL for (int i = 0; i < 4; ++i) body.template operator()<vf>(c + i * kLanes, i);
+  lanes(d - c, [&]<class V>(int64_t at) __attribute__((always_inline)) { body.template operator()<V>(c + at, 0); });
+}
+MLXSAE_INLINE float total(const Sum* four) {
+  return sum((four[0].wide + four[1].wide) + (four[2].wide + four[3].wide)) + four[0].rest;
+}
+MLXSAE_INLINE float total(const Most* four) {
+  Most most = four[0];
+  for (int i = 1; i < 4; ++i) most.add(four[i].wide);
+  return most.total();
+}
 
 struct Bfloats {
   static constexpr int kColumns = 3;
@@ -178,9 +200,19 @@ struct Bytes {
 
   template <class V>
   static MLXSAE_INLINE V nearest(V v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) > 4) return (V)_mm512_roundscale_ps((__m512)v, 0);
+#endif
     constexpr float kRound = 0x1.8p23f;  // adding it leaves no room for a fraction
     return (v + kRound) - kRound;
   }
+#if defined(__AVX512BW__)
+  /** The low bytes of 64 integers that fit in them. */
+  static MLXSAE_INLINE __m512i bytes_of(const __m512i* v) {
+    __m512i mixed = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), mixed);
+  }
+#endif
   template <class V>
   static MLXSAE_INLINE void put_bytes(int8_t* out, V whole) {
     if constexpr (sizeof(V) == 4) {
@@ -194,31 +226,59 @@ struct Bytes {
   /** A row of a shadow, its d high bytes and then its d low bytes, and its columns, `stride` apart. */
   static void shadow(const float* v, uint16_t* row, int64_t d, float* column, int64_t stride) {
     int8_t* out = reinterpret_cast<int8_t*>(row);
-    Sum square;
-    Most most;
-    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+    Sum square[4];
+    Most most[4];
+    by_four(d, [&]<class V>(int64_t c, int i) __attribute__((always_inline)) {
       V x = get<V>(v + c);
-      square.add(x * x), most.add(x);
+      square[i].add(x * x), most[i].add(x);
     });
     Norm norm(d);
     // No integer is larger than what the largest number gives (or, should the two be rounded differently, than one
     // more): 2^15 / 1.015, which is 127 units, a unit at most 255.
-    float full = norm(square.total()), scale = full * kUnit, inverse = 1 / scale, top = nearest(most.total() * inverse);
+    float full = norm(total(square)), scale = full * kUnit, inverse = 1 / scale;
+    float top = nearest(total(most) * inverse);
     float unit = top > 126 ? __builtin_ceilf((top + 1) / 127) : 1, per_unit = 1 / unit, coarse = unit * scale;
-    Sum rest, rest8, highs;
-    lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) {
-      V x = get<V>(v + c), q = nearest(x * inverse), high = nearest(q * per_unit);
-      put_bytes(out + c, high), put_bytes(out + d + c, q - high * unit);
-      V off = x - q * scale, off8 = x - high * coarse;
-      rest.add(off * off), rest8.add(off8 * off8), highs.add(high);
+    Sum rest[4];
+    int64_t highs = 0, c = 0;
+    // As whole = unit high + low.
+    auto split = [&]<class V>(int64_t at, int i, V& high, V& low) __attribute__((always_inline)) {
+      V x = get<V>(v + at), whole = nearest(x * inverse);
+      high = nearest(whole * per_unit), low = whole - high * unit;
+      V off = x - high * coarse;
+      rest[i].add(off * off);
+    };
+#if defined(__AVX512BW__)
+    __m512i sums = _mm512_setzero_si512();
+    for (; c + 64 <= d; c += 64) {
+      __m512i high[4], low[4];
+      MLXSAE_UNROLL for (int i = 0; i < 4; ++i) {
+        vf h, l;
+        prefetch(v + d + c + i * kLanes);  // the next row
+        split(c + i * kLanes, i, h, l);
+        high[i] = _mm512_cvtps_epi32((__m512)h), low[i] = _mm512_cvtps_epi32((__m512)l);
+      }
+      __m512i h = bytes_of(high);
+      sums = _mm512_add_epi64(
+          sums, _mm512_sad_epu8(_mm512_xor_si512(h, _mm512_set1_epi8(-128)), _mm512_setzero_si512()));
+      _mm512_storeu_si512(out + c, h), _mm512_storeu_si512(out + d + c, bytes_of(low));
+    }
+    highs = _mm512_reduce_add_epi64(sums) - 128 * c;
+#endif
+    lanes(d - c, [&]<class V>(int64_t at) __attribute__((always_inline)) {
+      V high, low;
+      split(c + at, 0, high, low);
+      put_bytes(out + c + at, high), put_bytes(out + d + c + at, low);
     });
-    float fine = norm(rest.total()), wide = norm(rest8.total()), chain = Integers::chain(d);
+    for (; c < d; ++c) highs += out[c];
+    float wide = norm(total(rest)), chain = Integers::chain(d);
+    // Off by half an integer, and by what is lost of x / scale < 2^15; where that is not finite, `wide` is not.
+    float fine = wide < INFINITY ? 0.51f * scale * __builtin_sqrtf(static_cast<float>(d)) * 1.0001f : wide;
     column[0] = full;
     column[stride] = (fine + chain * (full + fine)) * 1.0001f;  // |w_bar| <= |w| + |w - w_bar|
     column[2 * stride] = tiny(d, full, 0);
     column[3 * stride] = unit;
     column[4 * stride] = (wide + chain * (full + wide)) * 1.0001f;
-    column[5 * stride] = highs.total();
+    column[5 * stride] = static_cast<float>(highs);
   }
 
 #if defined(__AVX512VNNI__)

@@ -37,12 +37,25 @@ MLXSAE_INLINE void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
 MLXSAE_INLINE vf splat(float x) { return x - vf{}; }
 MLXSAE_INLINE vi splat(int32_t x) { return x - vi{}; }
 
+/** The upper half onto the lower one until one number is left: the same bits from every way to do it. */
 MLXSAE_INLINE float sum(vf v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                              _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+#else
+  __m256 half = (__m256)v;
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float s[kLanes];
   store(s, v);
   for (int w = kLanes / 2; w > 0; w /= 2)
     for (int i = 0; i < w; ++i) s[i] += s[i + w];
   return s[0];
+#endif
 }
 MLXSAE_INLINE int32_t sum(vi v) {
   int32_t s = 0;

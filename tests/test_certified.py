@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -139,6 +140,19 @@ def test_sums_of_integers_do_not_overflow():
         same_bits(
             x, rng.choice([-1.0, 1.0], (64, 1)) * (1 + 1e-3 * rng.standard_normal((64, d))), np.zeros(64), 7
         )
+
+
+@pytest.mark.parametrize("misled", [3, 64])
+def test_the_largest_features_are_those_that_are_seen_first(misled):
+    """A screen bounds the k-th largest by what it has seen: where that misleads it the float32 kernel has the word."""
+    rng = np.random.default_rng(0)
+    d, d_sae, blocks = 64, 6000, 1000
+    step = next(s for s in range(618, blocks) if math.gcd(s, blocks) == 1)  # EvenWalk, csrc/cpu/kernel_screen.h
+    first = (6 * (np.arange(16) * step % blocks)[:, None] + np.arange(6)).ravel()
+    x, w = rng.standard_normal((64, d)), rng.standard_normal((d_sae, d)) / np.sqrt(d)
+    w[:, 0], x[:, 0] = 0, 0
+    w[first, 0], x[:misled, 0] = 10 + rng.random(len(first)), 1
+    same_bits(x, w, 0.1 * rng.standard_normal(d_sae), 40)
 
 
 def test_too_many_candidates_go_to_the_float32_kernel():

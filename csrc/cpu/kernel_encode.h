@@ -72,16 +72,24 @@ MLXSAE_INLINE float from_key(int32_t k) {
 }
 
 MLXSAE_INLINE int32_t count_ge(const int32_t* keys, int64_t m, int32_t bound) {
-  vi c{}, b = splat(bound);
+  vi b = splat(bound);
+#if defined(__AVX512F__)
+  int32_t n = 0;
+  for (int64_t i = 0; i < m; i += kLanes)
+    n += __builtin_popcount(_mm512_cmpge_epi32_mask((__m512i)load(keys + i), (__m512i)b));
+  return n;
+#else
+  vi c{};
   for (int64_t i = 0; i < m; i += kLanes) c -= load(keys + i) >= b;
   return sum(c);
+#endif
 }
 
 /**
- * The k-th largest of m keys (1 <= k <= m), by bisection. `keys` must be readable and writable up to a multiple of
- * the lanes.
+ * The k-th largest of m keys (1 <= k <= m), by bisection, which begins at `least` where it is not larger. `keys` must
+ * be readable and writable up to a multiple of the lanes.
  */
-inline int32_t kth_largest(int32_t* keys, int64_t m, int64_t k) {
+inline int32_t kth_largest(int32_t* keys, int64_t m, int64_t k, int32_t least = INT32_MIN) {
   int64_t padded = (m + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = m; i < padded; ++i) keys[i] = INT32_MIN;
   vi lo_v = load(keys), hi_v = lo_v;
@@ -91,6 +99,7 @@ inline int32_t kth_largest(int32_t* keys, int64_t m, int64_t k) {
   }
   int64_t hi = INT32_MIN, lo = INT32_MIN;
   for (int i = 0; i < kLanes; ++i) hi = hi_v[i] > hi ? hi_v[i] : hi;
+  if (least > INT32_MIN && count_ge(keys, padded, least) >= k) lo = least;
   // count(>= lo) >= k > count(>= hi + 1); narrow [lo, hi] to one key
   while (lo < hi) {
     int64_t mid = lo + (hi - lo + 1) / 2;

@@ -258,8 +258,8 @@ struct Bytes {
         high[i] = _mm512_cvtps_epi32((__m512)h), low[i] = _mm512_cvtps_epi32((__m512)l);
       }
       __m512i h = bytes_of(high);
-      sums = _mm512_add_epi64(
-          sums, _mm512_sad_epu8(_mm512_xor_si512(h, _mm512_set1_epi8(-128)), _mm512_setzero_si512()));
+      sums =
+          _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_xor_si512(h, _mm512_set1_epi8(-128)), _mm512_setzero_si512()));
       _mm512_storeu_si512(out + c, h), _mm512_storeu_si512(out + d + c, bytes_of(low));
     }
     highs = _mm512_reduce_add_epi64(sums) - 128 * c;
@@ -419,7 +419,7 @@ struct Intervals {
     if (m < k) return;
     int32_t *key = keys + t * stride, *id = ids + t * stride;
     float* up = upper + t * stride;
-    float b = from_key(kth_largest(key, m, k));
+    float b = from_key(kth_largest(key, m, k, to_key(bound[t])));
     if (b > bound[t]) bound[t] = b;
     int64_t o = 0;
     for (int64_t i = 0; i < m; ++i) {
@@ -429,7 +429,7 @@ struct Intervals {
       o += u >= bound[t];
     }
     counts[t] = static_cast<int32_t>(o);
-    int64_t next = o + k / 2 + 16;
+    int64_t next = o + k / 4 + 8;
     limits[t] = static_cast<int32_t>(next < capacity ? next : capacity);
     if (o >= capacity) overflow(t);  // too many intervals overlap
   }
@@ -573,11 +573,10 @@ class ShadowRows {
   ScreenColumn column(int64_t j, int64_t rest_at, float unit) const {
     return {of(j), stride_, rest_at, s_.bias ? s_.bias[j] : 0.0f, s_.bounds ? s_.bounds[j] : 0.0f, unit};
   }
-  /** What the m features after those come from. */
-  ScreenRows rows(int64_t f, int m) const {
-    bool more = f + 2 * m <= s_.d_sae;
-    const void* next = made_ ? static_cast<const void*>(s_.w + (f + m) * s_.d) : s_.w16 + (f + m) * s_.d;
-    return {reinterpret_cast<const char*>(row(f)), 2 * s_.d, more ? static_cast<const char*>(next) : nullptr,
+  /** The rows from f on, and what the features from `next` on come from; next < 0: nothing. */
+  ScreenRows rows(int64_t f, int64_t next) const {
+    const void* ahead = made_ ? static_cast<const void*>(s_.w + next * s_.d) : s_.w16 + next * s_.d;
+    return {reinterpret_cast<const char*>(row(f)), 2 * s_.d, next < 0 ? nullptr : static_cast<const char*>(ahead),
             (made_ ? 4 : 2) * s_.d};
   }
 
@@ -593,13 +592,41 @@ class ShadowRows {
   int64_t first_ = 0;
 };
 
+/**
+ * Features by blocks, in an order whose every beginning has features from everywhere: what was seen tells what is to
+ * come, however a dictionary is sorted. The steps are the golden section of the whole.
+ */
+struct EvenWalk {
+  static constexpr int kFeatures = 6;
+
+  const int64_t d_sae, whole = d_sae / kFeatures;  // blocks of that many; those after them are single features
+  const int64_t blocks = whole + d_sae % kFeatures;
+  int64_t step;
+
+  explicit EvenWalk(int64_t n) : d_sae(n), step(static_cast<int64_t>(0.618034 * static_cast<double>(whole))) {
+    auto common = [](int64_t a, int64_t b) {
+      while (b) {
+        int64_t rest = a % b;
+        a = b, b = rest;
+      }
+      return a;
+    };
+    while (step < 1 || common(step, whole) > 1) ++step;
+  }
+  int64_t first(int64_t b) const { return b < whole ? b * step % whole * kFeatures : seen(b); }
+  /** How many features the first b blocks have. */
+  int64_t seen(int64_t b) const { return b < whole ? b * kFeatures : whole * kFeatures + (b - whole); }
+};
+
 /** What the screens of all types share: the tokens of a task and their lists. */
 struct ScreenTask {
   static constexpr int kWidth = Integers::kVectors * kLanes;  // of a panel, whatever it holds
 
   const Screen& s;
   const int64_t n = s.t1 - s.t0, padded = (n + kWidth - 1) / kWidth * kWidth;
+  const EvenWalk walk{s.d_sae};
   Intervals lists;
+  bool started = false;
 
   explicit ScreenTask(const Screen& screen) : s(screen) {
     static thread_local Scratch mem[3];
@@ -645,15 +672,16 @@ struct ScreenTask {
   }
 
   /**
-   * The features [f0, f1) by tiles of Q: rows(f, m) gives the rows of m features, column(j) a column, take(j, t0,
-   * interval) takes a tile's results and done(f, m) follows on all panels.
+   * The blocks [b0, b1) of the walk by tiles of Q: rows(f, m, next) gives the rows of m features, and those from `next`
+   * on follow, or none where it is below 0; column(j) gives a column, take(j, t0, interval) takes a tile's results and
+   * done(f, m) follows on all panels.
    */
   template <class Q, class Rows, class ColumnOf, class Take, class Done>
-  void scan(const ScreenTokens& x, int64_t f0, int64_t f1, Rows&& rows, ColumnOf&& column, Take&& take, Done&& done) {
-    constexpr int MR = Q::kFeatures;
-    static_assert(Q::kVectors * kLanes == kWidth);
-    auto block = [&]<int M>(std::integral_constant<int, M>, int64_t f) {
-      ScreenRows w = rows(f, M);
+  void scan(const ScreenTokens& x, int64_t b0, int64_t b1, Rows&& rows, ColumnOf&& column, Take&& take, Done&& done) {
+    static_assert(Q::kVectors * kLanes == kWidth && Q::kFeatures == EvenWalk::kFeatures);
+    auto block = [&]<int M>(std::integral_constant<int, M>, int64_t b) {
+      int64_t f = walk.first(b);
+      ScreenRows w = rows(f, M, b + 1 < walk.whole ? walk.first(b + 1) : -1);
       ScreenColumn columns[M];
       for (int i = 0; i < M; ++i) columns[i] = column(f + i);
       for (int64_t p = 0; p * kWidth < padded; ++p)
@@ -662,9 +690,9 @@ struct ScreenTask {
                        __attribute__((always_inline)) { take(f + i, t0, interval); });
       done(f, M);
     };
-    int64_t f = f0;
-    for (; f + MR <= f1; f += MR) block(std::integral_constant<int, MR>{}, f);
-    for (; f < f1; ++f) block(std::integral_constant<int, 1>{}, f);
+    int64_t b = b0;
+    for (; b < b1 && b < walk.whole; ++b) block(std::integral_constant<int, EvenWalk::kFeatures>{}, b);
+    for (; b < b1; ++b) block(std::integral_constant<int, 1>{}, b);
   }
 
   /** What may be among the k largest, or reach the floor, goes to the lists. */
@@ -685,41 +713,28 @@ struct ScreenTask {
     }
   }
 
-  /** How many features give a first bound, as in encode: one in `sparing`, where k is a small part of them. */
-  int64_t sample(int64_t sparing) const {
-    return s.k > 0 && s.d_sae >= 4096 && s.k * 32 <= s.d_sae ? (s.d_sae + 6 * sparing - 1) / (6 * sparing) * 6 : 0;
-  }
-  /** Before the first feature, where the first `m` are a sample and where they are not (0). */
-  void start(int64_t m) {
-    int64_t few = m ? 2 * s.k * m / s.d_sae + 6 : s.k;
+  /**
+   * Before the walk has seen the `seen` first features: of the k largest of a token it sees k seen / d_sae, and hardly
+   * ever more than the number kept here, whose least is a bound (which finish() judges).
+   */
+  void aim(int64_t seen) {
+    int64_t few = 2 * s.k * seen / s.d_sae + 8;
     lists.k = few < s.k ? few : s.k;
-    for (int64_t t = 0; t < padded; ++t) {
-      int64_t next = (lists.counts[t] > 0 ? lists.counts[t] : 0) + 2 * lists.k + 16;
+    if (started) return;
+    started = true;
+    int64_t next = 2 * lists.k + 16;
+    for (int64_t t = 0; t < padded; ++t)
       lists.limits[t] = static_cast<int32_t>(s.k > 0 && next < lists.capacity ? next : lists.capacity);
-    }
-  }
-  /** By scan(f0, f1): six features now and then, as their order may tell how large they are; only the bound is kept. */
-  template <class Scan>
-  void first_bound(int64_t sparing, Scan&& scan) {
-    int64_t m = sample(sparing);
-    start(m);
-    if (!m) return;
-    for (int64_t f = 0; f < s.d_sae; f += 6 * sparing) scan(f, f + 6 < s.d_sae ? f + 6 : s.d_sae);
-    for (int64_t t = 0; t < n; ++t) {
-      if (lists.counts[t] > 0) lists.cut(t);
-      if (lists.counts[t] > 0) lists.counts[t] = 0;
-    }
-    start(0);
   }
 
   /** So many tokens need the float32 kernel that all are left to it: the rest of the features changes nothing. */
   bool hopeless() const { return 8 * lists.overflowed > n; }
-  /** Before feature f, with a given floor: whether so many reach it that the lists are going to overflow. */
-  void foresee(int64_t f) {
-    if (s.k > 0 || 16 * f < s.d_sae) return;
+  /** After `seen` features, with a given floor: whether so many reach it that the lists are going to overflow. */
+  void foresee(int64_t seen) {
+    if (s.k > 0 || 16 * seen < s.d_sae) return;
     int64_t found = 0;
     for (int64_t t = 0; t < n; ++t) found += lists.counts[t] > 0 ? lists.counts[t] : 0;
-    if (2 * found * s.d_sae > n * s.capacity * f) lists.overflowed = n;
+    if (2 * found * s.d_sae > n * s.capacity * seen) lists.overflowed = n;
   }
 
   void finish() {
@@ -762,25 +777,22 @@ inline void screen(const Screen& s) {
     task.put<2>(x, t, rounded, r, Q::scale(r.full));
   }
   ShadowRows<Q> shadow(s);
-  auto scan = [&](int64_t f0, int64_t f1) {
+  constexpr int64_t kWindow = 170;
+  for (int64_t b = 0; b < task.walk.blocks && !task.hopeless();) {
+    int64_t end = b + kWindow < task.walk.blocks ? b + kWindow : task.walk.blocks;
+    task.aim(task.walk.seen(end));
     task.scan<Q>(
-        x, f0, f1,
-        [&](int64_t f, int m) {
+        x, b, end,
+        [&](int64_t f, int m, int64_t next) {
           shadow.reach(f, m);
-          return shadow.rows(f, m);
+          return shadow.rows(f, next);
         },
         [&](int64_t j) { return shadow.column(j, 1, Q::scale(shadow(0, j))); },
         [&](int64_t j, int64_t t0, auto&& interval)
             __attribute__((always_inline)) { task.list<Q::kVectors>(j, t0, interval); },
         [](int64_t, int) {});
-  };
-  task.first_bound(16, scan);
-  constexpr int64_t kWindow = 170 * Q::kFeatures;
-  for (int64_t f = 0; f < s.d_sae && !task.hopeless();) {
-    int64_t end = f + kWindow < s.d_sae ? f + kWindow : s.d_sae;
-    scan(f, end);
-    f = end;
-    task.foresee(f);
+    b = end;
+    task.foresee(task.walk.seen(b));
   }
   task.finish();
 }
@@ -835,10 +847,10 @@ inline void screen<Bytes>(const Screen& s) {
   auto column16 = [&](int64_t j) { return shadow.column(j, 1, shadow(0, j) * Bytes::kUnit); };
 
   int16_t* whole = mem[6].get<int16_t>(M * width);
-  auto integers = [&](int64_t f0, int64_t f1) {
+  auto integers = [&](int64_t b0, int64_t b1) {
     task.scan<Integers>(
-        x16, f0, f1,
-        [&](int64_t f, int m) {
+        x16, b0, b1,
+        [&](int64_t f, int m, int64_t) {
           shadow.reach(f, m);
           for (int i = 0; i < m; ++i) {
             const int8_t* high = high_of(f + i);
@@ -876,15 +888,15 @@ inline void screen<Bytes>(const Screen& s) {
       ((m - i == N + 1 ? some(std::integral_constant<int, N + 1>{}, i) : void()), ...);
     }(std::make_integer_sequence<int, 7>{});
   };
-  auto by_bytes = [&](int64_t f0, int64_t f1) {
-    int64_t first = f0;
+  auto by_bytes = [&](int64_t b0, int64_t b1) {
+    int64_t first = 0;
     pairs = 0;
     task.scan<Bytes>(
-        x8, f0, f1,
-        [&](int64_t f, int m) {
+        x8, b0, b1,
+        [&](int64_t f, int m, int64_t next) {
           first = f;
           shadow.reach(f, m);
-          return shadow.rows(f, m);
+          return shadow.rows(f, next);
         },
         [&](int64_t j) {
           ScreenColumn c = shadow.column(j, 4, shadow(0, j) * Bytes::kUnit * unit_of(j));
@@ -915,21 +927,22 @@ inline void screen<Bytes>(const Screen& s) {
         });
   };
 
-  constexpr int64_t kWindow = 16 * M;
-  task.first_bound(32, integers);
-  // Integers before feature `turn`, bytes from there on. Without a bound every pair passes; and the sums of bytes,
+  constexpr int64_t kWindow = 16;
+  const EvenWalk& walk = task.walk;
+  // Integers before block `turn`, bytes from there on. Without a bound every pair passes; and the sums of bytes,
   // 127^2 d at most, must fit in 32 bits.
-  int64_t f = 0, turn = d > 1 << 17 ? s.d_sae : s.k > 0 && !task.sample(32) ? 4 * s.k : 0;
-  while (f < s.d_sae && !task.hopeless()) {
-    int64_t end = f + kWindow < s.d_sae ? f + kWindow : s.d_sae;
-    if (f < turn) {
-      integers(f, end);
+  int64_t b = 0, turn = d > 1 << 17 ? walk.blocks : s.k > 0 ? walk.blocks / 32 + 1 : 0;
+  while (b < walk.blocks && !task.hopeless()) {
+    int64_t end = b + kWindow < walk.blocks ? b + kWindow : walk.blocks;
+    task.aim(walk.seen(end));
+    if (b < turn) {
+      integers(b, end);
     } else {
-      by_bytes(f, end);
-      if (4 * pairs > n * (end - f)) turn = end + 8 * kWindow;
+      by_bytes(b, end);
+      if (4 * pairs > n * (walk.seen(end) - walk.seen(b))) turn = end + 8 * kWindow;
     }
-    f = end;
-    task.foresee(f);
+    b = end;
+    task.foresee(walk.seen(b));
   }
   task.finish();
 }

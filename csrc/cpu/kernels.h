@@ -92,7 +92,7 @@ struct Screen {
   const float* bias;     // [d_sae] or null
   const float* bounds;   // [d_sae], which are taken off the bias; or null
   int64_t t0, t1;
-  int32_t* ids;     // [n, capacity], ascending
+  int32_t* ids;     // [n, capacity], in the order of the walk
   float* upper;     // [n, capacity] where k > 0: upper ends; infinite where the lower end is among the k largest
   int32_t* counts;  // [n]; -1 where the token needs the float32 kernel
   float* norms;     // [n] |x|, rounded up

@@ -23,6 +23,31 @@ namespace {
 
 auto screen_of(ShadowType type) { return kernels().screen[static_cast<int>(type)]; }
 
+/** Sorts ids, and `upper` (or null) with them. */
+void ascend(int32_t* ids, float* upper, int64_t n) {
+  if (n <= 256) {
+    for (int64_t i = 1; i < n; ++i) {
+      int32_t id = ids[i];
+      float up = upper ? upper[i] : 0;
+      int64_t q = i;
+      for (; q > 0 && ids[q - 1] > id; --q) {
+        ids[q] = ids[q - 1];
+        if (upper) upper[q] = upper[q - 1];
+      }
+      ids[q] = id;
+      if (upper) upper[q] = up;
+    }
+    return;
+  }
+  std::vector<std::pair<int32_t, float>> both(n);
+  for (int64_t i = 0; i < n; ++i) both[i] = {ids[i], upper ? upper[i] : 0};
+  std::sort(both.begin(), both.end(), [](auto& a, auto& b) { return a.first < b.first; });
+  for (int64_t i = 0; i < n; ++i) {
+    ids[i] = both[i].first;
+    if (upper) upper[i] = both[i].second;
+  }
+}
+
 }  // namespace
 
 bool Shadowed::usable(int64_t k) const {
@@ -65,6 +90,7 @@ Candidates::Candidates(const Shadowed& e, int64_t k, float floor, int64_t room) 
     auto& to = parts_found[i];
     for (int64_t t = 0; t < m; ++t) {
       int64_t found = std::max(0, counts[t0 + t]);
+      ascend(&ids[t * room], k > 0 ? &upper[t * room] : nullptr, found);
       to.ids.insert(to.ids.end(), &ids[t * room], &ids[t * room] + found);
       if (k > 0) to.upper.insert(to.upper.end(), &upper[t * room], &upper[t * room] + found);
     }

@@ -29,7 +29,7 @@ MLXSAE_INLINE void add_scaled4(float* o, const float* v, const float* const* w, 
   for (; c + kLanes <= d; c += kLanes) {
     vf a = load(o + c);
     MLXSAE_UNROLL for (int q = 0; q < 4; ++q) {
-      prefetch(next[q] + c);
+      prefetch<2>(next[q] + c);
       a += s[q] * load(w[q] + c);
     }
     store(o + c, a);

@@ -10,6 +10,8 @@
 // their moments once, and gathers g and x. Entries come in ascending order of t, so the result does not depend on the
 // number of threads.
 
+#include <type_traits>
+
 #include "cpu/kernel_rounding.h"
 #include "cpu/kernel_sparse.h"
 
@@ -63,26 +65,34 @@ struct Gathered {
   float *dec, *enc;  // rows of d_out and d_in floats, without a meaning while there are no entries
   float bias = 0;
   bool any = false;
+  bool has_along = false;
+  float along = 0;  // <dw_dec, w_dec>, where it is known
 };
 
-/** Add kN entries one after the other, in one pass over each row. */
-template <int kN, bool kFirst, bool kFetch>
-MLXSAE_INLINE void gather(const Update& u, const Term& term, const float* w_dec, const int64_t* e, Gathered& to) {
+/** Entries that are gathered in one pass. */
+constexpr int kTogether = 4;
+
+/** Add kN entries from e on, one after the other, in one pass over each row; fetch the rows of n_ahead more. */
+template <int kN, bool kFirst>
+MLXSAE_INLINE void gather(const Update& u, const Term& term, const float* w_dec, int64_t e, int n_ahead, Gathered& to) {
   const int64_t d_in = u.d_in, d_out = u.d_out;
-  const float *r[kN], *x[kN], *r_ahead[kN], *x_ahead[kN];
+  const float *r[kN], *x[kN], *r_ahead[kTogether], *x_ahead[kTogether];
   float v[kN], dz[kN];
   MLXSAE_UNROLL for (int q = 0; q < kN; ++q) {
-    int64_t t = term.by.rows[e[q]], ahead = term.by.rows[e[q] + kN];
-    r[q] = term.residual + t * d_out, r_ahead[q] = term.residual + ahead * d_out;
-    x[q] = u.x + t * d_in, x_ahead[q] = u.x + ahead * d_in;
-    v[q] = term.scale * term.by.values[e[q]];
+    int64_t t = term.by.rows[e + q];
+    r[q] = term.residual + t * d_out, x[q] = u.x + t * d_in;
+    v[q] = term.scale * term.by.values[e + q];
+  }
+  for (int q = 0; q < n_ahead; ++q) {
+    int64_t t = term.by.rows[e + kN + q];
+    r_ahead[q] = term.residual + t * d_out, x_ahead[q] = u.x + t * d_in;
   }
   Sum dot[kN];
   lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
     V w = get<V>(w_dec + c), sum{};
     if constexpr (!kFirst) sum = get<V>(to.dec + c);
+    for (int q = 0; q < n_ahead; ++q) prefetch<2>(r_ahead[q] + c);
     MLXSAE_UNROLL for (int q = 0; q < kN; ++q) {
-      if constexpr (kFetch) prefetch<2>(r_ahead[q] + c);
       V g = get<V>(r[q] + c);
       dot[q].add(g * w);
       sum += v[q] * g;
@@ -90,36 +100,42 @@ MLXSAE_INLINE void gather(const Update& u, const Term& term, const float* w_dec,
     put(to.dec + c, sum);
   });
   MLXSAE_UNROLL for (int q = 0; q < kN; ++q) {
-    dz[q] = term.scale * dot[q].total();
-    to.bias += dz[q];
+    float along = dot[q].total();
+    dz[q] = term.scale * along;
+    to.bias += dz[q], to.along += v[q] * along;
   }
+  to.has_along = true;
   lanes(d_in, [&]<class V>(int64_t c) __attribute__((always_inline)) {
     V sum{};
     if constexpr (!kFirst) sum = get<V>(to.enc + c);
-    MLXSAE_UNROLL for (int q = 0; q < kN; ++q) {
-      if constexpr (kFetch) prefetch<2>(x_ahead[q] + c);
-      sum += dz[q] * get<V>(x[q] + c);
-    }
+    for (int q = 0; q < n_ahead; ++q) prefetch<2>(x_ahead[q] + c);
+    MLXSAE_UNROLL for (int q = 0; q < kN; ++q) sum += dz[q] * get<V>(x[q] + c);
     put(to.enc + c, sum);
   });
 }
 
-/** Gather the entries [begin, end) of a feature. */
-inline void gather_all(const Update& u, const Term& term, const float* w_dec, int64_t begin, int64_t end,
+/** Gather the entries [begin, end) of a feature, and fetch the rows of `next` more, unless that is below 0. */
+inline void gather_all(const Update& u, const Term& term, const float* w_dec, int64_t begin, int64_t end, int64_t next,
                        Gathered& to) {
-  int64_t batch[4];
-  int m = 0;
-  for (int64_t e = begin; e < end; ++e) {
-    batch[m++] = e;
-    if (!to.any) {
-      gather<1, true, true>(u, term, w_dec, batch, to);
-      to.any = true, m = 0;
-    } else if (m == 4) {
-      gather<4, false, false>(u, term, w_dec, batch, to);
-      m = 0;
-    }
+  for (int64_t e = begin; e < end; e += kTogether) {
+    int64_t left = end - e, after = left > kTogether ? left - kTogether : next;
+    int n_ahead = static_cast<int>(next < 0 ? 0 : after < kTogether ? after : kTogether);
+    auto some = [&]<int N>(std::integral_constant<int, N>) {
+      if (to.any)
+        gather<N, false>(u, term, w_dec, e, n_ahead, to);
+      else
+        gather<N, true>(u, term, w_dec, e, n_ahead, to);
+    };
+    if (left >= 4)
+      some(std::integral_constant<int, 4>{});
+    else if (left == 3)
+      some(std::integral_constant<int, 3>{});
+    else if (left == 2)
+      some(std::integral_constant<int, 2>{});
+    else
+      some(std::integral_constant<int, 1>{});
+    to.any = true;
   }
-  for (int q = 0; q < m; ++q) gather<1, false, true>(u, term, w_dec, batch + q, to);
 }
 
 /** What follows the gradients of feature j: projection, the sums over all features, Adam, the norm, the shadow. */
@@ -127,18 +143,24 @@ inline void finish(const Update& u, int64_t j, const Gathered& g, double& square
   const int64_t d_in = u.d_in, d_out = u.d_out;
   float* w_dec = u.w_dec.w + j * d_out;
   if (g.any) {
-    if (u.project) {
-      Sum along;
-      lanes(d_out, [&]<class V>(int64_t c)
-                       __attribute__((always_inline)) { along.add(get<V>(g.dec + c) * get<V>(w_dec + c)); });
-      float s = along.total();
-      lanes(d_out, [&]<class V>(int64_t c)
-                       __attribute__((always_inline)) { put(g.dec + c, get<V>(g.dec + c) - s * get<V>(w_dec + c)); });
-    }
+    float along = g.along;
+    if (u.project && !g.has_along) along = dot(g.dec, w_dec, d_out);
+    Sum sq;
+    auto take_off = [&]<bool kProject>(std::bool_constant<kProject>) __attribute__((always_inline)) {
+      lanes(d_out, [&]<class V>(int64_t c) __attribute__((always_inline)) {
+        V e = get<V>(g.dec + c);
+        if constexpr (kProject) {
+          e -= along * get<V>(w_dec + c);
+          put(g.dec + c, e);
+        }
+        sq.add(e * e);
+      });
+    };
+    if (u.project)
+      take_off(std::true_type());
+    else if (u.square)
+      take_off(std::false_type());
     if (u.square) {
-      Sum sq;
-      lanes(d_out,
-            [&]<class V>(int64_t c) __attribute__((always_inline)) { sq.add(get<V>(g.dec + c) * get<V>(g.dec + c)); });
       lanes(d_in,
             [&]<class V>(int64_t c) __attribute__((always_inline)) { sq.add(get<V>(g.enc + c) * get<V>(g.enc + c)); });
       square += static_cast<double>(sq.total()) + static_cast<double>(g.bias) * g.bias;
@@ -194,7 +216,7 @@ inline void update(const Update& u) {
         for (int64_t i = 0; i < n_waiting; ++i) {
           int64_t j = waiting[i], begin = at[i], last = by.starts[j + 1];
           while (at[i] < last && by.rows[at[i]] < stop) ++at[i];
-          gather_all(u, u.terms[q], u.w_dec.w + j * d_out, begin, at[i], found[i]);
+          gather_all(u, u.terms[q], u.w_dec.w + j * d_out, begin, at[i], -1, found[i]);
           left -= at[i] - begin;
         }
     }
@@ -212,8 +234,11 @@ inline void update(const Update& u) {
       continue;
     }
     Gathered found = scratch(0);
-    for (int q = 0; q < u.n_terms; ++q)
-      gather_all(u, u.terms[q], u.w_dec.w + j * d_out, u.terms[q].by.starts[j], u.terms[q].by.starts[j + 1], found);
+    for (int q = 0; q < u.n_terms; ++q) {
+      const int64_t* starts = u.terms[q].by.starts + j;
+      gather_all(u, u.terms[q], u.w_dec.w + j * d_out, starts[0], starts[1], j + 1 < u.f1 ? starts[2] - starts[1] : 0,
+                 found);
+    }
     finish(u, j, found, square);
   }
   if (n_waiting) together();
@@ -225,7 +250,8 @@ inline void gather_apart(const Update& u, const Apart& a) {
     int64_t j = a.features[i];
     Gathered found{a.dec + i * a.dec_stride, a.enc + i * a.enc_stride};
     for (int q = 0; q < u.n_terms; ++q)
-      gather_all(u, u.terms[q], u.w_dec.w + j * u.d_out, u.terms[q].by.starts[j], u.terms[q].by.starts[j + 1], found);
+      gather_all(u, u.terms[q], u.w_dec.w + j * u.d_out, u.terms[q].by.starts[j], u.terms[q].by.starts[j + 1], 0,
+                 found);
     if (!found.any) {
       std::memset(found.dec, 0, u.d_out * sizeof(float));
       std::memset(found.enc, 0, u.d_in * sizeof(float));

@@ -10,6 +10,7 @@ from mlxsae import SAE, lm
 from mlxsae.analysis import Candidate, Survey, detection_table, direct_effects, find_steering, steer, survey
 from mlxsae.lm import HookPoint, TokenBatch
 from mlxsae.metrics.in_model import evaluate_in_model
+from mlxsae.sae import Activation, BatchTopK, JumpReLU, Rule
 
 
 @pytest.fixture
@@ -122,6 +123,13 @@ def test_top_examples_prefer_distinct_words() -> None:
     assert [e.tokens.tolist() for e in same.top_examples(0, 2, distinct=False)] == [[7], [7]]
 
 
+def test_top_examples_are_strongest_first_with_repeated_ones_too() -> None:
+    s = made_survey([[{0: 3.0}], [{0: 2.0}], [{0: 1.0}], [{0: 2.0}]])
+    same = Survey(s.d_sae, s.values, s.indices, np.array([7, 7, 8, 7], np.int32), s.row)
+    assert [e.activations.tolist() for e in same.top_examples(0, 4)] == [[3], [2], [2], [1]]
+    assert [e.activations.tolist() for e in same.top_examples(0, 3)] == [[3], [2], [1]]
+
+
 def brute_force(s: Survey, labels: np.ndarray, concept: int) -> tuple[float, float]:
     """Best F1 on the even rows over every feature and observed value, and the F1 of that choice on the odd rows."""
     even = s.row % 2 == 0
@@ -201,6 +209,48 @@ def test_survey_holds_the_codes_of_the_valid_tokens(model, batch: TokenBatch) ->
     assert set(found.row) == {0, 1, 2, 3}
     with pytest.raises(ValueError, match="valid"):
         survey(model, sae, point, [TokenBatch(batch.tokens, mx.zeros_like(batch.valid))])
+
+
+def test_survey_cuts_rows_between_documents(model) -> None:
+    """What comes after a token is the next one of its own document; examples hold no text of two."""
+    documents = ["The dog ran.", "A cat sat on it.", "Once upon a time."]
+    batches = list(lm.token_batches(model, documents, context_size=24, batch_size=2))
+    found = survey(model, SAE(model.d_model, 64, k=64, seed=0), HookPoint(2, "resid_post"), batches)
+    pieces, pairs = [], set()
+    for batch in batches:
+        for tokens, valid in zip(np.array(batch.tokens), np.array(batch.valid), strict=True):
+            runs = "".join(" x"[int(v)] for v in valid).split(" ")
+            at = 0
+            for run in runs:
+                if run:
+                    pieces.append(tokens[at : at + len(run)].tolist())
+                    pairs |= set(zip(pieces[-1][:-1], pieces[-1][1:], strict=True))
+                at += len(run) + 1
+    assert len(pieces) > sum(len(np.array(batch.tokens)) for batch in batches)  # documents meet within rows
+    got = [found.tokens[found.row == r].tolist() for r in range(len(pieces))]
+    assert got == pieces
+    assert found.row.tolist() == sorted(found.row.tolist())
+    for feature in range(64):
+        on = found.activations(feature) > 0
+        for follower in found.followers(feature, 1e-6, min_share=0):
+            assert any((token, follower) in pairs for token in found.tokens[on])
+        for example in found.top_examples(feature, 2):
+            assert example.tokens.tolist() in pieces
+
+
+@pytest.mark.parametrize("rule", [BatchTopK(8), JumpReLU(), Activation(mx.tanh)])
+def test_survey_shows_the_sae_nothing_but_valid_tokens(model, batch: TokenBatch, rule: Rule) -> None:
+    """A BatchTopK without a threshold gives latents to what it is shown, padding and BOS included."""
+    point = HookPoint(2, "resid_post")
+    sae = SAE(model.d_model, 256, rule=rule, seed=0)
+    nothing = TokenBatch(batch.tokens, mx.zeros_like(batch.valid))
+    found = survey(model, sae, point, [nothing, batch])
+    x = lm.valid_rows(lm.capture(model, batch.tokens, point)[point], batch.valid)
+    latents = np.maximum(np.array(sae.to_dense(sae.encode(x))), 0)
+    for feature in range(256):
+        np.testing.assert_array_equal(found.activations(feature), latents[:, feature])
+    assert found.values.shape[1] == (latents > 0).sum(axis=1).max()
+    assert set(found.row) == {0, 1}
 
 
 def test_an_exact_sae_costs_the_model_nothing(model, batch: TokenBatch) -> None:

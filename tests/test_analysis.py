@@ -10,7 +10,7 @@ from mlxsae import SAE, lm
 from mlxsae.analysis import Candidate, Survey, detection_table, direct_effects, find_steering, steer, survey
 from mlxsae.lm import HookPoint, TokenBatch
 from mlxsae.metrics.in_model import evaluate_in_model
-from mlxsae.sae import Activation, BatchTopK, JumpReLU, Rule
+from mlxsae.sae import Activation, BatchTopK, Crosscoder, JumpReLU, Rule
 
 
 @pytest.fixture
@@ -74,6 +74,43 @@ def test_steering_refuses(sae: SAE, strengths, mode: str, said: str) -> None:
 def test_steering_refuses_a_transcoder() -> None:
     with pytest.raises(ValueError, match="target"):
         steer(SAE(8, 32, k=4, d_out=6), {1: 1.0})
+
+
+@pytest.mark.parametrize("mode", ["scale", "add", "set"])
+@pytest.mark.parametrize("strengths", [{5: 0.5}, {2: 2.5, 17: -1.0}, {2: 2.5, 17: -1.0, 30: 0.0}])
+def test_steering_a_crosscoder(mode: str, strengths: dict[int, float]) -> None:
+    """Side by side or apart; as many features as sources must not be taken for them."""
+    coder = Crosscoder(4, 2, 32, k=8, seed=3)
+    x = mx.random.normal((3, 5, 8), key=mx.random.key(1))
+    latents = dense(coder, x)
+    assert (latents[..., list(strengths)] > 0).any()
+    steered = latents.copy()
+    for i, s in strengths.items():
+        steered[..., i] = {"scale": latents[..., i] * s, "add": latents[..., i] + s, "set": s}[mode]
+    want = np.array(x).reshape(3, 5, 2, 4) + np.einsum("btj,jsd->btsd", steered - latents, coder.W_dec)
+    edit = steer(coder, strengths, mode=mode)
+    np.testing.assert_allclose(np.array(edit(x)).reshape(3, 5, 2, 4), want, atol=2e-6)
+    np.testing.assert_allclose(np.array(edit(x.reshape(3, 5, 2, 4))), want, atol=2e-6)
+    with pytest.raises(ValueError, match=r"\[steer\] x must have shape \[..., 8\] but got \(3, 5, 4\)"):
+        edit(x[..., :4])
+
+
+def test_ablation_takes_away_latents_below_0(x: mx.array) -> None:
+    sae = SAE(8, 32, rule=Activation(mx.tanh), seed=3)
+    latents = np.tanh(np.array(x) @ np.array(sae.W_enc))
+    assert (latents[..., 4] < -0.1).any()
+    want = np.array(x) - latents[..., 4:5] * np.array(sae.W_dec)[4]
+    np.testing.assert_allclose(np.array(steer(sae, {4: 0.0})(x)), want, atol=2e-6)
+    np.testing.assert_allclose(np.array(steer(sae, {4: 0.0}, mode="set")(x)), want, atol=2e-6)
+    assert steer(sae, {4: 0.0})(x[:0]).shape == (0, 5, 8)
+
+
+def test_features_may_be_numpys(sae: SAE, x: mx.array) -> None:
+    feature = np.argmax(dense(sae, x).max(axis=(0, 1)))
+    assert not isinstance(feature, int)
+    assert mx.array_equal(steer(sae, {feature: 0.0})(x), steer(sae, {int(feature): 0.0})(x))
+    with pytest.raises(ValueError, match="feature"):
+        steer(sae, {1.0: 0.0})  # type: ignore[dict-item]
 
 
 def made_survey(rows: list[list[dict[int, float]]], d_sae: int = 6, k: int = 3) -> Survey:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlxsae import metrics
-from mlxsae.code import SparseCode, SparseCodeCSR
+from mlxsae.code import DenseCode, SparseCode, SparseCodeCSR
 from mlxsae.loss.reconstruction import sum_about_mean
-from mlxsae.sae import SAE
+from mlxsae.sae import SAE, Crosscoder, CrossLayerTranscoder
 from mlxsae.train.initial import column_statistics
 
 N, D, D_SAE, K = 300, 24, 50, 6
@@ -185,6 +185,17 @@ def test_loss_recovered() -> None:
         metrics.LossRecovered().update(1, zero=1.0)
 
 
+def test_an_ablation_that_costs_nothing_leaves_nothing_to_recover() -> None:
+    """One token: its mean is itself."""
+    assert np.isnan(metrics.ce_loss_recovered(2.0, 2.0, 2.0))
+    assert metrics.ce_loss_recovered(2.0, 2.5, 2.0) == -np.inf
+    meter = metrics.LossRecovered()
+    meter.update(1, clean=1.5, sae=1.5, zero=3.0, mean=1.5)
+    got = meter.result()
+    assert got["loss_recovered_zero"] == 1
+    assert np.isnan(got["loss_recovered_mean"])
+
+
 def test_throughput_counts_tokens_against_the_clock() -> None:
     now = [10.0]
     meter = metrics.Throughput(lambda: now[0])
@@ -208,6 +219,42 @@ def test_evaluate_runs_a_module_over_batches() -> None:
     )
     deep = metrics.evaluate(module, [x.reshape(4, 16, 8)])
     assert deep == pytest.approx(got, rel=1e-5)
+
+
+def test_sources_given_apart_are_one_token() -> None:
+    """Each coordinate of each source has a mean of its own."""
+    x = mx.random.normal((60, 2, 4)) + mx.array([[3.0], [-5.0]])
+    y = 2 * mx.random.normal((60, 2, 4)) + mx.array([[-1.0], [4.0]])
+    coder = Crosscoder(4, 2, 32, k=4, seed=0)
+    across = CrossLayerTranscoder(4, 2, 16, k=4, seed=0)
+    for module, target in ((coder, x), (across, y)):
+        y_hat = np.array(module(x)).reshape(60, 8)
+        wanted = fvu64(np.array(target).reshape(60, 8), y_hat)
+        got = metrics.evaluate(module, [(x[:20], target[:20]), (x[20:], target[20:])])
+        assert got["fvu"] == pytest.approx(wanted, rel=1e-5)
+        flat = [(x.reshape(60, 8), target.reshape(60, 8))]
+        assert got == pytest.approx(metrics.evaluate(module, flat), rel=1e-5)
+        assert got["mse"] == pytest.approx(
+            np.square(np.array(target).reshape(60, 8) - y_hat).sum(1).mean(), rel=1e-5
+        )
+
+
+def test_latents_of_another_sae_are_refused() -> None:
+    """They were counted for others, or written past the end."""
+    dense = DenseCode(mx.ones((10, 64)))
+    with pytest.raises(
+        ValueError, match=r"\[fire_counts\] values must have shape \[..., 32\] but got \(10, 64\)"
+    ):
+        metrics.fire_counts(dense, 32)
+    np.testing.assert_array_equal(np.array(metrics.fire_counts(dense, 64)), 10)
+    meter = metrics.FireCounter(4)
+    meter.update(SparseCode(mx.array([[1.0, 0.0]]), mx.array([[3, 9]], mx.uint32)))  # 9 does not fire
+    for index in (4, 400_000_000):
+        code = SparseCode(mx.ones((3, 2)), mx.array([[1, index]] * 3, mx.uint32))
+        assert metrics.fire_counts(code, 4).tolist() == [0, 3, 0, 0]
+        with pytest.raises(ValueError, match=r"\[FireCounter\] latents must be below d_sae=4 but 3 firings"):
+            meter.update(code)
+    assert (meter.n, meter.counts.tolist()) == (1, [0, 0, 0, 1])
 
 
 @pytest.mark.parametrize("meter", [metrics.Reconstruction(), metrics.FireCounter(4), metrics.LossRecovered()])

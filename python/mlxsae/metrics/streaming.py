@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsae.code import Code, n_tokens
-from mlxsae.metrics.functions import ce_loss_recovered, fire_counts
+from mlxsae.metrics.functions import ce_loss_recovered, fire_bins
 
 
 class Reconstruction:
@@ -87,10 +87,22 @@ class FireCounter:
         self.counts = np.zeros(d_sae, np.int64)
 
     def update(self, code: Code) -> None:
-        self._merge(n_tokens(code), fire_counts(code, self.counts.size))
+        """Count one batch.
 
-    def _merge(self, n: int, counts: mx.array) -> None:
-        self.counts += np.array(counts, dtype=np.int64)
+        Raises
+        ------
+        ValueError
+            Latents that fire and are not below ``d_sae``; dense ones of another width.
+        """
+        self._merge(n_tokens(code), fire_bins(code, self.counts.size))
+
+    def _merge(self, n: int, bins: mx.array) -> None:
+        found = np.array(bins, dtype=np.int64)
+        if found[-1]:
+            raise ValueError(
+                f"[FireCounter] latents must be below d_sae={self.counts.size} but {found[-1]} firings are of others."
+            )
+        self.counts += found[:-1]
         self.n += n
 
     @property
@@ -178,10 +190,10 @@ class Evaluation:
     def update(self, y: mx.array, y_hat: mx.array, code: Code) -> None:
         """Target and reconstruction ``[..., d_out]`` and the code between them."""
         sums = self.reconstruction._reduce(y, y_hat)
-        counts = fire_counts(code, self.fired.counts.size)
-        mx.eval(sums[1:], counts)
+        bins = fire_bins(code, self.fired.counts.size)
+        mx.eval(sums[1:], bins)
+        self.fired._merge(n_tokens(code), bins)
         self.reconstruction._merge(sums)
-        self.fired._merge(n_tokens(code), counts)
 
     def result(self) -> dict[str, float]:
         return self.reconstruction.result() | self.fired.result() | {"n_tokens": self.fired.n}
@@ -189,11 +201,12 @@ class Evaluation:
 
 def evaluate(sae: Any, batches: Iterable[mx.array | tuple[mx.array, mx.array]]) -> dict[str, float]:
     """Metrics of ``sae`` over ``batches`` of activations ``[..., d_in]``, or of pairs (input, target) for a
-    transcoder.
+    transcoder. A token of a crosscoder is that of all its sources together, however they are given.
     """
     evaluation = Evaluation(sae.d_sae)
     for batch in batches:
         x, y = batch if isinstance(batch, tuple) else (batch, batch)
         code = sae.encode(x)
-        evaluation.update(y, sae.decode(code, x).reshape(y.shape), code)
+        y_hat = sae.decode(code, x)
+        evaluation.update(y.reshape(y_hat.shape), y_hat, code)
     return evaluation.result()

@@ -313,6 +313,20 @@ def test_an_exact_sae_costs_the_model_nothing(model, batch: TokenBatch) -> None:
         evaluate_in_model(model, exact, HookPoint(2, "resid_post"), [])
 
 
+def test_an_sae_is_judged_in_the_model_by_the_codes_of_valid_tokens(model, batch: TokenBatch) -> None:
+    """Padding and BOS take no latents from them, where the k n largest of all that is shown are kept."""
+    point = HookPoint(2, "resid_post")
+    sae = SAE(model.d_model, 256, rule=BatchTopK(8), seed=0)
+    assert not bool(batch.valid.all())
+    metrics = evaluate_in_model(model, sae, point, [batch])
+    x = lm.capture(model, batch.tokens, point)[point]
+    whole = np.array(x)
+    whole[np.array(batch.valid)] = np.array(sae(lm.valid_rows(x, batch.valid)))
+    losses = np.array(lm.token_losses(model, batch.tokens, edits={point: lambda _: mx.array(whole)}))
+    predicted = np.array(batch.valid)[:, 1:]
+    assert metrics["ce_sae"] == pytest.approx(losses[predicted].mean(), rel=1e-5)
+
+
 def test_effects_are_the_change_that_ablation_makes(model, batch: TokenBatch) -> None:
     point = HookPoint(1, "resid_post")  # what comes after reads other tokens too
     sae = SAE(model.d_model, 512, k=16, seed=0)

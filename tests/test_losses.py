@@ -253,6 +253,24 @@ def test_multi_topk_follows_an_annealed_k() -> None:
     assert seen == [8, 6, None, None]
 
 
+@pytest.mark.parametrize("factor", [1, 3, D_SAE])
+def test_multi_topk_ranks_as_the_sae_does(factor: int) -> None:
+    """By size in the output, where that is what latents compete by: the selection of the rule is among it."""
+    sae, x = made(TopK(K), rank_by_decoder_norm=True), data(32).astype(np.float64)
+    w_enc, w_dec, b_enc, b_dec = (
+        np.array(a, np.float64) for a in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+    )
+    pre_acts = (x - b_dec) @ w_enc + b_enc
+    sizes = pre_acts * np.linalg.norm(w_dec, axis=1)
+    least = np.sort(sizes, axis=1)[:, -min(factor * K, D_SAE)]
+    acts = np.where(sizes >= least[:, None], np.maximum(pre_acts, 0), 0)
+    error = np.square(x - acts @ w_dec - b_dec).sum()
+    f = forward(sae, mx.array(x.astype(np.float32)), L.Loss({}))
+    assert L.MultiTopK(factor)(f).item() == pytest.approx(
+        error / np.square(x - x.mean(axis=0)).sum(), rel=1e-5
+    )
+
+
 def test_penalties_of_negative_latents() -> None:
     """An activation of one's own may give them: a norm counts their size and cannot fall below 0."""
     sae, x = made(Activation(mx.tanh)), mx.array(data(32))
@@ -366,6 +384,27 @@ def test_schedules_reach_the_terms() -> None:
         LossConfig(p_end=0.2)
     with pytest.raises(ValueError, match=r"\[anneal\] begin must be in \[0, finish\)"):
         L.anneal(1, 0, 5, 5)
+
+
+def test_terms_of_one_loss_are_annealed_each_by_its_own_schedule() -> None:
+    powers = {
+        "lp": L.anneal(1, 0.2, 0, 20),
+        "fast": L.anneal(1, 0.5, 0, 10),
+        "slow": L.anneal(1, 0.5, 10, 40),
+    }
+    sae, x = made(ReLU()), mx.array(data(32))
+    loss = L.Loss({}, terms={name: (1e-3, L.Lp(p)) for name, p in powers.items()})
+    for step in (0, 7, 30):
+        values = loss(forward(sae, x, loss, step=step))[1]
+        for name, p in powers.items():
+            assert values[name].item() == pytest.approx(
+                L.Lp(p(step))(forward(sae, x, L.Loss({}))).item(), rel=1e-6
+            )
+    whole = L.Loss({"fvu": (1.0, L.fvu)}, terms=loss.terms)
+    last = fit(SAE(D, D_SAE, rule=ReLU(), seed=0), source(), settings(20, log_every=1), loss=whole).history[
+        -1
+    ]
+    assert len({last["lp"], last["fast"], last["slow"]}) == 3
 
 
 def test_lp_keeps_the_size_of_l1() -> None:

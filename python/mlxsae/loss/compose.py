@@ -97,14 +97,16 @@ class Loss:
 
     def scheduled(self, step: int, d_sae: int, seed: int = 0) -> dict[str, mx.array]:
         """What of the loss depends on the step, for :attr:`Forward.scheduled`: weights, the widths of prefixes, and what
-        a term says by a method ``scheduled(step)`` of its own.
+        a term says by a method ``scheduled(step)`` of its own. What a term says under a key that is taken stands under
+        ``<name>.<key>``, and the term finds it under its key.
         """
         found: dict[str, mx.array] = {}
         for name, (weight, term) in self.terms.items():
             if callable(weight):
                 found[f"weight.{name}"] = mx.array(weight(step), mx.float32)
             if hasattr(term, "scheduled"):
-                found |= term.scheduled(step)  # type: ignore[attr-defined]
+                said: Mapping[str, mx.array] = term.scheduled(step)  # type: ignore[attr-defined]
+                found |= {f"{name}.{key}" if key in found else key: value for key, value in said.items()}
         if self.prefixes is not None:
             found["prefixes"] = mx.array(self.prefixes.at(step, d_sae, seed), mx.int32)
         return found
@@ -119,7 +121,12 @@ class Loss:
         if self.auxk is not None and forward.dead is not None:
             named["auxk"] = self.auxk
         for name, (weight, term) in named.items():
-            values[name] = term(forward)
+            own = {
+                key.removeprefix(f"{name}."): value
+                for key, value in forward.scheduled.items()
+                if key.startswith(f"{name}.")
+            }
+            values[name] = term(forward._replace(scheduled={**forward.scheduled, **own}))
             factor = forward.scheduled[f"weight.{name}"] if callable(weight) else weight
             total = total + factor * values[name]
         return total, values

@@ -27,7 +27,12 @@ def fvu(x: mx.array, x_hat: mx.array) -> mx.array:
     x, x_hat = x.astype(mx.float32), x_hat.astype(mx.float32)
     apart = x.reshape(-1, x.shape[-1])
     apart = apart - apart[:1]  # of tokens far from 0 the mean would be off by its rounding
-    return mx.square(x - x_hat).sum() / mx.square(apart - apart.mean(axis=0)).sum()
+    return _total(mx.square(x - x_hat)) / _total(mx.square(apart - apart.mean(axis=0)))
+
+
+def _total(squares: mx.array) -> mx.array:
+    """Rows first: one float32 sum over millions of numbers loses percents, for it outgrows each of them."""
+    return squares.sum(axis=-1).sum()
 
 
 def explained_variance(x: mx.array, x_hat: mx.array) -> mx.array:

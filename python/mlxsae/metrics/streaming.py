@@ -202,9 +202,19 @@ class Evaluation:
 def evaluate(sae: Any, batches: Iterable[mx.array | tuple[mx.array, mx.array]]) -> dict[str, float]:
     """Metrics of ``sae`` over ``batches`` of activations ``[..., d_in]``, or of pairs (input, target) for a
     transcoder. A token of a crosscoder is that of all its sources together, however they are given.
+
+    Raises
+    ------
+    ValueError
+        No token; a batch of a transcoder without its target.
     """
     evaluation = Evaluation(sae.d_sae)
     for batch in batches:
+        if not isinstance(batch, tuple) and getattr(sae, "transcoder", False):
+            raise ValueError(
+                "[evaluate] batches of a transcoder must be tuples (input, target) but got "
+                f"{type(batch).__name__}: its target is not its input."
+            )
         x, y = batch if isinstance(batch, tuple) else (batch, batch)
         code = sae.encode(x)
         y_hat = sae.decode(code, x)

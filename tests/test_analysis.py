@@ -221,6 +221,13 @@ def test_detection_is_judged_on_rows_that_had_no_part_in_the_choice() -> None:
         detection_table(s, labels.astype(np.int32))
 
 
+@pytest.mark.filterwarnings("error")
+def test_detection_without_a_row_to_judge_by() -> None:
+    s = made_survey([[{0: 1.0}, {1: 1.0}]])
+    (found,) = detection_table(s, np.array([[True], [False]]), min_positives=0)
+    assert (found.feature, found.f1, found.positives, found.information) == (0, 0.0, 0, 0.0)
+
+
 @pytest.fixture(scope="module")
 def model(shared):
     return lm.load(shared / "data" / "babyllama105")
@@ -371,3 +378,7 @@ def test_find_steering_finds_a_direction_that_says_a_letter(model) -> None:
     assert found.prompt in ("Once upon a time", "The dog")
     assert find_steering(model, sae, point, {1: Candidate(1e-9, [letter], prompts)}) is None
     assert find_steering(model, sae, point, {}) is None
+    # A token that is named again gains no more: of shares of one token none is over 1.
+    often = {1: Candidate(50.0, [letter] * 9, prompts)}
+    assert find_steering(model, sae, point, often, max_tokens=4) == found
+    assert find_steering(model, sae, point, often, max_tokens=4, min_gain=1.01) is None

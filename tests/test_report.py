@@ -249,7 +249,9 @@ def test_logarithmic_ticks_are_never_missing(low: float, high: float) -> None:
         (line,) = root.findall("polyline")
         first, last = (float(p.split(",")[1]) for p in line.attrib["points"].split())
         scale = (last - first) / np.log10(high / low)
-        np.testing.assert_allclose(places - 4, first + np.log10(values / low) * scale, atol=0.2)  # below its line
+        np.testing.assert_allclose(
+            places - 4, first + np.log10(values / low) * scale, atol=0.2
+        )  # below its line
     assert len(ticks(svg(histogram([low, high], title="T", x_label="x", log_x=True)), "middle", "x")) >= 2
 
 
@@ -283,6 +285,8 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert float(none.attrib["width"]) == 0
     assert full.attrib["class"] == "bar"
     assert half.attrib["class"] == "bar low"
+    long = svg(bar_chart([("w" * 60, 0.5), ("v" * 30, 0.5)], title="T")).findall("text[@class='name']")
+    assert [text.text for text in long] == ["w" * 29 + "…", "v" * 30]
     with pytest.raises(ValueError, match=r"\[bar_chart\] upper must be positive but got 0"):
         bar_chart([("none", 0.0)], title="T", upper=0.0)
 

@@ -75,7 +75,7 @@ def detection_table(survey: Survey, labels: np.ndarray, *, min_positives: int = 
 def _judge(concept: int, feature: int, threshold: float, says: np.ndarray, carries: np.ndarray) -> Detection:
     hit = int((says & carries).sum())
     yes, positives, n = int(says.sum()), int(carries.sum()), len(says)
-    joint = np.array([[hit, yes - hit], [positives - hit, n - yes - positives + hit]]) / n
+    joint = np.array([[hit, yes - hit], [positives - hit, n - yes - positives + hit]]) / max(n, 1)
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     seen = joint > 0
     return Detection(

@@ -47,7 +47,7 @@ def line_plot(
         if len(curves) > 1:
             y0 = _TOP + 8 + 16 * i
             parts.append(element("line", x1=_WIDTH - 150, x2=_WIDTH - 130, y1=y0, y2=y0, class_=f"line s{i}"))
-            parts.append(_label(_WIDTH - 124, y0 + 4, name))
+            parts.append(_label(_WIDTH - 124, y0 + 4, _cut(name, 20)))
     return _frame(title, parts)
 
 
@@ -98,7 +98,7 @@ def bar_chart(
     for i, (name, value) in enumerate(bars):
         y = 6 + row * i
         low = mark is not None and value < mark
-        parts.append(_label(left - 6, y + 10, name, "end", class_="name"))
+        parts.append(_label(left - 6, y + 10, _cut(name, 30), "end", class_="name"))
         parts.append(
             element(
                 "rect",
@@ -129,6 +129,11 @@ def _frame(title: str, parts: Sequence[Markup], height: int = _HEIGHT) -> Markup
 
 def _label(x: float, y: float, label: str, anchor: str = "start", class_: str | None = None) -> Markup:
     return element("text", label, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
+
+
+def _cut(name: str, most: int) -> str:
+    """What there is room for: a plot's edge would cut it off as if that were all."""
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _grid(to_x, x_ticks, to_y, y_ticks, x_label: str) -> list[Markup]:  # type: ignore[no-untyped-def]

@@ -236,6 +236,23 @@ def test_ghost_gradients_of_large_pre_activations() -> None:
         L.GhostGradients()(L.Forward(clt, x, x, code, clt.decode(code), mx.ones(2 * D_SAE, mx.bool_)))
 
 
+def test_kl_over_tokens_that_the_model_rules_out() -> None:
+    """Logits of minus infinity, on one side or on both."""
+    out = np.array([0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0], bool)
+
+    def masked(y: mx.array) -> mx.array:
+        return mx.where(mx.array(out), -mx.inf, model_logits(y))
+
+    sae, x = made(TopK(K)), mx.array(data(32))
+    f = forward(sae, x, L.Loss({}))
+    p, q = (np.array(mx.softmax(masked(a), axis=-1), np.float64)[:, ~out] for a in (x, f.y_hat))
+    value, grads = gradient(sae, L.KL(masked), x)
+    assert value == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=1e-4)
+    assert all(np.isfinite(g).all() for g in grads.values())
+    assert np.abs(grads["decoder.weight"]).max() > 0
+    assert np.isnan(L.KL(lambda y: model_logits(y) * float("nan"))(f).item())
+
+
 def test_multi_topk_follows_an_annealed_k() -> None:
     """Of twice the k of the step, not of the k that the rule ends with."""
     sae, x = made(TopK(K)), mx.array(data(32))

@@ -158,12 +158,12 @@ def test_tokens_of_which_nothing_shows_are_marked_all_the_same() -> None:
     assert html.count('class="peak"') == 1
     assert '<mark style="--a:1.00" title="4.00" class="peak">' in html
     assert "<span>\n</span>" in html
-    card = feature_card(FeatureCard(5, "t", [], [("\u05d0", 1.5), ("\n", 0.5), (" x", 0.1)], [example], 4.0))
+    card = feature_card(FeatureCard(5, "t", [], [("\u05d0", 1.5), ("\n", 0.5), (" x", -0.1)], [example], 4.0))
     chips = re.findall(r'class="chip"><bdi>([^<]*)</bdi>([^<]*)<', card)  # a number stays behind Hebrew
     assert [(unescape(token), gain) for token, gain in chips] == [
         ("\u05d0", " +1.5"),
         (r"'\n'", " +0.5"),
-        ("x", " +0.1"),
+        ("x", " -0.1"),
     ]
     assert '<li dir="auto">' in card
 

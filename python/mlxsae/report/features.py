@@ -61,7 +61,7 @@ def feature_card(card: FeatureCard) -> Markup:
         element(
             "span",
             element("bdi", piece.strip() if _shows(piece) else repr(piece)),
-            f" +{gain:.1f}",
+            f" {gain:+.1f}",
             class_="chip",
         )
         for piece, gain in card.promotes

@@ -253,6 +253,40 @@ def test_kl_over_tokens_that_the_model_rules_out() -> None:
     assert np.isnan(L.KL(lambda y: model_logits(y) * float("nan"))(f).item())
 
 
+@pytest.mark.parametrize("rule", [TopK(K), Gated()])
+def test_terms_of_an_sae_that_normalises_each_token(rule: Any) -> None:
+    """What its latents write counts times the token's deviation, as in its reconstruction."""
+    sae = made(rule)
+    sae.normalize_activations = "layer_norm"
+    x = data(32).astype(np.float64) * np.linspace(1, 9, 32)[:, None] + 2
+    f = forward(sae, mx.array(x.astype(np.float32)), L.Loss({}))
+    mean, std = x.mean(axis=1, keepdims=True), x.std(axis=1, ddof=1, keepdims=True)
+    w_enc, w_dec, b_enc, b_dec = (
+        np.array(a, np.float64) for a in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+    )
+    pre_acts = ((x - mean) / (std + 1e-5) - b_dec) @ w_enc + b_enc
+
+    def decoded(latents: np.ndarray) -> np.ndarray:
+        return (latents @ w_dec + b_dec) * std + mean
+
+    latents = np.array(sae.to_dense(f.code), np.float64)
+    np.testing.assert_allclose(np.array(f.y_hat), decoded(latents), atol=1e-3)
+    nested = L.Loss({"mse": (1.0, L.mse)}, prefixes=L.FixedPrefixes((4, D_SAE // 2)))
+    errors = [
+        np.square(x - decoded(latents * (np.arange(D_SAE) < width))).sum(axis=1).mean()
+        for width in (4, D_SAE // 2, D_SAE)
+    ]
+    total = nested(f._replace(scheduled=nested.scheduled(0, D_SAE)))[0]
+    assert total.item() == pytest.approx(np.mean(errors), rel=1e-4)
+    dead = np.maximum(pre_acts, 0) * DEAD
+    rest = x - decoded(latents)
+    aux = np.square(dead @ w_dec * std - rest).sum() / np.square(rest - rest.mean(axis=0)).sum()
+    assert L.AuxK(D_SAE)(f).item() == pytest.approx(aux, rel=1e-4)
+    if isinstance(rule, Gated):
+        gate = np.square(x - decoded(np.maximum(pre_acts, 0))).sum(axis=1).mean()
+        assert L.GateReconstruction()(f).item() == pytest.approx(gate, rel=1e-4)
+
+
 def test_multi_topk_follows_an_annealed_k() -> None:
     """Of twice the k of the step, not of the k that the rule ends with."""
     sae, x = made(TopK(K)), mx.array(data(32))

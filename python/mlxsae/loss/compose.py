@@ -12,6 +12,7 @@ from mlxsae.code import Code
 from mlxsae.loss.matryoshka import Prefixes, bands
 from mlxsae.loss.reconstruction import UNIFORM, RowTerm
 from mlxsae.sae import SAE
+from mlxsae.sae.model import layer_norm
 
 if TYPE_CHECKING:
     from mlxsae.loss.auxk import AuxK
@@ -65,6 +66,15 @@ class Forward(NamedTuple):
     def dense_pre_acts(self) -> mx.array:
         """``[n, d_sae]``: the rule's, or by a product of its own where the rule never held them."""
         return self.sae.pre_acts(self.x) if self.pre_acts is None else self.pre_acts
+
+    def as_target(self, decoded: mx.array, *, mean: bool = False) -> mx.array:
+        """What decoder rows write, ``[n, d_out]``, in the measure of ``y``: an SAE that normalises each token multiplies it
+        by the token's deviation, and adds the ``mean`` to all of them together.
+        """
+        if self.sae.normalize_activations != "layer_norm":
+            return decoded
+        _, centre, deviation = layer_norm(self.x)
+        return decoded * deviation + centre if mean else decoded * deviation
 
 
 Term = Callable[[Forward], mx.array]
@@ -137,7 +147,7 @@ class Loss:
             return [forward.y_hat]
         found, sae = [forward.y_hat], forward.sae
         for band in bands(forward.code, forward.scheduled["prefixes"])[:0:-1]:
-            found.append(found[-1] - sae.written(band))
+            found.append(found[-1] - forward.as_target(sae.written(band)))
         return found[::-1]
 
     def of_squares(self, squares: Sequence[mx.array], y: mx.array) -> tuple[mx.array, dict[str, mx.array]]:

@@ -137,6 +137,25 @@ def test_streaming_keeps_digits_where_the_mean_dwarfs_the_spread() -> None:
     assert naive != pytest.approx(expected * x.size, rel=0.5)  # the trap is real
 
 
+def test_streaming_keeps_digits_in_batches_of_any_size() -> None:
+    """The mean of a batch is 1e6 or more times the spread: float32 holds it to a sixteenth at best."""
+    rng = np.random.default_rng(1)
+    x = (1e6 * np.arange(1, 5) + rng.normal(size=(1000, 4))).astype(np.float32)
+    x_hat = x + np.float32(0.25)
+    meter = metrics.Reconstruction()
+    for rows in np.split(np.arange(1000), [1, 3, 500, 501]):
+        meter.update(mx.array(x[rows]), mx.array(x_hat[rows]))
+    assert meter.result()["fvu"] == pytest.approx(fvu64(x, x_hat), rel=1e-6)
+    np.testing.assert_allclose(meter.mean, x.mean(axis=0, dtype=np.float64), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(10, 1), (1, 8), (5, 8), (8,)])
+def test_a_reconstruction_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[Reconstruction\] x and x_hat must have one shape \[..., d\]"):
+        metrics.Reconstruction().update(mx.ones((10, 8)), mx.ones(shape))
+    metrics.Reconstruction().update(mx.ones((2, 5, 8)), mx.ones((10, 8)))
+
+
 def test_mean_of_batch_fvus_is_not_the_fvu() -> None:
     rng = np.random.default_rng(2)
     x = np.concatenate([rng.normal(size=(50, 4)), 5 + rng.normal(size=(50, 4))]).astype(np.float32)

@@ -32,26 +32,32 @@ class Reconstruction:
         self._merge(self._reduce(x, x_hat))
 
     @staticmethod
-    def _reduce(x: mx.array, x_hat: mx.array) -> tuple[int, mx.array, mx.array, mx.array, mx.array]:
+    def _reduce(x: mx.array, x_hat: mx.array) -> tuple[int, *tuple[mx.array, ...]]:
+        shapes = x.shape, x_hat.shape
         x, x_hat = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (x, x_hat))
+        if x.shape != x_hat.shape:
+            raise ValueError(
+                f"[Reconstruction] x and x_hat must have one shape [..., d] but got {shapes[0]} and {shapes[1]}."
+            )
         first = x[:1]  # equal tokens have no variance, to the last digit
         apart = x - first
         about = apart.mean(axis=0)
         rest = apart - about
-        mean = first.sum(axis=0) + (about + rest.mean(axis=0))
+        # The mean in two parts: their float32 sum would be off by its rounding.
+        mean = first.sum(axis=0), about + rest.mean(axis=0)
         error = mx.square(x - x_hat).sum(axis=-1)
         # Rows are summed by the host: a float32 sum over a large batch would lose digits.
-        return x.shape[0], mean, mx.square(rest).sum(axis=-1), error, error / mx.square(x).sum(axis=-1)
+        return x.shape[0], *mean, mx.square(rest).sum(axis=-1), error, error / mx.square(x).sum(axis=-1)
 
-    def _merge(self, parts: tuple[int, mx.array, mx.array, mx.array, mx.array]) -> None:
+    def _merge(self, parts: tuple[int, *tuple[mx.array, ...]]) -> None:
         n, *arrays = parts
         if n == 0:
             return
         mx.eval(arrays)
-        mean, scatter, error, ratio = (np.array(a, dtype=np.float64) for a in arrays)
-        shift = mean - self._mean
+        first, about, scatter, error, ratio = (np.array(a, dtype=np.float64) for a in arrays)
+        shift = first + about - self._mean
         total = self.n + n
-        # The float32 mean is off by its rounding; the scatter about it is exact up to n * rounding^2.
+        # A batch's mean is off by the rounding of a spread; the scatter about it is exact up to n * rounding^2.
         self._scatter += float(scatter.sum()) + float(shift @ shift) * self.n * n / total
         self._mean = self._mean + shift * (n / total)
         self._error += float(error.sum())

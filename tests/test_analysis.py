@@ -150,6 +150,8 @@ def test_statistics_and_top_examples() -> None:
     assert sorted(again.contrasts(0, 9)) == [[4, 5, 4]]  # 4 and 5 are its words; here it is silent on one
     with pytest.raises(ValueError, match="feature"):
         s.activations(6)
+    with pytest.raises(ValueError, match=r"feature must be an int in \[0, 6\) but got 2.5"):
+        s.activations(2.5)  # type: ignore[arg-type]
 
 
 def test_top_examples_prefer_distinct_words() -> None:
@@ -215,6 +217,7 @@ def test_detection_is_judged_on_rows_that_had_no_part_in_the_choice() -> None:
     (found,) = detection_table(s, labels)
     assert found.feature == 0  # right on every even row, never on an odd one
     assert found.f1 == 0
+    assert detection_table(s, mx.array(labels)) == detection_table(s, labels.tolist()) == [found]
     with pytest.raises(ValueError, match="labels"):
         detection_table(s, labels[:5])
     with pytest.raises(ValueError, match="labels"):

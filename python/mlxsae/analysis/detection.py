@@ -37,6 +37,7 @@ def detection_table(survey: Survey, labels: np.ndarray, *, min_positives: int = 
     ValueError
         Labels of another shape or type.
     """
+    labels = np.asarray(labels)  # MLX's too
     if labels.ndim != 2 or len(labels) != survey.n_tokens or labels.dtype != np.bool_:
         raise ValueError(
             f"[detection_table] labels must be bool of shape [{survey.n_tokens}, concepts] "

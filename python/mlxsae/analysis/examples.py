@@ -60,8 +60,8 @@ class Survey:
 
     def activations(self, feature: int) -> np.ndarray:
         """Value of one feature on each token: float32 [n]."""
-        if not 0 <= feature < self.d_sae:
-            raise ValueError(f"[activations] feature must be in [0, {self.d_sae}) but got {feature}.")
+        if not 0 <= feature < self.d_sae or feature != int(feature):
+            raise ValueError(f"[activations] feature must be an int in [0, {self.d_sae}) but got {feature}.")
         return np.where(self.indices == feature, self.values, 0).sum(axis=1, dtype=np.float32)
 
     def followers(self, feature: int, threshold: float, *, min_share: float = 0.03) -> dict[int, float]:

@@ -10,6 +10,7 @@ from mlxsae import SAE, lm
 from mlxsae.analysis import Candidate, Survey, detection_table, direct_effects, find_steering, steer, survey
 from mlxsae.lm import HookPoint, TokenBatch
 from mlxsae.metrics.in_model import evaluate_in_model
+from mlxsae.sae import Activation, BatchTopK, Crosscoder, JumpReLU, Rule
 
 
 @pytest.fixture
@@ -75,6 +76,43 @@ def test_steering_refuses_a_transcoder() -> None:
         steer(SAE(8, 32, k=4, d_out=6), {1: 1.0})
 
 
+@pytest.mark.parametrize("mode", ["scale", "add", "set"])
+@pytest.mark.parametrize("strengths", [{5: 0.5}, {2: 2.5, 17: -1.0}, {2: 2.5, 17: -1.0, 30: 0.0}])
+def test_steering_a_crosscoder(mode: str, strengths: dict[int, float]) -> None:
+    """Side by side or apart; as many features as sources must not be taken for them."""
+    coder = Crosscoder(4, 2, 32, k=8, seed=3)
+    x = mx.random.normal((3, 5, 8), key=mx.random.key(1))
+    latents = dense(coder, x)
+    assert (latents[..., list(strengths)] > 0).any()
+    steered = latents.copy()
+    for i, s in strengths.items():
+        steered[..., i] = {"scale": latents[..., i] * s, "add": latents[..., i] + s, "set": s}[mode]
+    want = np.array(x).reshape(3, 5, 2, 4) + np.einsum("btj,jsd->btsd", steered - latents, coder.W_dec)
+    edit = steer(coder, strengths, mode=mode)
+    np.testing.assert_allclose(np.array(edit(x)).reshape(3, 5, 2, 4), want, atol=2e-6)
+    np.testing.assert_allclose(np.array(edit(x.reshape(3, 5, 2, 4))), want, atol=2e-6)
+    with pytest.raises(ValueError, match=r"\[steer\] x must have shape \[..., 8\] but got \(3, 5, 4\)"):
+        edit(x[..., :4])
+
+
+def test_ablation_takes_away_latents_below_0(x: mx.array) -> None:
+    sae = SAE(8, 32, rule=Activation(mx.tanh), seed=3)
+    latents = np.tanh(np.array(x) @ np.array(sae.W_enc))
+    assert (latents[..., 4] < -0.1).any()
+    want = np.array(x) - latents[..., 4:5] * np.array(sae.W_dec)[4]
+    np.testing.assert_allclose(np.array(steer(sae, {4: 0.0})(x)), want, atol=2e-6)
+    np.testing.assert_allclose(np.array(steer(sae, {4: 0.0}, mode="set")(x)), want, atol=2e-6)
+    assert steer(sae, {4: 0.0})(x[:0]).shape == (0, 5, 8)
+
+
+def test_features_may_be_numpys(sae: SAE, x: mx.array) -> None:
+    feature = np.argmax(dense(sae, x).max(axis=(0, 1)))
+    assert not isinstance(feature, int)
+    assert mx.array_equal(steer(sae, {feature: 0.0})(x), steer(sae, {int(feature): 0.0})(x))
+    with pytest.raises(ValueError, match="feature"):
+        steer(sae, {1.0: 0.0})  # type: ignore[dict-item]
+
+
 def made_survey(rows: list[list[dict[int, float]]], d_sae: int = 6, k: int = 3) -> Survey:
     """A survey from {feature: value} for each token of each row; token ids count up."""
     values, indices, row = [], [], []
@@ -112,6 +150,8 @@ def test_statistics_and_top_examples() -> None:
     assert sorted(again.contrasts(0, 9)) == [[4, 5, 4]]  # 4 and 5 are its words; here it is silent on one
     with pytest.raises(ValueError, match="feature"):
         s.activations(6)
+    with pytest.raises(ValueError, match=r"feature must be an int in \[0, 6\) but got 2.5"):
+        s.activations(2.5)  # type: ignore[arg-type]
 
 
 def test_top_examples_prefer_distinct_words() -> None:
@@ -120,6 +160,13 @@ def test_top_examples_prefer_distinct_words() -> None:
     assert [e.tokens.tolist() for e in same.top_examples(0, 2)] == [[7], [8]]
     assert len(same.top_examples(0, 3)) == 3
     assert [e.tokens.tolist() for e in same.top_examples(0, 2, distinct=False)] == [[7], [7]]
+
+
+def test_top_examples_are_strongest_first_with_repeated_ones_too() -> None:
+    s = made_survey([[{0: 3.0}], [{0: 2.0}], [{0: 1.0}], [{0: 2.0}]])
+    same = Survey(s.d_sae, s.values, s.indices, np.array([7, 7, 8, 7], np.int32), s.row)
+    assert [e.activations.tolist() for e in same.top_examples(0, 4)] == [[3], [2], [2], [1]]
+    assert [e.activations.tolist() for e in same.top_examples(0, 3)] == [[3], [2], [1]]
 
 
 def brute_force(s: Survey, labels: np.ndarray, concept: int) -> tuple[float, float]:
@@ -170,10 +217,18 @@ def test_detection_is_judged_on_rows_that_had_no_part_in_the_choice() -> None:
     (found,) = detection_table(s, labels)
     assert found.feature == 0  # right on every even row, never on an odd one
     assert found.f1 == 0
+    assert detection_table(s, mx.array(labels)) == detection_table(s, labels.tolist()) == [found]
     with pytest.raises(ValueError, match="labels"):
         detection_table(s, labels[:5])
     with pytest.raises(ValueError, match="labels"):
         detection_table(s, labels.astype(np.int32))
+
+
+@pytest.mark.filterwarnings("error")
+def test_detection_without_a_row_to_judge_by() -> None:
+    s = made_survey([[{0: 1.0}, {1: 1.0}]])
+    (found,) = detection_table(s, np.array([[True], [False]]), min_positives=0)
+    assert (found.feature, found.f1, found.positives, found.information) == (0, 0.0, 0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +258,48 @@ def test_survey_holds_the_codes_of_the_valid_tokens(model, batch: TokenBatch) ->
         survey(model, sae, point, [TokenBatch(batch.tokens, mx.zeros_like(batch.valid))])
 
 
+def test_survey_cuts_rows_between_documents(model) -> None:
+    """What comes after a token is the next one of its own document; examples hold no text of two."""
+    documents = ["The dog ran.", "A cat sat on it.", "Once upon a time."]
+    batches = list(lm.token_batches(model, documents, context_size=24, batch_size=2))
+    found = survey(model, SAE(model.d_model, 64, k=64, seed=0), HookPoint(2, "resid_post"), batches)
+    pieces, pairs = [], set()
+    for batch in batches:
+        for tokens, valid in zip(np.array(batch.tokens), np.array(batch.valid), strict=True):
+            runs = "".join(" x"[int(v)] for v in valid).split(" ")
+            at = 0
+            for run in runs:
+                if run:
+                    pieces.append(tokens[at : at + len(run)].tolist())
+                    pairs |= set(zip(pieces[-1][:-1], pieces[-1][1:], strict=True))
+                at += len(run) + 1
+    assert len(pieces) > sum(len(np.array(batch.tokens)) for batch in batches)  # documents meet within rows
+    got = [found.tokens[found.row == r].tolist() for r in range(len(pieces))]
+    assert got == pieces
+    assert found.row.tolist() == sorted(found.row.tolist())
+    for feature in range(64):
+        on = found.activations(feature) > 0
+        for follower in found.followers(feature, 1e-6, min_share=0):
+            assert any((token, follower) in pairs for token in found.tokens[on])
+        for example in found.top_examples(feature, 2):
+            assert example.tokens.tolist() in pieces
+
+
+@pytest.mark.parametrize("rule", [BatchTopK(8), JumpReLU(), Activation(mx.tanh)])
+def test_survey_shows_the_sae_nothing_but_valid_tokens(model, batch: TokenBatch, rule: Rule) -> None:
+    """A BatchTopK without a threshold gives latents to what it is shown, padding and BOS included."""
+    point = HookPoint(2, "resid_post")
+    sae = SAE(model.d_model, 256, rule=rule, seed=0)
+    nothing = TokenBatch(batch.tokens, mx.zeros_like(batch.valid))
+    found = survey(model, sae, point, [nothing, batch])
+    x = lm.valid_rows(lm.capture(model, batch.tokens, point)[point], batch.valid)
+    latents = np.maximum(np.array(sae.to_dense(sae.encode(x))), 0)
+    for feature in range(256):
+        np.testing.assert_array_equal(found.activations(feature), latents[:, feature])
+    assert found.values.shape[1] == (latents > 0).sum(axis=1).max()
+    assert set(found.row) == {0, 1}
+
+
 def test_an_exact_sae_costs_the_model_nothing(model, batch: TokenBatch) -> None:
     d = model.d_model
     eye = mx.eye(d)
@@ -224,6 +321,20 @@ def test_an_exact_sae_costs_the_model_nothing(model, batch: TokenBatch) -> None:
         evaluate_in_model(model, SAE(8, 16, k=2), HookPoint(2, "resid_post"), [batch])
     with pytest.raises(ValueError, match="valid"):
         evaluate_in_model(model, exact, HookPoint(2, "resid_post"), [])
+
+
+def test_an_sae_is_judged_in_the_model_by_the_codes_of_valid_tokens(model, batch: TokenBatch) -> None:
+    """Padding and BOS take no latents from them, where the k n largest of all that is shown are kept."""
+    point = HookPoint(2, "resid_post")
+    sae = SAE(model.d_model, 256, rule=BatchTopK(8), seed=0)
+    assert not bool(batch.valid.all())
+    metrics = evaluate_in_model(model, sae, point, [batch])
+    x = lm.capture(model, batch.tokens, point)[point]
+    whole = np.array(x)
+    whole[np.array(batch.valid)] = np.array(sae(lm.valid_rows(x, batch.valid)))
+    losses = np.array(lm.token_losses(model, batch.tokens, edits={point: lambda _: mx.array(whole)}))
+    predicted = np.array(batch.valid)[:, 1:]
+    assert metrics["ce_sae"] == pytest.approx(losses[predicted].mean(), rel=1e-5)
 
 
 def test_effects_are_the_change_that_ablation_makes(model, batch: TokenBatch) -> None:
@@ -270,3 +381,7 @@ def test_find_steering_finds_a_direction_that_says_a_letter(model) -> None:
     assert found.prompt in ("Once upon a time", "The dog")
     assert find_steering(model, sae, point, {1: Candidate(1e-9, [letter], prompts)}) is None
     assert find_steering(model, sae, point, {}) is None
+    # A token that is named again gains no more: of shares of one token none is over 1.
+    often = {1: Candidate(50.0, [letter] * 9, prompts)}
+    assert find_steering(model, sae, point, often, max_tokens=4) == found
+    assert find_steering(model, sae, point, often, max_tokens=4, min_gain=1.01) is None

@@ -59,6 +59,15 @@ def test_silence_and_death_are_named() -> None:
     assert "50%" in found[0].says
 
 
+def test_metrics_that_are_nan_are_a_fault() -> None:
+    good = {"fvu": 0.1, "l0": 4.0, "dead_fraction": 0.0, "ce_clean": 1.0, "ce_sae": 1.1, "ce_mean": 1.0}
+    assert (
+        in_model.diagnose(good | {"loss_recovered_mean": float("nan")}) == []
+    )  # there was nothing to recover
+    (advice,) = in_model.diagnose(good | {"fvu": float("nan"), "ce_sae": float("nan")})
+    assert advice.startswith("fvu and ce_sae are NaN")
+
+
 def test_a_reconstruction_that_is_only_watched_is_no_fault() -> None:
     """End to end the SAE answers for what the model predicts: FVU over 1 alone says nothing."""
     record = {"loss": 0.1, "fvu": 1.5, "l0": 4.0, "dead_fraction": 0.0}

@@ -236,6 +236,57 @@ def test_ghost_gradients_of_large_pre_activations() -> None:
         L.GhostGradients()(L.Forward(clt, x, x, code, clt.decode(code), mx.ones(2 * D_SAE, mx.bool_)))
 
 
+def test_kl_over_tokens_that_the_model_rules_out() -> None:
+    """Logits of minus infinity, on one side or on both."""
+    out = np.array([0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0], bool)
+
+    def masked(y: mx.array) -> mx.array:
+        return mx.where(mx.array(out), -mx.inf, model_logits(y))
+
+    sae, x = made(TopK(K)), mx.array(data(32))
+    f = forward(sae, x, L.Loss({}))
+    p, q = (np.array(mx.softmax(masked(a), axis=-1), np.float64)[:, ~out] for a in (x, f.y_hat))
+    value, grads = gradient(sae, L.KL(masked), x)
+    assert value == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=1e-4)
+    assert all(np.isfinite(g).all() for g in grads.values())
+    assert np.abs(grads["decoder.weight"]).max() > 0
+    assert np.isnan(L.KL(lambda y: model_logits(y) * float("nan"))(f).item())
+
+
+@pytest.mark.parametrize("rule", [TopK(K), Gated()])
+def test_terms_of_an_sae_that_normalises_each_token(rule: Any) -> None:
+    """What its latents write counts times the token's deviation, as in its reconstruction."""
+    sae = made(rule)
+    sae.normalize_activations = "layer_norm"
+    x = data(32).astype(np.float64) * np.linspace(1, 9, 32)[:, None] + 2
+    f = forward(sae, mx.array(x.astype(np.float32)), L.Loss({}))
+    mean, std = x.mean(axis=1, keepdims=True), x.std(axis=1, ddof=1, keepdims=True)
+    w_enc, w_dec, b_enc, b_dec = (
+        np.array(a, np.float64) for a in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+    )
+    pre_acts = ((x - mean) / (std + 1e-5) - b_dec) @ w_enc + b_enc
+
+    def decoded(latents: np.ndarray) -> np.ndarray:
+        return (latents @ w_dec + b_dec) * std + mean
+
+    latents = np.array(sae.to_dense(f.code), np.float64)
+    np.testing.assert_allclose(np.array(f.y_hat), decoded(latents), atol=1e-3)
+    nested = L.Loss({"mse": (1.0, L.mse)}, prefixes=L.FixedPrefixes((4, D_SAE // 2)))
+    errors = [
+        np.square(x - decoded(latents * (np.arange(D_SAE) < width))).sum(axis=1).mean()
+        for width in (4, D_SAE // 2, D_SAE)
+    ]
+    total = nested(f._replace(scheduled=nested.scheduled(0, D_SAE)))[0]
+    assert total.item() == pytest.approx(np.mean(errors), rel=1e-4)
+    dead = np.maximum(pre_acts, 0) * DEAD
+    rest = x - decoded(latents)
+    aux = np.square(dead @ w_dec * std - rest).sum() / np.square(rest - rest.mean(axis=0)).sum()
+    assert L.AuxK(D_SAE)(f).item() == pytest.approx(aux, rel=1e-4)
+    if isinstance(rule, Gated):
+        gate = np.square(x - decoded(np.maximum(pre_acts, 0))).sum(axis=1).mean()
+        assert L.GateReconstruction()(f).item() == pytest.approx(gate, rel=1e-4)
+
+
 def test_multi_topk_follows_an_annealed_k() -> None:
     """Of twice the k of the step, not of the k that the rule ends with."""
     sae, x = made(TopK(K)), mx.array(data(32))
@@ -251,6 +302,24 @@ def test_multi_topk_follows_an_annealed_k() -> None:
     loss = L.Loss({"fvu": (1.0, L.fvu)}, terms={"watch": (1.0, watch)})
     fit(SAE(D, D_SAE, k=K, seed=0), source(), settings(4, k_start=8, k_warmup=2), loss=loss)
     assert seen == [8, 6, None, None]
+
+
+@pytest.mark.parametrize("factor", [1, 3, D_SAE])
+def test_multi_topk_ranks_as_the_sae_does(factor: int) -> None:
+    """By size in the output, where that is what latents compete by: the selection of the rule is among it."""
+    sae, x = made(TopK(K), rank_by_decoder_norm=True), data(32).astype(np.float64)
+    w_enc, w_dec, b_enc, b_dec = (
+        np.array(a, np.float64) for a in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+    )
+    pre_acts = (x - b_dec) @ w_enc + b_enc
+    sizes = pre_acts * np.linalg.norm(w_dec, axis=1)
+    least = np.sort(sizes, axis=1)[:, -min(factor * K, D_SAE)]
+    acts = np.where(sizes >= least[:, None], np.maximum(pre_acts, 0), 0)
+    error = np.square(x - acts @ w_dec - b_dec).sum()
+    f = forward(sae, mx.array(x.astype(np.float32)), L.Loss({}))
+    assert L.MultiTopK(factor)(f).item() == pytest.approx(
+        error / np.square(x - x.mean(axis=0)).sum(), rel=1e-5
+    )
 
 
 def test_penalties_of_negative_latents() -> None:
@@ -366,6 +435,27 @@ def test_schedules_reach_the_terms() -> None:
         LossConfig(p_end=0.2)
     with pytest.raises(ValueError, match=r"\[anneal\] begin must be in \[0, finish\)"):
         L.anneal(1, 0, 5, 5)
+
+
+def test_terms_of_one_loss_are_annealed_each_by_its_own_schedule() -> None:
+    powers = {
+        "lp": L.anneal(1, 0.2, 0, 20),
+        "fast": L.anneal(1, 0.5, 0, 10),
+        "slow": L.anneal(1, 0.5, 10, 40),
+    }
+    sae, x = made(ReLU()), mx.array(data(32))
+    loss = L.Loss({}, terms={name: (1e-3, L.Lp(p)) for name, p in powers.items()})
+    for step in (0, 7, 30):
+        values = loss(forward(sae, x, loss, step=step))[1]
+        for name, p in powers.items():
+            assert values[name].item() == pytest.approx(
+                L.Lp(p(step))(forward(sae, x, L.Loss({}))).item(), rel=1e-6
+            )
+    whole = L.Loss({"fvu": (1.0, L.fvu)}, terms=loss.terms)
+    last = fit(SAE(D, D_SAE, rule=ReLU(), seed=0), source(), settings(20, log_every=1), loss=whole).history[
+        -1
+    ]
+    assert len({last["lp"], last["fast"], last["slow"]}) == 3
 
 
 def test_lp_keeps_the_size_of_l1() -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlxsae import metrics
-from mlxsae.code import SparseCode, SparseCodeCSR
+from mlxsae.code import DenseCode, SparseCode, SparseCodeCSR
 from mlxsae.loss.reconstruction import sum_about_mean
-from mlxsae.sae import SAE
+from mlxsae.sae import SAE, Crosscoder, CrossLayerTranscoder
 from mlxsae.train.initial import column_statistics
 
 N, D, D_SAE, K = 300, 24, 50, 6
@@ -54,6 +54,15 @@ def test_functions_match_their_definitions(data: tuple) -> None:
     dead = (latents > 0).sum(0) == 0
     assert dead.sum() >= 3
     assert metrics.dead_fraction(counts).item() == pytest.approx(dead.mean())
+
+
+def test_a_large_batch_keeps_its_digits() -> None:
+    """One float32 sum over 13 million numbers was off by 0.3 %."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200_000, 64)).astype(np.float32)
+    x_hat = x + np.float32(0.1) * rng.normal(size=x.shape).astype(np.float32)
+    got = metrics.fvu(mx.array(x), mx.array(x_hat)).item()
+    assert got == pytest.approx(fvu64(x, x_hat), rel=1e-5)
 
 
 def test_leading_dimensions_are_tokens(data: tuple) -> None:
@@ -128,6 +137,25 @@ def test_streaming_keeps_digits_where_the_mean_dwarfs_the_spread() -> None:
     assert naive != pytest.approx(expected * x.size, rel=0.5)  # the trap is real
 
 
+def test_streaming_keeps_digits_in_batches_of_any_size() -> None:
+    """The mean of a batch is 1e6 or more times the spread: float32 holds it to a sixteenth at best."""
+    rng = np.random.default_rng(1)
+    x = (1e6 * np.arange(1, 5) + rng.normal(size=(1000, 4))).astype(np.float32)
+    x_hat = x + np.float32(0.25)
+    meter = metrics.Reconstruction()
+    for rows in np.split(np.arange(1000), [1, 3, 500, 501]):
+        meter.update(mx.array(x[rows]), mx.array(x_hat[rows]))
+    assert meter.result()["fvu"] == pytest.approx(fvu64(x, x_hat), rel=1e-6)
+    np.testing.assert_allclose(meter.mean, x.mean(axis=0, dtype=np.float64), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(10, 1), (1, 8), (5, 8), (8,)])
+def test_a_reconstruction_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[Reconstruction\] x and x_hat must have one shape \[..., d\]"):
+        metrics.Reconstruction().update(mx.ones((10, 8)), mx.ones(shape))
+    metrics.Reconstruction().update(mx.ones((2, 5, 8)), mx.ones((10, 8)))
+
+
 def test_mean_of_batch_fvus_is_not_the_fvu() -> None:
     rng = np.random.default_rng(2)
     x = np.concatenate([rng.normal(size=(50, 4)), 5 + rng.normal(size=(50, 4))]).astype(np.float32)
@@ -185,6 +213,17 @@ def test_loss_recovered() -> None:
         metrics.LossRecovered().update(1, zero=1.0)
 
 
+def test_an_ablation_that_costs_nothing_leaves_nothing_to_recover() -> None:
+    """One token: its mean is itself."""
+    assert np.isnan(metrics.ce_loss_recovered(2.0, 2.0, 2.0))
+    assert metrics.ce_loss_recovered(2.0, 2.5, 2.0) == -np.inf
+    meter = metrics.LossRecovered()
+    meter.update(1, clean=1.5, sae=1.5, zero=3.0, mean=1.5)
+    got = meter.result()
+    assert got["loss_recovered_zero"] == 1
+    assert np.isnan(got["loss_recovered_mean"])
+
+
 def test_throughput_counts_tokens_against_the_clock() -> None:
     now = [10.0]
     meter = metrics.Throughput(lambda: now[0])
@@ -208,6 +247,49 @@ def test_evaluate_runs_a_module_over_batches() -> None:
     )
     deep = metrics.evaluate(module, [x.reshape(4, 16, 8)])
     assert deep == pytest.approx(got, rel=1e-5)
+
+
+def test_sources_given_apart_are_one_token() -> None:
+    """Each coordinate of each source has a mean of its own."""
+    x = mx.random.normal((60, 2, 4)) + mx.array([[3.0], [-5.0]])
+    y = 2 * mx.random.normal((60, 2, 4)) + mx.array([[-1.0], [4.0]])
+    coder = Crosscoder(4, 2, 32, k=4, seed=0)
+    across = CrossLayerTranscoder(4, 2, 16, k=4, seed=0)
+    for module, target in ((coder, x), (across, y)):
+        y_hat = np.array(module(x)).reshape(60, 8)
+        wanted = fvu64(np.array(target).reshape(60, 8), y_hat)
+        got = metrics.evaluate(module, [(x[:20], target[:20]), (x[20:], target[20:])])
+        assert got["fvu"] == pytest.approx(wanted, rel=1e-5)
+        flat = [(x.reshape(60, 8), target.reshape(60, 8))]
+        assert got == pytest.approx(metrics.evaluate(module, flat), rel=1e-5)
+        assert got["mse"] == pytest.approx(
+            np.square(np.array(target).reshape(60, 8) - y_hat).sum(1).mean(), rel=1e-5
+        )
+
+
+def test_a_transcoder_is_not_judged_by_its_input() -> None:
+    coder, x = SAE(8, 32, k=4, d_out=8, seed=0), mx.random.normal((64, 8))
+    with pytest.raises(ValueError, match=r"\[evaluate\] batches of a transcoder must be tuples"):
+        metrics.evaluate(coder, [x])
+    assert metrics.evaluate(coder, [(x, x)])["n_tokens"] == 64
+
+
+def test_latents_of_another_sae_are_refused() -> None:
+    """They were counted for others, or written past the end."""
+    dense = DenseCode(mx.ones((10, 64)))
+    with pytest.raises(
+        ValueError, match=r"\[fire_counts\] values must have shape \[..., 32\] but got \(10, 64\)"
+    ):
+        metrics.fire_counts(dense, 32)
+    np.testing.assert_array_equal(np.array(metrics.fire_counts(dense, 64)), 10)
+    meter = metrics.FireCounter(4)
+    meter.update(SparseCode(mx.array([[1.0, 0.0]]), mx.array([[3, 9]], mx.uint32)))  # 9 does not fire
+    for index in (4, 400_000_000):
+        code = SparseCode(mx.ones((3, 2)), mx.array([[1, index]] * 3, mx.uint32))
+        assert metrics.fire_counts(code, 4).tolist() == [0, 3, 0, 0]
+        with pytest.raises(ValueError, match=r"\[FireCounter\] latents must be below d_sae=4 but 3 firings"):
+            meter.update(code)
+    assert (meter.n, meter.counts.tolist()) == (1, [0, 0, 0, 1])
 
 
 @pytest.mark.parametrize("meter", [metrics.Reconstruction(), metrics.FireCounter(4), metrics.LossRecovered()])

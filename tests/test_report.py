@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 import xml.etree.ElementTree as ET
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -146,6 +147,27 @@ def test_highlighting_is_as_strong_as_the_activation() -> None:
     assert 'id="feature-5"' in feature_card(FeatureCard(5, "t", [], [], [], 1.0))
 
 
+def test_tokens_of_which_nothing_shows_are_marked_all_the_same() -> None:
+    """A browser draws no mark around a line break, and runs spaces together."""
+    pieces = ["a", "\n", " ", "\t", "\u200b", "  b", "\n", " c"]
+    example = ShownExample(pieces, [0.0, 4.0, 1.0, 1.0, 1.0, 1.0, 0.0, float("nan")])
+    html = highlighted(example, 4.0)
+    marked = [unescape(m) for m in re.findall(r"<mark[^>]*>([^<]*)</mark>", html)]
+    assert marked == [r"'\n'", "' '", r"'\t'", r"'\u200b'", "b", "c"]
+    assert re.findall(r"--a:([^\"]+)", html) == ["1.00", "0.25", "0.25", "0.25", "0.25", "1.00"]
+    assert html.count('class="peak"') == 1
+    assert '<mark style="--a:1.00" title="4.00" class="peak">' in html
+    assert "<span>\n</span>" in html
+    card = feature_card(FeatureCard(5, "t", [], [("\u05d0", 1.5), ("\n", 0.5), (" x", -0.1)], [example], 4.0))
+    chips = re.findall(r'class="chip"><bdi>([^<]*)</bdi>([^<]*)<', card)  # a number stays behind Hebrew
+    assert [(unescape(token), gain) for token, gain in chips] == [
+        ("\u05d0", " +1.5"),
+        (r"'\n'", " +0.5"),
+        ("x", " -0.1"),
+    ]
+    assert '<li dir="auto">' in card
+
+
 def test_a_line_plot_goes_through_its_points() -> None:
     root = svg(line_plot({"a": ([0, 1, 2, 3], [0.0, 1.0, float("nan"), 3.0])}, title="T", x_label="x"))
     (line,) = root.findall("polyline")
@@ -171,6 +193,79 @@ def test_a_line_plot_goes_through_its_points() -> None:
         line_plot({}, title="T", x_label="x")
 
 
+def ticks(root: ET.Element, anchor: str, across: str) -> list[tuple[float, float]]:
+    """Value and place of each label along an axis, read off the plot."""
+    size = {"k": 1e3, "M": 1e6, "G": 1e9}
+    found = []
+    for text in root.findall("text"):
+        if text.attrib["text-anchor"] == anchor and (label := text.text or "")[-1:].isdigit() | (
+            label[-1:] in size
+        ):
+            value = float(label[:-1]) * size[label[-1]] if label[-1] in size else float(label)
+            found.append((value, float(text.attrib[across])))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (0.0, 1.0),
+        (0.991, 0.9935),
+        (0.1152, 0.1205),
+        (1001.0, 1004.0),
+        (10_000_000.0, 10_050_000.0),
+        (-0.0013, 0.002),
+        (0.9, 9.1),
+        (7.0, 7.0),
+        (1e17, 1e17),
+        (0.0, 1e300),
+    ],
+)
+def test_ticks_tell_values_apart(low: float, high: float) -> None:
+    """Read off the plot, a label is the value at its place."""
+    root = svg(line_plot({"a": ([low, high], [high, low])}, title="T", x_label="x"))
+    for found in (ticks(root, "middle", "x"), ticks(root, "end", "y")):
+        values, places = np.array(found).T
+        assert len(values) == len(set(values)) >= 2
+        value, place = values[0], places[0]
+        scale = (places[-1] - place) / (values[-1] / 1e10 - value / 1e10)
+        np.testing.assert_allclose(places, place + (values / 1e10 - value / 1e10) * scale, atol=0.2)
+    (line,) = root.findall("polyline")
+    if low < high:
+        left, right = (float(p.split(",")[0]) for p in line.attrib["points"].split())
+        values, places = np.array(ticks(root, "middle", "x")).T
+        scale = (right - left) / (high / 1e10 - low / 1e10)
+        np.testing.assert_allclose(places, left + (values / 1e10 - low / 1e10) * scale, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0105, 0.0195), (0.011, 0.013), (1e-3, 0.5), (1e-8, 1e3), (0.5, 0.5)]
+)
+def test_logarithmic_ticks_are_never_missing(low: float, high: float) -> None:
+    root = svg(line_plot({"a": ([1, 2], [low, high])}, title="T", x_label="x", log_y=True))
+    values, places = np.array(ticks(root, "end", "y")).T
+    assert len(values) == len(set(values)) >= 2
+    if low < high:
+        (line,) = root.findall("polyline")
+        first, last = (float(p.split(",")[1]) for p in line.attrib["points"].split())
+        scale = (last - first) / np.log10(high / low)
+        np.testing.assert_allclose(
+            places - 4, first + np.log10(values / low) * scale, atol=0.2
+        )  # below its line
+    assert len(ticks(svg(histogram([low, high], title="T", x_label="x", log_x=True)), "middle", "x")) >= 2
+
+
+def test_one_point_is_drawn() -> None:
+    """A run with one record: a line of one point shows nothing."""
+    root = svg(line_plot({"a": ([1, 2], [5, float("nan")]), "b": ([1, 2], [4, 6])}, title="T", x_label="x"))
+    (dot,) = root.findall("circle")
+    (line,) = root.findall("polyline")
+    begin, end = (tuple(map(float, p.split(","))) for p in line.attrib["points"].split())
+    assert float(dot.attrib["cx"]) == begin[0]
+    assert float(dot.attrib["cy"]) == pytest.approx((begin[1] + end[1]) / 2, abs=0.1)
+    assert dot.attrib["class"] == "line s0"
+
+
 def test_a_histogram_counts() -> None:
     values = [1.0] * 3 + [10.0] * 6 + [0.0, float("inf")]
     root = svg(histogram(values, title="T", x_label="x", bins=2, log_x=True))
@@ -178,6 +273,9 @@ def test_a_histogram_counts() -> None:
     assert high == pytest.approx(2 * low, rel=0.02)
     assert "no data" in histogram([], title="T", x_label="x")
     assert svg(histogram([2.0, 2.0], title="T", x_label="x")) is not None
+    for equal in ([1.0, 1 + 2.3e-16, 1.0], [1e17] * 3):  # but for rounding
+        (bar,) = svg(histogram(equal, title="T", x_label="x")).findall("rect")
+        assert float(bar.attrib["height"]) == 260 - 12 - 34
 
 
 def test_bars_are_as_long_as_their_values() -> None:
@@ -187,6 +285,10 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert float(none.attrib["width"]) == 0
     assert full.attrib["class"] == "bar"
     assert half.attrib["class"] == "bar low"
+    long = svg(bar_chart([("w" * 60, 0.5), ("v" * 30, 0.5)], title="T")).findall("text[@class='name']")
+    assert [text.text for text in long] == ["w" * 29 + "…", "v" * 30]
+    with pytest.raises(ValueError, match=r"\[bar_chart\] upper must be positive but got 0"):
+        bar_chart([("none", 0.0)], title="T", upper=0.0)
 
 
 def test_tables_name_their_rows() -> None:

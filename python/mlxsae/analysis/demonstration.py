@@ -101,7 +101,7 @@ def _changes(
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = prompt
         last[i, len(prompt) - 1] = True
-    batch, where, wanted = mx.array(tokens), mx.array(last.tolist()), list(followers)
+    batch, where, wanted = mx.array(tokens), mx.array(last.tolist()), sorted(set(followers))
     plain = _next_tokens(lm, batch, last)
     changes: dict[int, _Change] = {}
     for multiple in multiples:

@@ -37,6 +37,7 @@ def detection_table(survey: Survey, labels: np.ndarray, *, min_positives: int = 
     ValueError
         Labels of another shape or type.
     """
+    labels = np.asarray(labels)  # MLX's too
     if labels.ndim != 2 or len(labels) != survey.n_tokens or labels.dtype != np.bool_:
         raise ValueError(
             f"[detection_table] labels must be bool of shape [{survey.n_tokens}, concepts] "
@@ -75,7 +76,7 @@ def detection_table(survey: Survey, labels: np.ndarray, *, min_positives: int = 
 def _judge(concept: int, feature: int, threshold: float, says: np.ndarray, carries: np.ndarray) -> Detection:
     hit = int((says & carries).sum())
     yes, positives, n = int(says.sum()), int(carries.sum()), len(says)
-    joint = np.array([[hit, yes - hit], [positives - hit, n - yes - positives + hit]]) / n
+    joint = np.array([[hit, yes - hit], [positives - hit, n - yes - positives + hit]]) / max(n, 1)
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     seen = joint > 0
     return Detection(

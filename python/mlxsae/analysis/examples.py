@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsae.code import to_slots
-from mlxsae.lm import HookPoint, LanguageModel, TokenBatch, capture
+from mlxsae.lm import HookPoint, LanguageModel, TokenBatch, capture, valid_rows
 from mlxsae.sae import SAE
 
 
@@ -33,13 +33,15 @@ class FeatureStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """The codes of all valid tokens of some text. Memory: 8 k bytes a token."""
+    """The codes of all valid tokens of some text. Memory: 8 k bytes a token; where the number of latents varies, k is that
+    of the fullest token.
+    """
 
     d_sae: int
     values: np.ndarray  # [n, k] float32
     indices: np.ndarray  # [n, k] uint32
     tokens: np.ndarray  # [n] int32
-    row: np.ndarray  # [n] int64: the row of text that a token stands in, ascending
+    row: np.ndarray  # [n] int64: the row that a token stands in, ascending; a row is text without gaps
 
     @property
     def n_tokens(self) -> int:
@@ -58,8 +60,8 @@ class Survey:
 
     def activations(self, feature: int) -> np.ndarray:
         """Value of one feature on each token: float32 [n]."""
-        if not 0 <= feature < self.d_sae:
-            raise ValueError(f"[activations] feature must be in [0, {self.d_sae}) but got {feature}.")
+        if not 0 <= feature < self.d_sae or feature != int(feature):
+            raise ValueError(f"[activations] feature must be an int in [0, {self.d_sae}) but got {feature}.")
         return np.where(self.indices == feature, self.values, 0).sum(axis=1, dtype=np.float32)
 
     def followers(self, feature: int, threshold: float, *, min_share: float = 0.03) -> dict[int, float]:
@@ -112,7 +114,7 @@ class Survey:
                 continue
             seen.add(words)
             chosen.append(r)
-        chosen += repeated[: n - len(chosen)]
+        chosen = sorted(chosen + repeated[: n - len(chosen)], key=lambda r: (-peaks[r], r))
         return [
             Example(
                 self.tokens[starts[r] : ends[r]],
@@ -124,7 +126,10 @@ class Survey:
 
 
 def survey(lm: LanguageModel, sae: SAE, hook_point: HookPoint, batches: Iterable[TokenBatch]) -> Survey:
-    """The codes that ``sae`` gives to the valid tokens of ``batches`` at ``hook_point``.
+    """The codes that ``sae`` gives to the valid tokens of ``batches`` at ``hook_point``; it sees no other token.
+
+    A row of the survey is a row of a batch. Where tokens that are not valid stand inside, such as BOS between documents, it
+    is cut into several.
 
     Raises
     ------
@@ -135,16 +140,19 @@ def survey(lm: LanguageModel, sae: SAE, hook_point: HookPoint, batches: Iterable
     values, indices, kept, rows = [], [], [], []
     row = 0
     for tokens, valid in batches:
-        x = capture(lm, tokens, hook_point)[hook_point]
-        code = to_slots(sae.encode(x))
-        mx.eval(code)
         where = np.array(valid)
-        values.append(np.array(code.values.astype(mx.float32)).reshape(*where.shape, -1)[where])
-        indices.append(np.array(code.indices).reshape(*where.shape, -1)[where])
+        if not where.any():
+            continue
+        x = capture(lm, tokens, hook_point)[hook_point]
+        code = to_slots(sae.encode(valid_rows(x, valid)))
+        mx.eval(code)
+        values.append(np.array(code.values.astype(mx.float32)))
+        indices.append(np.array(code.indices))
         kept.append(np.array(tokens)[where])
-        rows.append(row + np.nonzero(where)[0])
-        row += len(where)
-    if not sum(map(len, kept)):
+        begins = where & ~np.pad(where[:, :-1], ((0, 0), (1, 0)))
+        rows.append(row + np.cumsum(begins)[where.reshape(-1)] - 1)
+        row += int(begins.sum())
+    if not kept:
         raise ValueError("[survey] there must be at least one valid token but there is none.")
     width = max(
         part.shape[1] for part in values

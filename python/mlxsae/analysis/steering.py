@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import mlx.core as mx
 
-from mlxsae.code import to_slots
-from mlxsae.sae import SAE
+from mlxsae.code import DenseCode, to_slots
+from mlxsae.sae import SAE, Crosscoder
 from mlxsae.sae.model import layer_norm
 
 MODES = ("scale", "add", "set")
@@ -24,7 +25,7 @@ def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> C
     Parameters
     ----------
     sae : SAE
-        Input and target are the same activation.
+        Input and target are the same activation. A crosscoder steers all its sources at once.
     strengths : {feature: strength}
         Indices in ``[0, d_sae)``.
     mode : str
@@ -34,12 +35,13 @@ def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> C
     Returns
     -------
     function
-        ``[..., d] -> [..., d]``, in the dtype of its argument.
+        ``[..., d] -> [..., d]``, in the dtype of its argument; for a crosscoder also ``[..., n_sources, d_source]``.
 
     Raises
     ------
     ValueError
-        An unknown mode, no feature, one out of range, a strength that is not finite, a transcoder.
+        An unknown mode, no feature, one out of range, a strength that is not finite, a transcoder; from the edit, an
+        activation of another width.
     """
     if mode not in MODES:
         raise ValueError(f"[steer] mode must be one of {', '.join(MODES)} but got {mode!r}.")
@@ -51,15 +53,19 @@ def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> C
     if not strengths:
         raise ValueError("[steer] strengths must name at least one feature but is empty.")
     for feature, strength in strengths.items():
-        if isinstance(feature, bool) or not isinstance(feature, int) or not 0 <= feature < sae.d_sae:
+        if isinstance(feature, bool) or not isinstance(feature, Integral) or not 0 <= feature < sae.d_sae:
             raise ValueError(f"[steer] a feature must be an int in [0, {sae.d_sae}) but got {feature!r}.")
         if not math.isfinite(strength):
             raise ValueError(f"[steer] a strength must be finite but feature {feature} got {strength}.")
-    features = mx.array(list(strengths), mx.uint32)
+    features = mx.array([int(i) for i in strengths], mx.uint32)
     strength = mx.array([float(s) for s in strengths.values()], mx.float32)
-    directions = sae.W_dec[features].astype(mx.float32)
+    directions = sae.decoder.weight[features].astype(mx.float32)
 
     def edit(x: mx.array) -> mx.array:
+        if isinstance(sae, Crosscoder) and x.shape[-2:] == (sae.n_sources, sae.d_source):
+            return edit(x.reshape(*x.shape[:-2], sae.d_in)).reshape(x.shape)
+        if x.shape[-1:] != (sae.d_in,):
+            raise ValueError(f"[steer] x must have shape [..., {sae.d_in}] but got {x.shape}.")
         if mode == "add":
             change = mx.broadcast_to(strength, (*x.shape[:-1], strength.size))
         else:
@@ -75,7 +81,12 @@ def steer(sae: SAE, strengths: Mapping[int, float], *, mode: str = "scale") -> C
 
 def latents_of(sae: SAE, x: mx.array, features: mx.array) -> mx.array:
     """Latents of a few ``features [m]`` for ``x [..., d_in]``: float32 ``[..., m]``, 0 where the rule leaves one out."""
-    values, indices = to_slots(sae.encode(x))
+    code = sae.encode(x)
+    if isinstance(
+        code, DenseCode
+    ):  # slots would leave out latents below 0, which an activation of one's own may give
+        return code.values[..., features].astype(mx.float32)
+    values, indices = to_slots(code)
     chosen = indices[..., None] == features
     latents = mx.where(chosen, values[..., None].astype(mx.float32), 0).sum(axis=-2)
     return latents.reshape(*x.shape[:-1], features.size)

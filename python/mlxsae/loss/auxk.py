@@ -98,6 +98,7 @@ class AuxK:
             aux_hat = sae.written(self.dense_code(sae, forward.x, dead))
         if AUXK_PRESETS[self.preset].bias:
             aux_hat = aux_hat + (sae.decoder.bias - mx.stop_gradient(sae.decoder.bias))
+        aux_hat = forward.as_target(aux_hat)
         goal = self.goal(forward.y - forward.y_hat, forward.code, lambda code: sae.decode(code, forward.x))
         return self.distance(forward.y, goal, aux_hat, dead)
 

@@ -12,6 +12,7 @@ from mlxsae.code import Code
 from mlxsae.loss.matryoshka import Prefixes, bands
 from mlxsae.loss.reconstruction import UNIFORM, RowTerm
 from mlxsae.sae import SAE
+from mlxsae.sae.model import layer_norm
 
 if TYPE_CHECKING:
     from mlxsae.loss.auxk import AuxK
@@ -66,6 +67,15 @@ class Forward(NamedTuple):
         """``[n, d_sae]``: the rule's, or by a product of its own where the rule never held them."""
         return self.sae.pre_acts(self.x) if self.pre_acts is None else self.pre_acts
 
+    def as_target(self, decoded: mx.array, *, mean: bool = False) -> mx.array:
+        """What decoder rows write, ``[n, d_out]``, in the measure of ``y``: an SAE that normalises each token multiplies it
+        by the token's deviation, and adds the ``mean`` to all of them together.
+        """
+        if self.sae.normalize_activations != "layer_norm":
+            return decoded
+        _, centre, deviation = layer_norm(self.x)
+        return decoded * deviation + centre if mean else decoded * deviation
+
 
 Term = Callable[[Forward], mx.array]
 Weight = float | Callable[[int], float]
@@ -97,14 +107,16 @@ class Loss:
 
     def scheduled(self, step: int, d_sae: int, seed: int = 0) -> dict[str, mx.array]:
         """What of the loss depends on the step, for :attr:`Forward.scheduled`: weights, the widths of prefixes, and what
-        a term says by a method ``scheduled(step)`` of its own.
+        a term says by a method ``scheduled(step)`` of its own. What a term says under a key that is taken stands under
+        ``<name>.<key>``, and the term finds it under its key.
         """
         found: dict[str, mx.array] = {}
         for name, (weight, term) in self.terms.items():
             if callable(weight):
                 found[f"weight.{name}"] = mx.array(weight(step), mx.float32)
             if hasattr(term, "scheduled"):
-                found |= term.scheduled(step)  # type: ignore[attr-defined]
+                said: Mapping[str, mx.array] = term.scheduled(step)  # type: ignore[attr-defined]
+                found |= {f"{name}.{key}" if key in found else key: value for key, value in said.items()}
         if self.prefixes is not None:
             found["prefixes"] = mx.array(self.prefixes.at(step, d_sae, seed), mx.int32)
         return found
@@ -119,7 +131,12 @@ class Loss:
         if self.auxk is not None and forward.dead is not None:
             named["auxk"] = self.auxk
         for name, (weight, term) in named.items():
-            values[name] = term(forward)
+            own = {
+                key.removeprefix(f"{name}."): value
+                for key, value in forward.scheduled.items()
+                if key.startswith(f"{name}.")
+            }
+            values[name] = term(forward._replace(scheduled={**forward.scheduled, **own}))
             factor = forward.scheduled[f"weight.{name}"] if callable(weight) else weight
             total = total + factor * values[name]
         return total, values
@@ -130,7 +147,7 @@ class Loss:
             return [forward.y_hat]
         found, sae = [forward.y_hat], forward.sae
         for band in bands(forward.code, forward.scheduled["prefixes"])[:0:-1]:
-            found.append(found[-1] - sae.written(band))
+            found.append(found[-1] - forward.as_target(sae.written(band)))
         return found[::-1]
 
     def of_squares(self, squares: Sequence[mx.array], y: mx.array) -> tuple[mx.array, dict[str, mx.array]]:

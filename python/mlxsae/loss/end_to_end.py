@@ -29,7 +29,8 @@ class KL:
     r""":math:`\mathrm{mean}\; KL(p(y) \,\|\, p(\hat y))`, in nats a prediction: the model on the activations against the
     model on their reconstruction.
 
-    ``logits``: from activations ``[n, d_out]`` (and context) to logits ``[..., vocabulary]``.
+    ``logits``: from activations ``[n, d_out]`` (and context) to logits ``[..., vocabulary]``. What the model rules out (a
+    logit of minus infinity) adds nothing.
     """
 
     logits: Callable[..., mx.array]
@@ -40,7 +41,9 @@ class KL:
             for a in (mx.stop_gradient(forward.y), forward.y_hat)
         )
         clean = mx.stop_gradient(clean)
-        return (mx.exp(clean) * (clean - spliced)).sum(axis=-1).mean()
+        possible = clean != -mx.inf  # 0 * log(0 / q) is 0
+        apart = mx.where(possible, clean, 0) - mx.where(possible, spliced, 0)
+        return (mx.exp(clean) * apart).sum(axis=-1).mean()
 
 
 @dataclass(frozen=True)

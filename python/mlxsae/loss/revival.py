@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxsae import ops
 from mlxsae.loss.compose import Forward, row_squares
 from mlxsae.loss.reconstruction import nonzero, sum_about_mean
+from mlxsae.sae import TopK
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class GhostGradients:
 @dataclass(frozen=True)
 class MultiTopK:
     r"""FVU of a reconstruction with ``factor`` times as many latents (Gao et al. 2024, section 4.3; sparsify): latents that
-    just miss the selection learn too, and the SAE keeps working at other k. Customary weight: 1/8. For rules with a ``k``.
+    just miss the selection learn too, and the SAE keeps working at other k. They are ranked as the SAE ranks its own.
+    Customary weight: 1/8. For rules with a ``k``.
     """
 
     factor: int = 4
@@ -86,7 +87,6 @@ class MultiTopK:
             raise ValueError(f"[MultiTopK] the rule must have a k but is {type(sae.rule).__name__}.")
         if not sae.one_product:
             raise ValueError(f"[MultiTopK] the SAE must have one encoder but is a {type(sae).__name__}.")
-        inner = sae.encoder_input(forward.x)
-        code = ops.topk_encode(inner, sae.encoder.weight, sae.encoder.bias, k=min(self.factor * k, sae.d_sae))
+        code = sae.learn(forward.x, {}, rule=TopK(min(int(self.factor) * k, sae.d_sae))).code
         squares = row_squares(forward.y, sae.decode(code, forward.x))
         return squares.sum() / nonzero(sum_about_mean(forward.y))

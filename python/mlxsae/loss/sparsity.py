@@ -212,7 +212,8 @@ class GateReconstruction:
         weight, bias = forward.sae.decoder.weight, forward.sae.decoder.bias
         if self.detach:
             weight, bias = mx.stop_gradient(weight), mx.stop_gradient(bias)
-        error = mx.addmm(bias, nn.relu(_gate(forward)), weight) - forward.y
+        y_hat = forward.as_target(mx.addmm(bias, nn.relu(_gate(forward)), weight), mean=True)
+        error = y_hat - forward.y
         squares = mx.square(error).sum(axis=-1)
         return fvu(squares, forward.y) if self.relative else squares.mean()
 

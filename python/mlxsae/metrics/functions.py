@@ -7,6 +7,7 @@ value is greater than 0.
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from mlxsae.code import Code, DenseCode, n_tokens
 
@@ -26,7 +27,12 @@ def fvu(x: mx.array, x_hat: mx.array) -> mx.array:
     x, x_hat = x.astype(mx.float32), x_hat.astype(mx.float32)
     apart = x.reshape(-1, x.shape[-1])
     apart = apart - apart[:1]  # of tokens far from 0 the mean would be off by its rounding
-    return mx.square(x - x_hat).sum() / mx.square(apart - apart.mean(axis=0)).sum()
+    return _total(mx.square(x - x_hat)) / _total(mx.square(apart - apart.mean(axis=0)))
+
+
+def _total(squares: mx.array) -> mx.array:
+    """Rows first: one float32 sum over millions of numbers loses percents, for it outgrows each of them."""
+    return squares.sum(axis=-1).sum()
 
 
 def explained_variance(x: mx.array, x_hat: mx.array) -> mx.array:
@@ -43,11 +49,29 @@ def nmse(x: mx.array, x_hat: mx.array) -> mx.array:
 
 
 def fire_counts(code: Code, d_sae: int) -> mx.array:
-    """Number of tokens on which each latent fires: int32 ``[d_sae]``."""
+    """Number of tokens on which each latent fires: int32 ``[d_sae]``. Indices that are not below ``d_sae`` count for
+    nothing; :class:`FireCounter`, which waits for the counts, refuses them.
+
+    Raises
+    ------
+    ValueError
+        Dense latents of another width.
+    """
+    return fire_bins(code, d_sae)[:d_sae]
+
+
+def fire_bins(code: Code, d_sae: int) -> mx.array:
+    """:func:`fire_counts`, then the number of firings that are of no latent: int32 ``[d_sae + 1]``."""
     if isinstance(code, DenseCode):
-        return (code.values.reshape(-1, d_sae) > 0).astype(mx.int32).sum(axis=0)
+        if code.values.shape[-1] != d_sae:
+            raise ValueError(
+                f"[fire_counts] values must have shape [..., {d_sae}] but got {code.values.shape}."
+            )
+        fires = (code.values > 0).astype(mx.int32)
+        return mx.pad(fires.sum(axis=tuple(range(fires.ndim - 1))), (0, 1))
     fired = (code.values > 0).astype(mx.int32).reshape(-1)
-    return mx.zeros(d_sae, mx.int32).at[code.indices.reshape(-1)].add(fired)
+    # MLX's scatter writes wherever an index says.
+    return mx.zeros(d_sae + 1, mx.int32).at[mx.minimum(code.indices.reshape(-1), d_sae)].add(fired)
 
 
 def fire_rate(counts: mx.array, n_tokens: int) -> mx.array:
@@ -65,6 +89,8 @@ def ce_loss_recovered(ce_clean: float, ce_sae: float, ce_ablated: float) -> floa
     it is as bad as the ablation.
 
     Say which ablation: replacing the activation by zeros or by its mean over the data gives different
-    numbers; the mean is the harder reference. Cross entropies in nats per token, on the same tokens.
+    numbers; the mean is the harder reference. Cross entropies in nats per token, on the same tokens. An ablation that
+    costs nothing leaves nothing to recover: NaN, or infinite where the SAE costs something.
     """
-    return (ce_ablated - ce_sae) / (ce_ablated - ce_clean)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.divide(ce_ablated - ce_sae, ce_ablated - ce_clean, dtype=np.float64))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,8 +32,9 @@ def evaluate_in_model(
     very tokens. ``loss_recovered_zero`` and ``loss_recovered_mean``:
     ``(ce_ablated - ce_sae) / (ce_ablated - ce_clean)``.
 
-    Edits act at valid tokens only; invalid tokens are neither measured nor predicted. ``batches`` is walked twice and
-    kept (tokens only). An SAE whose target is another activation than its input cannot be judged so.
+    Edits act at valid tokens only, and the SAE sees no others; invalid tokens are neither measured nor predicted.
+    ``batches`` is walked twice and kept (tokens only). An SAE whose target is another activation than its input cannot be
+    judged so.
 
     Raises
     ------
@@ -68,17 +70,17 @@ def evaluate_in_model(
 
     mean = mx.array(measured.reconstruction.mean, mx.float32)
     edits = {
-        "sae": sae,
         "zero": mx.zeros_like,
         "mean": lambda x: mx.broadcast_to(mean.astype(x.dtype), x.shape),
     }
     recovered = LossRecovered()
     for batch, clean in kept:
+        at = {"sae": _only_for(sae, batch.valid)} | {
+            name: only_at(edit, batch.valid) for name, edit in edits.items()
+        }
         sums = {
-            name: _summed(
-                token_losses(lm, batch.tokens, edits={hook_point: only_at(edit, batch.valid)}), batch
-            )
-            for name, edit in edits.items()
+            name: _summed(token_losses(lm, batch.tokens, edits={hook_point: edit}), batch)
+            for name, edit in at.items()
         }
         recovered.update(_targets(batch), clean=clean, **sums)
     return measured.result() | recovered.result()
@@ -89,6 +91,18 @@ def _targets(batch: TokenBatch) -> int:
     return int(np.count_nonzero(np.array(batch.valid[:, 1:])))
 
 
+def _only_for(sae: SAE, valid: mx.array) -> Callable[[mx.array], mx.array]:
+    """``sae`` on the rows of valid tokens alone: a BatchTopK without a threshold gives latents to whatever it is shown."""
+    places = mx.array(np.flatnonzero(np.array(valid)), mx.uint32)
+
+    def edit(x: mx.array) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1])
+        rows[places] = sae(valid_rows(x, valid)).astype(x.dtype)
+        return rows.reshape(x.shape)
+
+    return edit
+
+
 def _summed(losses: mx.array, batch: TokenBatch) -> mx.array:
     return mx.where(batch.valid[:, 1:], losses, 0).sum()
 
@@ -96,6 +110,11 @@ def _summed(losses: mx.array, batch: TokenBatch) -> mx.array:
 def diagnose(metrics: dict[str, float]) -> Sequence[str]:
     """What is wrong with an SAE, judged by its metrics: one sentence a fault, with what to try; empty where all is well."""
     found = []
+    if unknown := [name for name in ("fvu", "ce_clean", "ce_sae") if math.isnan(metrics.get(name, 0.0))]:
+        found.append(
+            f"{' and '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} NaN: look for numbers that are not finite in "
+            "the weights and the activations, and for activations that are all equal."
+        )
     if metrics.get("l0", 1.0) == 0:
         found.append(
             "No latent ever fires: the SAE is dead. Lower the learning rate or check the activations."

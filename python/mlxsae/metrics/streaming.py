@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsae.code import Code, n_tokens
-from mlxsae.metrics.functions import ce_loss_recovered, fire_counts
+from mlxsae.metrics.functions import ce_loss_recovered, fire_bins
 
 
 class Reconstruction:
@@ -32,26 +32,32 @@ class Reconstruction:
         self._merge(self._reduce(x, x_hat))
 
     @staticmethod
-    def _reduce(x: mx.array, x_hat: mx.array) -> tuple[int, mx.array, mx.array, mx.array, mx.array]:
+    def _reduce(x: mx.array, x_hat: mx.array) -> tuple[int, *tuple[mx.array, ...]]:
+        shapes = x.shape, x_hat.shape
         x, x_hat = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (x, x_hat))
+        if x.shape != x_hat.shape:
+            raise ValueError(
+                f"[Reconstruction] x and x_hat must have one shape [..., d] but got {shapes[0]} and {shapes[1]}."
+            )
         first = x[:1]  # equal tokens have no variance, to the last digit
         apart = x - first
         about = apart.mean(axis=0)
         rest = apart - about
-        mean = first.sum(axis=0) + (about + rest.mean(axis=0))
+        # The mean in two parts: their float32 sum would be off by its rounding.
+        mean = first.sum(axis=0), about + rest.mean(axis=0)
         error = mx.square(x - x_hat).sum(axis=-1)
         # Rows are summed by the host: a float32 sum over a large batch would lose digits.
-        return x.shape[0], mean, mx.square(rest).sum(axis=-1), error, error / mx.square(x).sum(axis=-1)
+        return x.shape[0], *mean, mx.square(rest).sum(axis=-1), error, error / mx.square(x).sum(axis=-1)
 
-    def _merge(self, parts: tuple[int, mx.array, mx.array, mx.array, mx.array]) -> None:
+    def _merge(self, parts: tuple[int, *tuple[mx.array, ...]]) -> None:
         n, *arrays = parts
         if n == 0:
             return
         mx.eval(arrays)
-        mean, scatter, error, ratio = (np.array(a, dtype=np.float64) for a in arrays)
-        shift = mean - self._mean
+        first, about, scatter, error, ratio = (np.array(a, dtype=np.float64) for a in arrays)
+        shift = first + about - self._mean
         total = self.n + n
-        # The float32 mean is off by its rounding; the scatter about it is exact up to n * rounding^2.
+        # A batch's mean is off by the rounding of a spread; the scatter about it is exact up to n * rounding^2.
         self._scatter += float(scatter.sum()) + float(shift @ shift) * self.n * n / total
         self._mean = self._mean + shift * (n / total)
         self._error += float(error.sum())
@@ -87,10 +93,22 @@ class FireCounter:
         self.counts = np.zeros(d_sae, np.int64)
 
     def update(self, code: Code) -> None:
-        self._merge(n_tokens(code), fire_counts(code, self.counts.size))
+        """Count one batch.
 
-    def _merge(self, n: int, counts: mx.array) -> None:
-        self.counts += np.array(counts, dtype=np.int64)
+        Raises
+        ------
+        ValueError
+            Latents that fire and are not below ``d_sae``; dense ones of another width.
+        """
+        self._merge(n_tokens(code), fire_bins(code, self.counts.size))
+
+    def _merge(self, n: int, bins: mx.array) -> None:
+        found = np.array(bins, dtype=np.int64)
+        if found[-1]:
+            raise ValueError(
+                f"[FireCounter] latents must be below d_sae={self.counts.size} but {found[-1]} firings are of others."
+            )
+        self.counts += found[:-1]
         self.n += n
 
     @property
@@ -178,10 +196,10 @@ class Evaluation:
     def update(self, y: mx.array, y_hat: mx.array, code: Code) -> None:
         """Target and reconstruction ``[..., d_out]`` and the code between them."""
         sums = self.reconstruction._reduce(y, y_hat)
-        counts = fire_counts(code, self.fired.counts.size)
-        mx.eval(sums[1:], counts)
+        bins = fire_bins(code, self.fired.counts.size)
+        mx.eval(sums[1:], bins)
+        self.fired._merge(n_tokens(code), bins)
         self.reconstruction._merge(sums)
-        self.fired._merge(n_tokens(code), counts)
 
     def result(self) -> dict[str, float]:
         return self.reconstruction.result() | self.fired.result() | {"n_tokens": self.fired.n}
@@ -189,11 +207,22 @@ class Evaluation:
 
 def evaluate(sae: Any, batches: Iterable[mx.array | tuple[mx.array, mx.array]]) -> dict[str, float]:
     """Metrics of ``sae`` over ``batches`` of activations ``[..., d_in]``, or of pairs (input, target) for a
-    transcoder.
+    transcoder. A token of a crosscoder is that of all its sources together, however they are given.
+
+    Raises
+    ------
+    ValueError
+        No token; a batch of a transcoder without its target.
     """
     evaluation = Evaluation(sae.d_sae)
     for batch in batches:
+        if not isinstance(batch, tuple) and getattr(sae, "transcoder", False):
+            raise ValueError(
+                "[evaluate] batches of a transcoder must be tuples (input, target) but got "
+                f"{type(batch).__name__}: its target is not its input."
+            )
         x, y = batch if isinstance(batch, tuple) else (batch, batch)
         code = sae.encode(x)
-        evaluation.update(y, sae.decode(code, x).reshape(y.shape), code)
+        y_hat = sae.decode(code, x)
+        evaluation.update(y.reshape(y_hat.shape), y_hat, code)
     return evaluation.result()

@@ -38,12 +38,16 @@ def line_plot(
     to_y, y_ticks = _axis(everything[1], _HEIGHT - _BOTTOM, _TOP, log=log_y)
     parts = [*_grid(to_x, x_ticks, to_y, y_ticks, x_label)]
     for i, (name, (x, y)) in enumerate(curves.items()):
-        points = " ".join(f"{to_x(a):.1f},{to_y(b):.1f}" for a, b in zip(x, y, strict=True))
-        parts.append(element("polyline", points=points, class_=f"line s{i}"))
+        places = [(f"{to_x(a):.1f}", f"{to_y(b):.1f}") for a, b in zip(x, y, strict=True)]
+        if len(places) == 1:  # a line of one point is not drawn
+            parts.append(element("circle", cx=places[0][0], cy=places[0][1], r=2, class_=f"line s{i}"))
+        else:
+            points = " ".join(map(",".join, places))
+            parts.append(element("polyline", points=points, class_=f"line s{i}"))
         if len(curves) > 1:
             y0 = _TOP + 8 + 16 * i
             parts.append(element("line", x1=_WIDTH - 150, x2=_WIDTH - 130, y1=y0, y2=y0, class_=f"line s{i}"))
-            parts.append(_label(_WIDTH - 124, y0 + 4, name))
+            parts.append(_label(_WIDTH - 124, y0 + 4, _cut(name, 20)))
     return _frame(title, parts)
 
 
@@ -57,7 +61,7 @@ def histogram(
     if not len(v):
         return _frame(title, [_label(_WIDTH / 2, _HEIGHT / 2, "no data", "middle")])
     v = np.log10(v) if log_x else v
-    counts, edges = np.histogram(v, bins=bins)
+    counts, edges = np.histogram(v, bins=bins, range=_extent(v, log_x))
     to_x, x_ticks = _axis(edges, _LEFT, _WIDTH - _RIGHT, log=log_x)
     to_y, y_ticks = _axis(np.array([0, counts.max()]), _HEIGHT - _BOTTOM, _TOP, log=False)
     bars = [
@@ -79,6 +83,8 @@ def bar_chart(
     bars: Sequence[tuple[str, float]], *, title: str, mark: float | None = None, upper: float = 1.0
 ) -> Markup:
     """Horizontal bars from 0 to ``upper``, a name before each; those below ``mark`` are drawn fainter."""
+    if not upper > 0:
+        raise ValueError(f"[bar_chart] upper must be positive but got {upper}.")
     row, left = 17, 190
     height = row * len(bars) + 30
 
@@ -92,7 +98,7 @@ def bar_chart(
     for i, (name, value) in enumerate(bars):
         y = 6 + row * i
         low = mark is not None and value < mark
-        parts.append(_label(left - 6, y + 10, name, "end", class_="name"))
+        parts.append(_label(left - 6, y + 10, _cut(name, 30), "end", class_="name"))
         parts.append(
             element(
                 "rect",
@@ -125,6 +131,11 @@ def _label(x: float, y: float, label: str, anchor: str = "start", class_: str | 
     return element("text", label, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
 
 
+def _cut(name: str, most: int) -> str:
+    """What there is room for: a plot's edge would cut it off as if that were all."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def _grid(to_x, x_ticks, to_y, y_ticks, x_label: str) -> list[Markup]:  # type: ignore[no-untyped-def]
     parts = []
     for value, name in y_ticks:
@@ -138,22 +149,41 @@ def _grid(to_x, x_ticks, to_y, y_ticks, x_label: str) -> list[Markup]:  # type: 
 
 def _axis(values: np.ndarray, begin: float, end: float, *, log: bool):  # type: ignore[no-untyped-def]
     """A map from data to pixels and labelled ticks. With ``log`` the data are exponents of ten."""
-    low, high = float(values.min()), float(values.max())
-    if high - low < 1e-12 * max(abs(low), abs(high), 1.0):
-        low, high = low - 0.5, high + 0.5
+    low, high = _extent(values, log)
     if log and high - low < 3:  # within three decades: 1, 2 and 5 of each
         decades = range(math.floor(low), math.ceil(high) + 1)
         ticks = [t for d in decades for m in (1, 2, 5) if low <= (t := d + math.log10(m)) <= high]
+        if len(ticks) < 2:  # within one of these steps
+            ticks = [math.log10(t) for t in _steps(10**low, 10**high)]
+    elif log:
+        ticks = _multiples(low, high, max(1.0, _nice((high - low) / 4)))
     else:
-        step = max(1.0, _nice((high - low) / 4)) if log else _nice((high - low) / 4)
-        first = math.ceil(low / step - 1e-9)
-        ticks = [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-    named = [(t, _short(10**t) if log else _short(t)) for t in ticks]
+        ticks = _steps(low, high)
+    named = list(zip(ticks, _names([10**t for t in ticks] if log else ticks), strict=True))
 
     def to(value: float) -> float:
         return begin + (end - begin) * (value - low) / (high - low)
 
     return to, named
+
+
+def _extent(values: np.ndarray, log: bool) -> tuple[float, float]:
+    """Lowest and highest, apart where the values are all but equal."""
+    low, high = float(values.min()), float(values.max())
+    if high - low < 1e-12 * max(abs(low), abs(high), 1.0):
+        room = 0.5 if log else max(0.5, abs(high) / 2)
+        low, high = low - room, high + room
+    return low, high
+
+
+def _multiples(low: float, high: float, step: float) -> list[float]:
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _steps(low: float, high: float) -> list[float]:
+    """At least two ticks, about four."""
+    few = _multiples(low, high, _nice((high - low) / 4))
+    return few if len(few) > 1 else _multiples(low, high, _nice((high - low) / 8))
 
 
 def _nice(step: float) -> float:
@@ -162,8 +192,14 @@ def _nice(step: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
 
 
-def _short(value: float) -> str:
+def _names(values: Sequence[float]) -> list[str]:
+    """Each in as few digits as tell them all apart."""
+    each = ([_short(v, more) for v in values] for more in range(15))
+    return next((names for names in each if len(set(names)) == len(names)), list(map(str, values)))
+
+
+def _short(value: float, more: int) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.2g}" if abs(value) < 1 else f"{value:.3g}"
+        if size <= abs(value) < 1e12:
+            return f"{value / size:.{3 + more}g}{letter}"
+    return f"{value:.{(2 if abs(value) < 1 else 3) + more}g}"

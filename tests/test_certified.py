@@ -147,7 +147,9 @@ def test_the_largest_features_are_those_that_are_seen_first(misled):
     """A screen bounds the k-th largest by what it has seen: where that misleads it the float32 kernel has the word."""
     rng = np.random.default_rng(0)
     d, d_sae, blocks = 64, 6000, 1000
-    step = next(s for s in range(618, blocks) if math.gcd(s, blocks) == 1)  # EvenWalk, csrc/cpu/kernel_screen.h
+    step = next(
+        s for s in range(618, blocks) if math.gcd(s, blocks) == 1
+    )  # EvenWalk, csrc/cpu/kernel_screen.h
     first = (6 * (np.arange(16) * step % blocks)[:, None] + np.arange(6)).ravel()
     x, w = rng.standard_normal((64, d)), rng.standard_normal((d_sae, d)) / np.sqrt(d)
     w[:, 0], x[:, 0] = 0, 0

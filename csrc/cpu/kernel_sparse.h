@@ -38,10 +38,12 @@ MLXSAE_INLINE void add_scaled4(float* o, const float* v, const float* const* w, 
     for (int q = 0; q < 4; ++q) o[c] += v[q] * w[q][c];
 }
 
-MLXSAE_INLINE float dot(const float* a, const float* b, int64_t d) {
+/** Of d numbers; `next`: memory to fetch meanwhile, `bytes` for each number, or null. */
+MLXSAE_INLINE float dot(const float* a, const float* b, int64_t d, const char* next = nullptr, int64_t bytes = 0) {
   vf s[4] = {};
   int64_t c = 0;
   for (; c + 4 * kLanes <= d; c += 4 * kLanes) {
+    for (int64_t line = 0; next && line < 4 * kLanes * bytes; line += 64) prefetch<2>(next + c * bytes + line);
     MLXSAE_UNROLL for (int q = 0; q < 4; ++q) s[q] += load(a + c + q * kLanes) * load(b + c + q * kLanes);
   }
   for (; c + kLanes <= d; c += kLanes) s[0] += load(a + c) * load(b + c);
@@ -132,15 +134,15 @@ inline void decode(const Code& code, const Rows& w, const void* bias, Type bias_
 inline void gather_dot(const Rows& rows, const Rows& w, const Code& code, void* out, Type out_type, int64_t t0,
                        int64_t t1) {
   static thread_local Scratch mem;
-  int64_t d = w.d, bytes = place_of(w, 1) - place_of(w, 0);
+  int64_t d = w.d, bytes = w.type == Type::f32 ? 4 : 2;
   float* row_f = mem.get<float>(2 * d);
   float* weight_f = row_f + d;
   for (int64_t t = t0; t < t1; ++t) {
     const float* r = row_of(rows, t, row_f);
     auto [begin, end] = entries(code, t);
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t b = 0; i + 1 < end && b < bytes; b += 64) prefetch(place_of(w, code.indices[i + 1]) + b);
-      float v = dot(r, row_of(w, code.indices[i], weight_f), d);
+      const char* next = i + 3 < end ? place_of(w, code.indices[i + 3]) : nullptr;
+      float v = dot(r, row_of(w, code.indices[i], weight_f), d, next, bytes);
       store_row(out, out_type, i, &v, 1);
     }
   }

@@ -206,6 +206,17 @@ def test_a_temporary_folder_goes_with_the_dataset(toy: lm.LanguageModel) -> None
     assert not folder.exists()
 
 
+def test_a_source_keeps_the_temporary_folder_it_reads(toy: lm.LanguageModel) -> None:
+    made = make(toy, None)
+    folder, rows = made.directory, len(made)
+    assert folder is not None
+    source = made.source(7, epochs=2)
+    del made
+    assert sum(len(x) for (x,) in iter(source.next_batch, None)) == 2 * rows
+    del source
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("most", [1, 100, 157, 10**6])
 def test_max_samples_is_exact(toy: lm.LanguageModel, tmp_path: Path, most: int) -> None:
     rows = expected_rows(toy, TEXTS, [RESID])[RESID]

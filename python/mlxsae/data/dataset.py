@@ -400,7 +400,8 @@ class ActivationDataset:
         several = isinstance(hook_points, (list, tuple)) and not _is_site_and_layer(hook_points)
         wanted: Any = hook_points if several else [hook_points]
         names = [self.name_of(point) for point in wanted]
-        return DatasetSource(self._reader(names, batch_size, True, seed, epochs, block_rows), names)
+        reader = self._reader(names, batch_size, True, seed, epochs, block_rows)
+        return DatasetSource(reader, names, owner=self._owner)
 
     def statistics(self, hook_point: Any = None) -> Statistics:
         """Mean, variance and norms: of a whole folder from what its shards carry, of a part or of arrays from one walk
@@ -450,8 +451,9 @@ class ActivationDataset:
 class DatasetSource:
     """An :class:`~mlxsae.data.ActivationSource` over a dataset. ``names`` says what the arrays of a batch are."""
 
-    def __init__(self, reader: BlockReader, names: Sequence[str]) -> None:
+    def __init__(self, reader: BlockReader, names: Sequence[str], *, owner: Any = None) -> None:
         self._reader, self.names = reader, tuple(names)
+        self._owner = owner  # as of the dataset, which nobody else may hold
 
     @property
     def rows(self) -> int:

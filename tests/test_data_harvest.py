@@ -356,6 +356,58 @@ def test_more_may_be_asked_for_later(toy: lm.LanguageModel, tmp_path: Path) -> N
     assert digests(tmp_path / "grown") == digests(tmp_path / "whole")
 
 
+def test_fewer_may_be_asked_for_after_an_interruption(
+    toy: lm.LanguageModel, tmp_path: Path, monkeypatch
+) -> None:
+    """What is there is enough then: nothing is added, whatever falls between the last shard's end and the batch's."""
+    make(toy, tmp_path / "whole")
+    break_off(toy, tmp_path / "x", 10, monkeypatch)
+    rows = len(ActivationDataset.open(tmp_path / "x"))
+    end = read_index(tmp_path / "x")["shards"][-1]["end"]["row"]  # type: ignore[index]
+    for fewer in (rows - end - 1, rows - end - 5, 1, rows):
+        shutil.copytree(tmp_path / "x", tmp_path / str(fewer))
+        made = make(toy, tmp_path / str(fewer), max_samples=fewer)
+        assert len(made) == rows
+        assert made.metadata["complete"]
+        assert not made.metadata["exhausted"]
+        make(toy, tmp_path / str(fewer))
+        assert digests(tmp_path / str(fewer)) == digests(tmp_path / "whole")
+
+
+def test_asking_for_more_costs_nothing_that_is_there(
+    toy: lm.LanguageModel, tmp_path: Path, monkeypatch
+) -> None:
+    """A call that is refused or broken off before it has a shard leaves a finished folder as it was."""
+    rows = len(make(toy, tmp_path / "x", max_samples=200, shard_bytes=1 << 20))  # one shard, and not full
+    before = digests(tmp_path / "x")
+    break_off(toy, tmp_path / "x", 4, monkeypatch, max_samples=400, shard_bytes=1 << 20)
+    assert digests(tmp_path / "x") == before
+    assert len(ActivationDataset.open(tmp_path / "x")) == rows
+    make(toy, tmp_path / "x", max_samples=400, shard_bytes=1 << 20)
+    make(toy, tmp_path / "whole", max_samples=400, shard_bytes=1 << 20)
+    assert digests(tmp_path / "x") == digests(tmp_path / "whole")
+
+
+def break_off(
+    model: lm.LanguageModel, where: Path, passes: int, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    """Interrupt a harvest in one of its passes through the model."""
+    import mlxsae.data.harvest as harvesting
+
+    real, left = harvesting.capture, [passes]
+
+    def breaks(model: Any, tokens: mx.array, points: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(model, tokens, points)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harvesting, "capture", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            make(model, where, **options)
+
+
 def test_what_is_not_equal_is_refused(toy: lm.LanguageModel, tmp_path: Path) -> None:
     make(toy, tmp_path / "x", max_samples=200)
 
@@ -399,10 +451,12 @@ def test_text_or_model_that_changed_underneath_is_noticed(tmp_path: Path) -> Non
         )
 
     again(most=300)
+    before = digests(tmp_path / "x")
     for changed in (TEXTS[8:] + TEXTS[:8], TEXTS[:5]):
         text.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match="the text must be the same"):
             again()
+        assert digests(tmp_path / "x") == before
     text.write_text(json.dumps(TEXTS))
     layer = model.model.layers[0]
     weight = layer.mlp.down_proj.weight

@@ -109,6 +109,9 @@ def harvest(
             return
         start = writer.resume() or {"batch": 0, "row": 0}
         bar.show(writer.rows)
+        if max_rows is not None and writer.rows >= max_rows:  # broken off when more were asked for
+            writer.finish(exhausted=False)
+            return
         rest = itertools.islice(batches(), start["batch"], None)
         full, met = False, writer.rows == 0
         with _ahead(rest) as ahead:

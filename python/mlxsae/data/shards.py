@@ -147,6 +147,7 @@ class ShardWriter:
         self._filling = self._writing = {}
         self._held = self._rows = 0
         self._job: Future[None] | None = None
+        self._reopened = False  # the index on disk still says what a finished folder said
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -188,14 +189,15 @@ class ShardWriter:
     def resume(self) -> dict[str, int] | None:
         """Where the last full shard ends in the input, as :meth:`append` was told; None at the beginning.
 
-        A shorter last one, which only a finished folder has, is dropped: it will be written again, longer.
+        A shorter last one, which only a finished folder has, will be written again, longer. It stays listed until
+        the longer one is there to take its place.
         """
         shards = self._index["shards"]
         if shards and shards[-1]["rows"] < self._shard_rows:
             self._index |= {"shards": shards[:-1]}
         if self.complete:
             self._index |= {"complete": False, "exhausted": False}
-            self._write_index()
+            self._reopened = True
         self._rows = self._index_rows()
         return self._index["shards"][-1]["end"] if self._index["shards"] else None
 
@@ -314,6 +316,9 @@ class ShardWriter:
         def hashed(file: BinaryIO) -> None:
             seen.file = file
             write(seen)  # type: ignore[arg-type]
+            if self._reopened:  # before the shard that it lists gives way
+                self._write_index()
+                self._reopened = False
 
         shards = self._index["shards"]
 

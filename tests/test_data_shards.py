@@ -520,6 +520,24 @@ def test_another_set_is_not_taken_for_ours(fresh: Path) -> None:
         ActivationDataset.from_arrays(numbered(), cache_dir=fresh, shard_bytes=50 * 32)
 
 
+def test_home_and_a_working_directory_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.arange(60, dtype=np.float32).reshape(20, 3)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(work)
+    ActivationDataset.from_arrays(x, cache_dir="~/stored", shard_bytes=60)
+    ActivationDataset.from_arrays(x, cache_dir="stored", shard_bytes=60)
+    assert (tmp_path / "stored" / "dataset.json").exists()
+    opened = [ActivationDataset.open("~/stored"), ActivationDataset.open("stored")]
+    assert sorted(path.name for path in work.iterdir()) == ["stored"]
+    monkeypatch.chdir("/")
+    for made in opened:
+        rows = np.array(next(made.batches(20)))
+        assert np.array_equal(rows[np.argsort(rows[:, 0])], x)
+        made.verify()
+
+
 def test_one_writer_a_folder(tmp_path: Path) -> None:
     streams = {"x": Stream(4, "float32")}
     with (

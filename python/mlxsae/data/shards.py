@@ -47,6 +47,11 @@ _INDEX_HAS: dict[str, type] = {
 _SHARD_HAS: dict[str, type] = {"file": str, "rows": int, "bytes": int, "sha256": str, "end": dict}
 
 
+def _folder(directory: str | os.PathLike) -> Path:
+    """Where ``directory`` is, ``~`` being home, whatever the working directory becomes."""
+    return Path(directory).expanduser().absolute()
+
+
 def read_index(directory: str | os.PathLike) -> dict[str, Any] | None:
     """What ``directory`` says of itself; None where it is no dataset (yet).
 
@@ -54,7 +59,7 @@ def read_index(directory: str | os.PathLike) -> dict[str, Any] | None:
     ------
     ValueError : a damaged index, or one of another make or of a later version.
     """
-    path = Path(directory) / INDEX
+    path = _folder(directory) / INDEX
     if not path.is_file():
         return None
     try:
@@ -130,7 +135,7 @@ class ShardWriter:
                 "[activations] there must be at least one stream and one row a shard but got "
                 f"{len(streams)} and {shard_rows}."
             )
-        self.directory = Path(directory)
+        self.directory = _folder(directory)
         self._streams = dict(streams)
         self._spec = _fields(streams, tokens)
         self._shard_rows, self._seed = shard_rows, seed
@@ -399,7 +404,7 @@ class ShardSet:
     """
 
     def __init__(self, directory: str | os.PathLike, index: dict[str, Any] | None = None) -> None:
-        self.directory = Path(directory)
+        self.directory = _folder(directory)
         index = index or read_index(directory)
         if index is None:
             raise FileNotFoundError(f"[activations] {self.directory} must hold {INDEX} but does not.")

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -680,6 +681,31 @@ def test_the_collector_leaves_no_trace_of_an_error(toy: lm.LanguageModel) -> Non
     assert collector.get_activations()[RESID].shape == (2, 32)
     with pytest.raises(ValueError, match="max_activations"):
         data.ActivationCollector(toy, RESID, 0)
+
+
+def test_the_collector_does_not_see_other_threads(toy: lm.LanguageModel) -> None:
+    tokens = mx.array([[5, 6, 7]])
+    with data.ActivationCollector(toy, RESID) as collector:
+        collector.valid = mx.array([[True, False, True]])
+        thread = threading.Thread(target=lambda: mx.eval(toy(mx.array([[7, 8, 9, 10]]))))
+        thread.start()
+        thread.join()
+        toy(tokens)
+    expected = lm.capture(toy, tokens, RESID)[RESID][0]
+    assert np.array_equal(np.array(collector.get_activations()[RESID]), np.array(expected)[[0, 2]])
+
+
+def test_collectors_may_leave_in_any_order(toy: lm.LanguageModel) -> None:
+    base, tokens = type(toy.model), mx.array([[5, 6]])
+    first, second = data.ActivationCollector(toy, RESID), data.ActivationCollector(toy, ("mlp_in", 0))
+    first.__enter__()
+    second.__enter__()
+    toy(tokens)
+    first.__exit__(None, None, None)
+    toy(tokens)
+    second.__exit__(None, None, None)
+    assert (first.count, second.count) == (2, 4)
+    assert type(toy.model) is base
 
 
 def test_collect_activations(toy: lm.LanguageModel) -> None:

@@ -176,6 +176,12 @@ def test_no_special_token_reaches_a_trainer(
         assert tokens_of(iter(found.values())) == ordinary
 
 
+def test_one_hook_point_needs_no_list(toy: lm.LanguageModel) -> None:
+    for one in (RESID, ("output", 1), lm.HookPoint.parse(RESID)):
+        made = make(toy, None, hook_points=one, max_samples=20)
+        assert made.hook_points == [RESID]
+
+
 def test_small_and_large_norms_are_left_out(toy: lm.LanguageModel, tmp_path: Path) -> None:
     rows = expected_rows(toy, TEXTS, [RESID])[RESID]
     norm = np.linalg.norm(rows, axis=1)

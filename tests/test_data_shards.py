@@ -520,6 +520,34 @@ def test_another_set_is_not_taken_for_ours(fresh: Path) -> None:
         ActivationDataset.from_arrays(numbered(), cache_dir=fresh, shard_bytes=50 * 32)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_damaged_header_never_gives_other_rows(tmp_path: Path, dtype: str) -> None:
+    """Every byte of a shard's header is changed in turn: one sentence that names the file, or the rows themselves."""
+    ActivationDataset.from_arrays(
+        {"a": numbered(30), "b": numbered(30)}, cache_dir=tmp_path / "x", dtype=dtype, shard_bytes=10**6
+    )
+    file = tmp_path / "x" / "shard_00000.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+
+    def read() -> list[np.ndarray]:
+        made = ActivationDataset.open(tmp_path / "x")
+        rows = [np.array(x) for x in next(made.batches(30, hook_points=["a", "b"], shuffle=False)).values()]
+        return [*rows, made.statistics("a").mean, made.statistics("b").variance]
+
+    whole, said = read(), []
+    for at in range(8, 8 + length):
+        file.write_bytes(raw[:at] + b"9" + raw[at + 1 :])
+        try:
+            found = read()
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            assert all(map(np.array_equal, found, whole))
+    assert len(said) > 0.8 * length
+    assert all(str(file) in sentence for sentence in said)
+
+
 def test_home_and_a_working_directory_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.arange(60, dtype=np.float32).reshape(20, 3)
     work = tmp_path / "work"
@@ -548,6 +576,14 @@ def test_one_writer_a_folder(tmp_path: Path) -> None:
         pass
     with ShardWriter(tmp_path / "x", streams, shard_rows=10):
         pass
+
+
+def test_rows_are_not_to_be_had_one_by_one() -> None:
+    made = ActivationDataset.from_arrays(numbered(9))
+    with pytest.raises(TypeError, match=r"slice of rows but got int; batches\(\) gives the rows"):
+        made[3]  # type: ignore[index]
+    with pytest.raises(TypeError, match="slice of rows"):
+        list(made)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

@@ -575,6 +575,11 @@ def test_positions_of_another_source_are_refused() -> None:
         make("shuffle").restore(position, arrays)
     with pytest.raises(ValueError, match=r"the iterable must give 9 batches but ended before"):
         IterableSource([mx.zeros((2, 3))]).restore({"kind": "iterable", "taken": 9}, {})
+    source = IterableSource([mx.zeros((2, 3))] * 4)
+    before, _ = source.state()
+    source.next_batch()
+    with pytest.raises(ValueError, match="at most 0 batches may have been taken but 1 were"):
+        source.restore(before, {})
 
 
 def test_as_source() -> None:

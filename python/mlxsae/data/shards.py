@@ -102,6 +102,10 @@ def _fields(streams: Mapping[str, Stream], tokens: bool) -> dict[str, tuple[mx.D
     return found | ({TOKENS: (mx.int32, 0)} if tokens else {})
 
 
+def _moments_of(name: str, stream: Stream) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{moment}": (2,) if moment == "norms" else (stream.d,) for moment in _MOMENTS}
+
+
 def _row_shape(width: int) -> tuple[int, ...]:
     return (width,) if width else ()
 
@@ -296,8 +300,7 @@ class ShardWriter:
             field: (dtype, (rows, *_row_shape(width))) for field, (dtype, width) in self._spec.items()
         }
         for stream, s in self._streams.items():
-            for moment in _MOMENTS:
-                spec[f"{stream}.{moment}"] = (mx.float32, (2,) if moment == "norms" else (s.d,))
+            spec |= {name: (mx.float32, shape) for name, shape in _moments_of(stream, s).items()}
 
         def chunks(field: str) -> Iterator[np.ndarray]:
             if field not in buffers:
@@ -504,7 +507,19 @@ class ShardSet:
 
     def _header(self, shard: int) -> dict[str, array_files.Entry]:
         if shard not in self._headers:
-            self._headers[shard] = array_files.entries(self.directory / self._shards[shard]["file"])
+            path, rows = self.directory / self._shards[shard]["file"], self._shards[shard]["rows"]
+            header = array_files.entries(path)
+            for name, stream in self.streams.items():
+                fields = {f: (dtype, (rows, width)) for f, (dtype, width) in stream.fields(name).items()}
+                fields |= {m: (mx.float32, shape) for m, shape in _moments_of(name, stream).items()}
+                for field, (dtype, shape) in fields.items():
+                    found = header.get(field)
+                    if found is None or (found.dtype, found.shape) != (dtype, shape):
+                        got = "has none" if found is None else f"has {found.dtype} {list(found.shape)}"
+                        raise ValueError(
+                            f"[activations] {path} must have {field} as {dtype} {list(shape)}, as {INDEX} says, but {got}."
+                        )
+            self._headers[shard] = header
         return self._headers[shard]
 
     def _read(self, shard: int, offset: int, memory: memoryview) -> None:

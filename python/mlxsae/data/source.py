@@ -277,6 +277,10 @@ class IterableSource:
 
     def restore(self, position: dict[str, Any], arrays: dict[str, mx.array]) -> None:
         _same("fit", position, kind="iterable")
+        if self._taken > position["taken"]:  # an iterator does not start again
+            raise ValueError(
+                f"[fit] to resume, at most {position['taken']} batches may have been taken but {self._taken} were."
+            )
         while self._taken < position["taken"]:
             if self.next_batch() is None:
                 raise ValueError(

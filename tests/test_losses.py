@@ -329,6 +329,8 @@ def test_the_model_goes_on_from_other_rows() -> None:
     plain = model(tokens).reshape(-1, logits(rows, tokens, places).shape[-1])[places]
     np.testing.assert_allclose(logits(rows, tokens, places), plain, atol=1e-4)
     losses = np.array(lm.losses_from(model, "blocks.1.hook_resid_post")(rows, tokens, places))
+    unsigned = lm.losses_from(model, "blocks.1.hook_resid_post")(rows, tokens, places.astype(mx.uint32))
+    assert np.array_equal(np.array(unsigned), losses)
     each, mask = np.array(lm.token_losses(model, tokens)), np.array(valid)
     counts = mask[:, 1:] & mask[:, :-1]
     assert losses.mean() == pytest.approx(each[counts].mean(), rel=1e-4)

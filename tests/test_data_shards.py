@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxsae import data, io, ops
-from mlxsae.data import ActivationDataset
+from mlxsae.data import ActivationDataset, reader
 from mlxsae.data.encoding import DTYPES, Stream, decode, encode, to_float32
 from mlxsae.data.shards import ShardSet, ShardWriter
 from mlxsae.io import arrays as array_files
@@ -247,6 +249,47 @@ def test_a_saved_position_gives_the_same_batches(
             assert a is b
             break
         assert all(mx.array_equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("where", ["reading", "waiting"])
+def test_an_interrupt_loses_no_batch(
+    stored: ActivationDataset, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Ctrl-C while a batch is read, or waited for: whoever goes on gets that batch, and the position is that of it."""
+    plain, source = (stored.source(64, hook_points="a", block_rows=8, epochs=2) for _ in range(2))
+    expected = [np.array(x) for (x,) in iter(plain.next_batch, None)]
+    main, left = threading.current_thread(), [0]
+
+    def strikes(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is main:
+                left[0] += 1
+                if left[0] % 3 == 0:
+                    raise KeyboardInterrupt
+            elif where == "reading":
+                time.sleep(0.01)  # so that whoever asks reads too
+            return real(*args, **kwargs)
+
+        return call
+
+    if where == "reading":
+        monkeypatch.setattr(stored._store, "read", strikes(stored._store.read))
+    else:
+        monkeypatch.setattr(reader.Future, "result", strikes(reader.Future.result))
+    found, struck = [], 0
+    while True:
+        try:
+            batch = source.next_batch()
+        except KeyboardInterrupt:
+            struck += 1
+            assert source.cursor["taken"] == sum(map(len, found))
+            continue
+        if batch is None:
+            break
+        found.append(np.array(batch[0]))
+    assert struck > 3
+    assert len(found) == len(expected)
+    assert all(map(np.array_equal, found, expected))
 
 
 def test_sampling_disturbs_nothing(stored: ActivationDataset) -> None:

@@ -135,7 +135,8 @@ class ShuffleBuffer:
     has ``state()`` and ``restore(position)`` these carry its position, otherwise the chunks already used are
     skipped.
 
-    Same seed, same chunks, same batches.
+    Same seed, same chunks, same batches. Where ``chunks`` raises, Ctrl-C included, and can be walked through again, the next
+    call begins where this one did.
     """
 
     def __init__(
@@ -223,22 +224,38 @@ class ShuffleBuffer:
     def _fill(self) -> None:
         if self._chunks is None:
             self._chunks = iter(self._source)
+        position = self._source.state() if hasattr(self._source, "state") else None  # type: ignore[attr-defined]
+        consumed = self._consumed
         parts = [] if self._rows is None else [tuple(a[self._cursor :] for a in self._rows)]
         held = self._left()
-        while held < self._capacity:
-            try:
-                chunk = next(self._chunks)
-            except StopIteration:
-                self._exhausted = True
-                break
-            self._consumed += 1
-            rows = valid_rows(chunk)
-            if len(rows[0]):
-                parts.append(rows)
-                held += len(rows[0])
+        try:
+            while held < self._capacity:
+                try:
+                    chunk = next(self._chunks)
+                except StopIteration:
+                    self._exhausted = True
+                    break
+                self._consumed += 1
+                rows = valid_rows(chunk)
+                if len(rows[0]):
+                    parts.append(rows)
+                    held += len(rows[0])
+        except BaseException:
+            # What was read is in no batch yet, and a generator that has raised is at its end.
+            if position is not None:
+                self._source.restore(position)  # type: ignore[attr-defined]
+                self._chunks, self._consumed = None, consumed
+            elif (again := iter(self._source)) is not self._source:
+                self._chunks, self._consumed = itertools.islice(again, consumed, None), consumed
+            else:
+                self._take_in(parts)
+            raise
+        self._take_in(parts)
+
+    def _take_in(self, parts: list[tuple[np.ndarray, ...]]) -> None:
         if parts:
             # Gathered field by field: at most one field exists twice.
-            order = self._rng.permutation(held)
+            order = self._rng.permutation(sum(len(part[0]) for part in parts))
             self._rows = tuple(np.concatenate(field)[order] for field in zip(*parts, strict=True))
         self._cursor = 0
 

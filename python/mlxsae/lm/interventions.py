@@ -56,7 +56,9 @@ def mean(activations: mx.array, valid: mx.array | None = None) -> Edit:
     if rows.shape[0] == 0:
         raise ValueError("[mean] activations must hold at least one valid token but hold none.")
     rows = rows.astype(mx.float32)
-    about = rows.mean(axis=0)  # float32 loses digits over many rows; what is left of them about it has few to lose
+    about = rows.mean(
+        axis=0
+    )  # float32 loses digits over many rows; what is left of them about it has few to lose
     return replace_with(mx.where(mx.isfinite(about), about + (rows - about).mean(axis=0), about))
 
 

@@ -395,6 +395,21 @@ def test_asking_for_more_costs_nothing_that_is_there(
     assert digests(tmp_path / "x") == digests(tmp_path / "whole")
 
 
+def test_a_harvest_with_activations_that_are_nan_goes_on(tmp_path: Path) -> None:
+    """They are kept, to be seen; those computed again are the same ones, and in other places they are another model's."""
+    model = lm.load(write_folder(tmp_path / "toy"))
+    layer = model.model.layers[1].mlp.down_proj
+    weight = layer.weight
+    layer.weight = weight.at[3].multiply(mx.nan)
+    make(model, tmp_path / "whole", max_samples=400)
+    for most in (300, 400):
+        make(model, tmp_path / "x", max_samples=most)
+    assert digests(tmp_path / "x") == digests(tmp_path / "whole")
+    layer.weight = weight.at[4].multiply(mx.nan)
+    with pytest.raises(ValueError, match="the model must be the same"):
+        make(model, tmp_path / "x", max_samples=401)
+
+
 def break_off(
     model: lm.LanguageModel, where: Path, passes: int, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> None:

@@ -643,6 +643,15 @@ def test_rows_are_not_to_be_had_one_by_one() -> None:
         (lambda: ActivationDataset.from_arrays(numbered(9)).d("z"), "must be one of x but got 'z'"),
         (lambda: ActivationDataset.from_arrays({"a": numbered(9), "b": numbered(9)}).d(), "one of a, b"),
         (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(3, tokens=True)), "tokens"),
+        (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(3, hook_points=["x", "x"])), "once"),
+        (
+            lambda: next(
+                ActivationDataset.from_arrays({"a": numbered(9), "b": numbered(9)}).batches(
+                    3, hook_points=["a", ("a", "b")]
+                )
+            ),
+            "input of each pair must be given once but got a, a",
+        ),
         (lambda: Stream(4, "int4"), "dtype must be one of"),
         (lambda: ShardWriter("x", {"tokens": Stream(4, "int8")}, shard_rows=4), "must not be called"),
     ],

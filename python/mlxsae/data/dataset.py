@@ -370,6 +370,12 @@ class ActivationDataset:
         one = hook_points is None or not isinstance(hook_points, list)
         asked: Any = [hook_points] if one else hook_points
         wanted = [self._spec(spec) for spec in asked]
+        keys = [spec[0] if isinstance(spec, tuple) else spec for spec in wanted]
+        if len(set(keys)) < len(keys):
+            raise ValueError(
+                "[activations] each hook point and the input of each pair must be given once but got "
+                f"{', '.join(keys)}."
+            )
         names = [name for spec in wanted for name in (spec if isinstance(spec, tuple) else (spec,))]
         if tokens and not (isinstance(self._store, ShardSet) and self._store.has_tokens):
             raise ValueError("[activations] tokens must be stored to be read but this dataset has none.")

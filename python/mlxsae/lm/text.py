@@ -437,7 +437,8 @@ def without_outliers(activation: mx.array, valid: mx.array, *, times_median: flo
         raise ValueError(f"[without_outliers] times_median must be over 1 but got {times_median}.")
     norms = np.array(mx.linalg.norm(activation.astype(mx.float32), axis=-1))
     mask = np.array(valid)
-    if not mask.any():
+    known = norms[mask & ~np.isnan(norms)]
+    if not known.size:
         return valid
     # A norm that is NaN is kept: it must be seen.
-    return mx.array(mask & ~(norms > times_median * np.median(norms[mask])))
+    return mx.array(mask & ~(norms > times_median * np.median(known)))

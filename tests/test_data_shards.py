@@ -640,6 +640,17 @@ def test_rows_are_not_to_be_had_one_by_one() -> None:
         (lambda: ActivationDataset.from_arrays(numbered(9))[5:5], "at least one"),
         (lambda: ActivationDataset.from_arrays(numbered(9))[::2], "neighbouring"),
         (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(0)), "batch_size"),
+        *(
+            (
+                lambda epochs=e: next(ActivationDataset.from_arrays(numbered(9)).batches(3, epochs=epochs)),
+                "epochs must be",
+            )
+            for e in (0, -1, float("nan"), float("-inf"))
+        ),
+        (
+            lambda: data.ArraySource(numbered(9), batch_size=3, epochs=float("-inf")),
+            "epochs must be positive",
+        ),
         (lambda: ActivationDataset.from_arrays(numbered(9)).d("z"), "must be one of x but got 'z'"),
         (lambda: ActivationDataset.from_arrays({"a": numbered(9), "b": numbered(9)}).d(), "one of a, b"),
         (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(3, tokens=True)), "tokens"),

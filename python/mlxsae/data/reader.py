@@ -156,6 +156,8 @@ class BlockReader:
                 "[activations] batch_size and block_rows must be positive but got "
                 f"{batch_size} and {block_rows}."
             )
+        if not epochs > 0:
+            raise ValueError(f"[activations] epochs must be positive but got {epochs}.")
         self._store, self._names = store, tuple(dict.fromkeys(names))
         self._batch_size, self._block_rows = batch_size, block_rows
         self._range, self._shuffle, self._seed = (begin, end), shuffle, seed

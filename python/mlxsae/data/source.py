@@ -81,6 +81,7 @@ class ArraySource:
         self._batch_size = batch_size
         self._seed = seed
         self._rows = x.shape[0]
+        _positive("ArraySource", epochs=epochs)
         self._total = None if math.isinf(epochs) else int(rows_in(epochs, self._rows))
         self._cursor = 0
         self._epoch, self._order = -1, np.empty(0, np.int64)
@@ -374,9 +375,9 @@ def _to_mlx(a: np.ndarray) -> mx.array:
     return mx.array(np.asarray(a, dtype=np.float32))
 
 
-def _positive(owner: str, **sizes: int) -> None:
+def _positive(owner: str, **sizes: float) -> None:
     for name, size in sizes.items():
-        if size <= 0:
+        if not size > 0:
             raise ValueError(f"[{owner}] {name} must be positive but got {size}.")
 
 

@@ -69,7 +69,8 @@ def resample(activations: mx.array, *, seed: int = 0) -> Edit:
     ----------
     activations : [n, d] or [m, t', d]
         Of [n, d], every token gets a row drawn at random. Of [m, t', d], every row of the batch gets one of the m
-        sequences, token for token: the activation may then be no longer than t' tokens.
+        sequences, token for token: the activation may then be no longer than t' tokens. Tokens are counted from
+        the first one of each pass, so in generation, whose passes are a token long, give [n, d].
     seed : int
         Of the draws. Each call draws anew; another `resample` with the same seed draws the same.
     """

@@ -205,6 +205,25 @@ def test_monotonous_texts_lose(toy: lm.LanguageModel) -> None:
     assert sum(text in mixed for text in chosen) >= 0.6 * len(chosen)
 
 
+@pytest.mark.parametrize("metric", ["activation_variance", None])
+def test_long_texts_count_to_their_ends(toy: lm.LanguageModel, metric: str | None) -> None:
+    """What is chosen is used whole, however few of its tokens are scored."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=rng.randint(100, 400))) for _ in range(60)]
+    size = {text: int(np.array(lm.tokenize(toy, text).valid).sum()) for text in texts}
+    chosen = select_texts(toy, texts, POINT, max_tokens=3000, metric=metric, context_size=32)
+    assert 2500 < sum(size[text] for text in chosen) <= 3000
+    assert len(select_texts(toy, texts, POINT, max_tokens=5, metric=metric, context_size=32)) == 1
+
+
+def test_without_a_metric_the_first_texts_are_kept(toy: lm.LanguageModel) -> None:
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(5, 60))) for _ in range(60)]
+    chosen = select_texts(toy, texts, POINT, max_tokens=300, metric=None)
+    assert chosen == texts[: len(chosen)]
+    assert sum(map(len, chosen)) <= 300 < sum(map(len, texts[: len(chosen) + 1]))
+
+
 def test_curate_end_to_end(toy: lm.LanguageModel, tmp_path: Path) -> None:
     texts = sentences(200)
     options: dict[str, Any] = {"layer": 1, "component": "resid", "max_samples": 600, "context_size": 64}
@@ -232,6 +251,7 @@ def test_curate_end_to_end(toy: lm.LanguageModel, tmp_path: Path) -> None:
         ({"max_tokens": 0}, "max_samples"),
         ({"candidates": 0.5}, "candidates"),
         ({"texts": ["  ", ""]}, "at least one text"),
+        ({"texts": ["\u4e00\u4e01", "\u4e02"]}, "at least one text"),  # of unknown tokens alone
     ],
 )
 def test_bad_arguments(toy: lm.LanguageModel, options: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -175,6 +176,12 @@ def test_no_special_token_reaches_a_trainer(
         assert tokens_of(iter(found.values())) == ordinary
 
 
+def test_one_hook_point_needs_no_list(toy: lm.LanguageModel) -> None:
+    for one in (RESID, ("output", 1), lm.HookPoint.parse(RESID)):
+        made = make(toy, None, hook_points=one, max_samples=20)
+        assert made.hook_points == [RESID]
+
+
 def test_small_and_large_norms_are_left_out(toy: lm.LanguageModel, tmp_path: Path) -> None:
     rows = expected_rows(toy, TEXTS, [RESID])[RESID]
     norm = np.linalg.norm(rows, axis=1)
@@ -203,6 +210,17 @@ def test_a_temporary_folder_goes_with_the_dataset(toy: lm.LanguageModel) -> None
     del made
     assert len(next(part.batches(100))) == 10
     del part
+    assert not folder.exists()
+
+
+def test_a_source_keeps_the_temporary_folder_it_reads(toy: lm.LanguageModel) -> None:
+    made = make(toy, None)
+    folder, rows = made.directory, len(made)
+    assert folder is not None
+    source = made.source(7, epochs=2)
+    del made
+    assert sum(len(x) for (x,) in iter(source.next_batch, None)) == 2 * rows
+    del source
     assert not folder.exists()
 
 
@@ -345,6 +363,73 @@ def test_more_may_be_asked_for_later(toy: lm.LanguageModel, tmp_path: Path) -> N
     assert digests(tmp_path / "grown") == digests(tmp_path / "whole")
 
 
+def test_fewer_may_be_asked_for_after_an_interruption(
+    toy: lm.LanguageModel, tmp_path: Path, monkeypatch
+) -> None:
+    """What is there is enough then: nothing is added, whatever falls between the last shard's end and the batch's."""
+    make(toy, tmp_path / "whole")
+    break_off(toy, tmp_path / "x", 10, monkeypatch)
+    rows = len(ActivationDataset.open(tmp_path / "x"))
+    end = read_index(tmp_path / "x")["shards"][-1]["end"]["row"]  # type: ignore[index]
+    for fewer in (rows - end - 1, rows - end - 5, 1, rows):
+        shutil.copytree(tmp_path / "x", tmp_path / str(fewer))
+        made = make(toy, tmp_path / str(fewer), max_samples=fewer)
+        assert len(made) == rows
+        assert made.metadata["complete"]
+        assert not made.metadata["exhausted"]
+        make(toy, tmp_path / str(fewer))
+        assert digests(tmp_path / str(fewer)) == digests(tmp_path / "whole")
+
+
+def test_asking_for_more_costs_nothing_that_is_there(
+    toy: lm.LanguageModel, tmp_path: Path, monkeypatch
+) -> None:
+    """A call that is refused or broken off before it has a shard leaves a finished folder as it was."""
+    rows = len(make(toy, tmp_path / "x", max_samples=200, shard_bytes=1 << 20))  # one shard, and not full
+    before = digests(tmp_path / "x")
+    break_off(toy, tmp_path / "x", 4, monkeypatch, max_samples=400, shard_bytes=1 << 20)
+    assert digests(tmp_path / "x") == before
+    assert len(ActivationDataset.open(tmp_path / "x")) == rows
+    make(toy, tmp_path / "x", max_samples=400, shard_bytes=1 << 20)
+    make(toy, tmp_path / "whole", max_samples=400, shard_bytes=1 << 20)
+    assert digests(tmp_path / "x") == digests(tmp_path / "whole")
+
+
+def test_a_harvest_with_activations_that_are_nan_goes_on(tmp_path: Path) -> None:
+    """They are kept, to be seen; those computed again are the same ones, and in other places they are another model's."""
+    model = lm.load(write_folder(tmp_path / "toy"))
+    layer = model.model.layers[1].mlp.down_proj
+    weight = layer.weight
+    layer.weight = weight.at[3].multiply(mx.nan)
+    make(model, tmp_path / "whole", max_samples=400)
+    for most in (300, 400):
+        make(model, tmp_path / "x", max_samples=most)
+    assert digests(tmp_path / "x") == digests(tmp_path / "whole")
+    layer.weight = weight.at[4].multiply(mx.nan)
+    with pytest.raises(ValueError, match="the model must be the same"):
+        make(model, tmp_path / "x", max_samples=401)
+
+
+def break_off(
+    model: lm.LanguageModel, where: Path, passes: int, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    """Interrupt a harvest in one of its passes through the model."""
+    import mlxsae.data.harvest as harvesting
+
+    real, left = harvesting.capture, [passes]
+
+    def breaks(model: Any, tokens: mx.array, points: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(model, tokens, points)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harvesting, "capture", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            make(model, where, **options)
+
+
 def test_what_is_not_equal_is_refused(toy: lm.LanguageModel, tmp_path: Path) -> None:
     make(toy, tmp_path / "x", max_samples=200)
 
@@ -388,10 +473,12 @@ def test_text_or_model_that_changed_underneath_is_noticed(tmp_path: Path) -> Non
         )
 
     again(most=300)
+    before = digests(tmp_path / "x")
     for changed in (TEXTS[8:] + TEXTS[:8], TEXTS[:5]):
         text.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match="the text must be the same"):
             again()
+        assert digests(tmp_path / "x") == before
     text.write_text(json.dumps(TEXTS))
     layer = model.model.layers[0]
     weight = layer.mlp.down_proj.weight
@@ -615,6 +702,31 @@ def test_the_collector_leaves_no_trace_of_an_error(toy: lm.LanguageModel) -> Non
     assert collector.get_activations()[RESID].shape == (2, 32)
     with pytest.raises(ValueError, match="max_activations"):
         data.ActivationCollector(toy, RESID, 0)
+
+
+def test_the_collector_does_not_see_other_threads(toy: lm.LanguageModel) -> None:
+    tokens = mx.array([[5, 6, 7]])
+    with data.ActivationCollector(toy, RESID) as collector:
+        collector.valid = mx.array([[True, False, True]])
+        thread = threading.Thread(target=lambda: mx.eval(toy(mx.array([[7, 8, 9, 10]]))))
+        thread.start()
+        thread.join()
+        toy(tokens)
+    expected = lm.capture(toy, tokens, RESID)[RESID][0]
+    assert np.array_equal(np.array(collector.get_activations()[RESID]), np.array(expected)[[0, 2]])
+
+
+def test_collectors_may_leave_in_any_order(toy: lm.LanguageModel) -> None:
+    base, tokens = type(toy.model), mx.array([[5, 6]])
+    first, second = data.ActivationCollector(toy, RESID), data.ActivationCollector(toy, ("mlp_in", 0))
+    first.__enter__()
+    second.__enter__()
+    toy(tokens)
+    first.__exit__(None, None, None)
+    toy(tokens)
+    second.__exit__(None, None, None)
+    assert (first.count, second.count) == (2, 4)
+    assert type(toy.model) is base
 
 
 def test_collect_activations(toy: lm.LanguageModel) -> None:

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxsae import data, io, ops
-from mlxsae.data import ActivationDataset
+from mlxsae.data import ActivationDataset, reader
 from mlxsae.data.encoding import DTYPES, Stream, decode, encode, to_float32
 from mlxsae.data.shards import ShardSet, ShardWriter
 from mlxsae.io import arrays as array_files
@@ -247,6 +249,47 @@ def test_a_saved_position_gives_the_same_batches(
             assert a is b
             break
         assert all(mx.array_equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("where", ["reading", "waiting"])
+def test_an_interrupt_loses_no_batch(
+    stored: ActivationDataset, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Ctrl-C while a batch is read, or waited for: whoever goes on gets that batch, and the position is that of it."""
+    plain, source = (stored.source(64, hook_points="a", block_rows=8, epochs=2) for _ in range(2))
+    expected = [np.array(x) for (x,) in iter(plain.next_batch, None)]
+    main, left = threading.current_thread(), [0]
+
+    def strikes(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is main:
+                left[0] += 1
+                if left[0] % 3 == 0:
+                    raise KeyboardInterrupt
+            elif where == "reading":
+                time.sleep(0.01)  # so that whoever asks reads too
+            return real(*args, **kwargs)
+
+        return call
+
+    if where == "reading":
+        monkeypatch.setattr(stored._store, "read", strikes(stored._store.read))
+    else:
+        monkeypatch.setattr(reader.Future, "result", strikes(reader.Future.result))
+    found, struck = [], 0
+    while True:
+        try:
+            batch = source.next_batch()
+        except KeyboardInterrupt:
+            struck += 1
+            assert source.cursor["taken"] == sum(map(len, found))
+            continue
+        if batch is None:
+            break
+        found.append(np.array(batch[0]))
+    assert struck > 3
+    assert len(found) == len(expected)
+    assert all(map(np.array_equal, found, expected))
 
 
 def test_sampling_disturbs_nothing(stored: ActivationDataset) -> None:
@@ -520,6 +563,52 @@ def test_another_set_is_not_taken_for_ours(fresh: Path) -> None:
         ActivationDataset.from_arrays(numbered(), cache_dir=fresh, shard_bytes=50 * 32)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_damaged_header_never_gives_other_rows(tmp_path: Path, dtype: str) -> None:
+    """Every byte of a shard's header is changed in turn: one sentence that names the file, or the rows themselves."""
+    ActivationDataset.from_arrays(
+        {"a": numbered(30), "b": numbered(30)}, cache_dir=tmp_path / "x", dtype=dtype, shard_bytes=10**6
+    )
+    file = tmp_path / "x" / "shard_00000.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+
+    def read() -> list[np.ndarray]:
+        made = ActivationDataset.open(tmp_path / "x")
+        rows = [np.array(x) for x in next(made.batches(30, hook_points=["a", "b"], shuffle=False)).values()]
+        return [*rows, made.statistics("a").mean, made.statistics("b").variance]
+
+    whole, said = read(), []
+    for at in range(8, 8 + length):
+        file.write_bytes(raw[:at] + b"9" + raw[at + 1 :])
+        try:
+            found = read()
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            assert all(map(np.array_equal, found, whole))
+    assert len(said) > 0.8 * length
+    assert all(str(file) in sentence for sentence in said)
+
+
+def test_home_and_a_working_directory_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.arange(60, dtype=np.float32).reshape(20, 3)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(work)
+    ActivationDataset.from_arrays(x, cache_dir="~/stored", shard_bytes=60)
+    ActivationDataset.from_arrays(x, cache_dir="stored", shard_bytes=60)
+    assert (tmp_path / "stored" / "dataset.json").exists()
+    opened = [ActivationDataset.open("~/stored"), ActivationDataset.open("stored")]
+    assert sorted(path.name for path in work.iterdir()) == ["stored"]
+    monkeypatch.chdir("/")
+    for made in opened:
+        rows = np.array(next(made.batches(20)))
+        assert np.array_equal(rows[np.argsort(rows[:, 0])], x)
+        made.verify()
+
+
 def test_one_writer_a_folder(tmp_path: Path) -> None:
     streams = {"x": Stream(4, "float32")}
     with (
@@ -530,6 +619,14 @@ def test_one_writer_a_folder(tmp_path: Path) -> None:
         pass
     with ShardWriter(tmp_path / "x", streams, shard_rows=10):
         pass
+
+
+def test_rows_are_not_to_be_had_one_by_one() -> None:
+    made = ActivationDataset.from_arrays(numbered(9))
+    with pytest.raises(TypeError, match=r"slice of rows but got int; batches\(\) gives the rows"):
+        made[3]  # type: ignore[index]
+    with pytest.raises(TypeError, match="slice of rows"):
+        list(made)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
@@ -543,9 +640,29 @@ def test_one_writer_a_folder(tmp_path: Path) -> None:
         (lambda: ActivationDataset.from_arrays(numbered(9))[5:5], "at least one"),
         (lambda: ActivationDataset.from_arrays(numbered(9))[::2], "neighbouring"),
         (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(0)), "batch_size"),
+        *(
+            (
+                lambda epochs=e: next(ActivationDataset.from_arrays(numbered(9)).batches(3, epochs=epochs)),
+                "epochs must be",
+            )
+            for e in (0, -1, float("nan"), float("-inf"))
+        ),
+        (
+            lambda: data.ArraySource(numbered(9), batch_size=3, epochs=float("-inf")),
+            "epochs must be positive",
+        ),
         (lambda: ActivationDataset.from_arrays(numbered(9)).d("z"), "must be one of x but got 'z'"),
         (lambda: ActivationDataset.from_arrays({"a": numbered(9), "b": numbered(9)}).d(), "one of a, b"),
         (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(3, tokens=True)), "tokens"),
+        (lambda: next(ActivationDataset.from_arrays(numbered(9)).batches(3, hook_points=["x", "x"])), "once"),
+        (
+            lambda: next(
+                ActivationDataset.from_arrays({"a": numbered(9), "b": numbered(9)}).batches(
+                    3, hook_points=["a", ("a", "b")]
+                )
+            ),
+            "input of each pair must be given once but got a, a",
+        ),
         (lambda: Stream(4, "int4"), "dtype must be one of"),
         (lambda: ShardWriter("x", {"tokens": Stream(4, "int8")}, shard_rows=4), "must not be called"),
     ],

@@ -128,6 +128,38 @@ def test_patterns_under_a_cache_are_rows_of_the_whole_pattern(name: str) -> None
         assert mx.allclose(part, whole[:, :, a:b, :b], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cohere2", "gemma3_text", "gpt_oss", "llama-sliding", "olmo3"])
+def test_patterns_past_a_sliding_window_are_in_the_order_of_the_tokens(name: str) -> None:
+    """The cache overwrites its oldest key; what is seen, and what an edit names, is the text's order."""
+    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+    model, tokens, window = model_of(name), tokens_of(1, 20), 6
+    cache_ = make_prompt_cache(model)
+    layer = next(i for i, c in enumerate(cache_) if isinstance(c, RotatingKVCache))
+    point = HookPoint(layer, "attn_pattern")
+    whole = lm.capture(model, tokens, point)[point]
+
+    def oldest(p: mx.array) -> mx.array:  # only the first key that a query of the whole text sees
+        first = mx.maximum(mx.arange(p.shape[-2]) - window + 1, 0)[:, None] == mx.arange(p.shape[-1])
+        return mx.broadcast_to(first.astype(p.dtype), p.shape)
+
+    with lm.splice(model, {point: oldest}):
+        edited = model(tokens)
+    twin = make_prompt_cache(model)
+    chunks = [(0, 4), *((i, i + 1) for i in range(4, 13)), (13, 16), *((i, i + 1) for i in range(16, 20))]
+    for a, b in chunks:
+        part = lm.capture(model, tokens[:, a:b], point, cache=cache_)[point]
+        keys = part.shape[-1]
+        assert mx.allclose(part, whole[:, :, a:b, b - keys : b], rtol=0, atol=1e-5)
+        if b - a == 1:
+            edit = {point: lambda p: mx.zeros_like(p).at[..., 0].add(1)}
+        else:
+            edit = {point: lambda p, a=a, b=b: oldest(whole)[:, :, a:b, b - p.shape[-1] : b]}
+        with lm.splice(model, edit):
+            got = model(tokens[:, a:b], cache=twin)
+        assert mx.allclose(got, edited[:, a:b], rtol=0, atol=1e-4)
+
+
 @families
 def test_capture_stops_after_the_deepest_hook_point(name: str) -> None:
     model, tokens = model_of(name), tokens_of(1, 7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from lm_toys import WIDTH, write_folder
@@ -163,11 +164,14 @@ def test_an_exception_in_an_edit_ends_generation_cleanly(toy: lm.LanguageModel) 
         ({"prompt": []}, "prompt must hold at least one token"),
         ({"prompt": mx.array([[1, 2]])}, "prompt must hold"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"prefill_step_size": 0}, "prefill_step_size must be at least 1 but got 0"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
         ({"temperature": float("nan")}, "temperature must be >= 0"),
         ({"positions": "some"}, r"\[positions\] must be 'all', 'prompt', 'generated'"),
         ({"positions": [-99]}, r"\[positions\] must be ints >= -16"),
         ({"positions": [1.5]}, r"\[positions\] must be ints but got"),
+        ({"positions": -1}, "list of int but got int"),
+        ({"positions": (i for i in [0])}, "list of int but got generator"),
         ({"edits": {"layers.9.mlp": steer}}, r"layer must be in \[0, 3\]"),
         ({"edits": {"layers.1.mpl": steer}}, "component must be one of"),
         ({"edits": {"layers.1": steer, POINT: steer}}, "given once"),
@@ -177,6 +181,14 @@ def test_bad_arguments(toy: lm.LanguageModel, change: dict, message: str) -> Non
     arguments = {"prompt": PROMPT, "max_tokens": 3} | change
     with pytest.raises(ValueError, match=message):
         lm.stream_generate(toy, **arguments)
+
+
+def test_prompts_of_numpy_and_models_without_text(toy: lm.LanguageModel) -> None:
+    ids = toy.encode(PROMPT)
+    plain = lm.generate(toy, ids, max_tokens=4)
+    assert lm.generate(toy, np.array(ids), max_tokens=4) == plain  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must have a tokenizer"):
+        lm.stream_generate(lm.LanguageModel(toy.model), ids, max_tokens=4)
 
 
 def test_a_trained_model_tells_the_known_story_and_can_be_stopped(shared: Path) -> None:

@@ -401,6 +401,12 @@ def test_codes_instead_of_activations(model: nn.Module) -> None:
     assert rows["layers.2.mlp"].shape == (5, WIDTH)
 
 
+def test_a_nan_hides_no_outlier() -> None:
+    x = mx.ones((1, 6, 4)).at[0, 0].multiply(1000).at[0, 3, 0].multiply(mx.nan)
+    found = lm.without_outliers(x, mx.array([[True] * 5 + [False]]))
+    assert found.tolist() == [[False, True, True, True, True, False]]
+
+
 def test_outliers_are_told_by_the_median_of_valid_tokens() -> None:
     x = mx.ones((2, 6, 4)).at[0, 2].multiply(10.5).at[1, 0].multiply(1e6).at[1, 5].multiply(9.5)
     valid = mx.ones((2, 6), mx.bool_).at[1, 0].add(False)

@@ -50,6 +50,21 @@ def test_each_is_its_formula(model: nn.Module, tokens: mx.array) -> None:
         np.testing.assert_allclose(edited(model, tokens, edit), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_values_may_be_numpy_arrays(model: nn.Module, tokens: mx.array) -> None:
+    v = np.random.default_rng(0).standard_normal((2, 5, WIDTH))
+    for make_edit in (iv.add, iv.replace_with, iv.mean):
+        expected = edited(model, tokens, make_edit(mx.array(v.astype(np.float32))))
+        np.testing.assert_allclose(edited(model, tokens, make_edit(v)), expected, rtol=1e-6, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_the_mean_of_many_rows_far_from_zero() -> None:
+    rows = (100 + np.random.default_rng(0).standard_normal((300_000, 3))).astype(np.float32)
+    found = np.array(iv.mean(mx.array(rows))(mx.zeros((1, 1, 3))))[0, 0]
+    np.testing.assert_allclose(found, rows.mean(axis=0, dtype=np.float64), rtol=2e-7)
+    rows[7, 1] = np.inf
+    assert np.isposinf(np.array(iv.mean(mx.array(rows))(mx.zeros((1, 1, 3))))[0, 0, 1])
+
+
 def test_resample_draws_rows_or_whole_sequences(model: nn.Module, tokens: mx.array) -> None:
     rows = mx.random.normal((50, WIDTH), key=mx.random.key(1))
     got = edited(model, tokens, iv.resample(rows, seed=4))

@@ -166,6 +166,11 @@ def test_tokenize_pads_on_the_right(toy: lm.LanguageModel) -> None:
     assert valid.tolist() == [[True, True, False, False, True]]
     with pytest.raises(ValueError, match="at least one text"):
         lm.tokenize(toy, [])
+    for length in (0, -1):
+        with pytest.raises(ValueError, match=f"max_length must be at least 1 but got {length}"):
+            lm.tokenize(toy, "abcd", max_length=length)
+    with pytest.raises(ValueError, match="list of texts but got one str"):
+        next(lm.batches_by_length(toy, "abcd", batch_size=2))
 
 
 def rows_of(batches: Iterator[lm.TokenBatch]) -> tuple[np.ndarray, np.ndarray]:
@@ -309,6 +314,18 @@ def test_a_source_of_no_documents_is_named() -> None:
         TypeError, match="source must be a path, a name on the hub or an iterable of documents but got int"
     ):
         lm.Documents(3)  # type: ignore[arg-type]
+
+
+def test_what_holds_documents_by_name_is_refused(toy: lm.LanguageModel) -> None:
+    """Walking through a DatasetDict or a data frame gives the names of its splits or columns."""
+    splits = {"train": [{"text": "The big dog"}], "test": [{"text": "The old cat"}]}
+    names = ["text", "label"]
+    frame_type = type("DataFrame", (), {"columns": names, "__iter__": lambda self: iter(names)})
+    with pytest.raises(TypeError, match="got a dict; take one of its splits or columns: train, test"):
+        lm.Documents(splits)
+    with pytest.raises(TypeError, match=r"got a DataFrame; .* text, label"):
+        lm.Documents(frame_type())
+    assert list(lm.Documents(splits["train"])) == ["The big dog"]
 
 
 def test_an_empty_split_is_an_error(toy: lm.LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -398,6 +399,8 @@ def test_the_model_goes_on_from_other_rows() -> None:
     plain = model(tokens).reshape(-1, logits(rows, tokens, places).shape[-1])[places]
     np.testing.assert_allclose(logits(rows, tokens, places), plain, atol=1e-4)
     losses = np.array(lm.losses_from(model, "blocks.1.hook_resid_post")(rows, tokens, places))
+    unsigned = lm.losses_from(model, "blocks.1.hook_resid_post")(rows, tokens, places.astype(mx.uint32))
+    assert np.array_equal(np.array(unsigned), losses)
     each, mask = np.array(lm.token_losses(model, tokens)), np.array(valid)
     counts = mask[:, 1:] & mask[:, :-1]
     assert losses.mean() == pytest.approx(each[counts].mean(), rel=1e-4)
@@ -407,6 +410,34 @@ def test_the_model_goes_on_from_other_rows() -> None:
     assert changed[5]
     assert not changed[:5].any()
     assert not changed[context != context[5]].any()
+
+
+def test_an_interrupt_does_not_end_the_contexts() -> None:
+    model = lm.load("tiny")
+    batches = list(lm.token_batches(model, lm.tiny.texts(9, seed=0), context_size=24, batch_size=3))
+    point = model.hook_point("resid", layer=1)
+
+    def all_of(contexts: ContextActivations) -> list[np.ndarray]:
+        return [np.array(rows) for rows, _, _ in iter(contexts.next_batch, None)]
+
+    left = [2]
+
+    def texts() -> Iterator[lm.TokenBatch]:
+        for batch in batches:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            yield batch
+
+    contexts = ContextActivations(model, point, texts)
+    first = np.array(contexts.next_batch()[0])
+    with pytest.raises(KeyboardInterrupt):
+        contexts.next_batch()
+    expected = all_of(ContextActivations(model, point, lambda: batches))
+    assert len(expected) > 2
+    found = [first, *all_of(contexts)]
+    assert len(found) == len(expected)
+    assert all(map(np.array_equal, found, expected))
 
 
 def test_schedules_reach_the_terms() -> None:

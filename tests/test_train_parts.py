@@ -530,6 +530,74 @@ def test_restored_source_continues_with_the_same_batches(kind: str, taken: int) 
     assert drain(other) == rest
 
 
+class Interrupted:
+    """Chunks each of which, from the fifth on, is reached only at the second attempt."""
+
+    def __init__(self, knows_its_position: bool) -> None:
+        self.next, self._struck = 0, set[int]()
+        if knows_its_position:
+            self.state = lambda: self.next
+            self.restore = lambda position: setattr(self, "next", position)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        first = self.next if hasattr(self, "state") else 0
+        for i in range(first, 20):
+            if i >= 4 and i not in self._struck:
+                self._struck.add(i)
+                raise KeyboardInterrupt
+            self.next = i + 1
+            yield numbered(10, start=10 * i)
+
+
+@pytest.mark.parametrize("kind", ["position", "again", "once"])
+def test_an_interrupt_while_the_buffer_fills_loses_nothing(kind: str) -> None:
+    chunks = Interrupted(kind == "position")
+    source = ShuffleBuffer(chunks if kind != "once" else Once(), batch_size=8, capacity=40)
+    batches, struck, states = [], 0, []
+    while True:
+        try:
+            batch = source.next_batch()
+        except KeyboardInterrupt:
+            struck += 1
+            states.append((len(batches), *source.state()))
+            continue
+        if batch is None:
+            break
+        batches.append(np.array(batch[0])[:, 0].astype(int).tolist())
+    assert struck == 16
+    assert sorted(itertools.chain(*batches)) == list(range(200))
+    if kind == "once":  # what cannot be read again is mixed in at once
+        return
+    plain = ShuffleBuffer([numbered(10, start=10 * i) for i in range(20)], batch_size=8, capacity=40)
+    assert batches == [[int(row) for row in batch] for batch in drain(plain)]
+    for taken, position, arrays in states:  # and so does a run that is resumed from there
+        other = Interrupted(kind == "position")
+        other._struck = set(range(20))
+        resumed = ShuffleBuffer(other, batch_size=8, capacity=40)
+        resumed.restore(json.loads(json.dumps(position)), arrays)
+        assert [[int(row) for row in batch] for batch in drain(resumed)] == batches[taken:]
+
+
+class Once:
+    """The same, as an iterator that goes on after it has raised."""
+
+    def __init__(self) -> None:
+        self._next, self._struck = 0, set[int]()
+
+    def __iter__(self) -> Once:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        i = self._next
+        if i == 20:
+            raise StopIteration
+        if i >= 4 and i not in self._struck:
+            self._struck.add(i)
+            raise KeyboardInterrupt
+        self._next += 1
+        return numbered(10, start=10 * i)
+
+
 def test_chunks_that_know_their_position_are_not_replayed() -> None:
     class Chunks:
         def __init__(self) -> None:
@@ -575,6 +643,11 @@ def test_positions_of_another_source_are_refused() -> None:
         make("shuffle").restore(position, arrays)
     with pytest.raises(ValueError, match=r"the iterable must give 9 batches but ended before"):
         IterableSource([mx.zeros((2, 3))]).restore({"kind": "iterable", "taken": 9}, {})
+    source = IterableSource([mx.zeros((2, 3))] * 4)
+    before, _ = source.state()
+    source.next_batch()
+    with pytest.raises(ValueError, match="at most 0 batches may have been taken but 1 were"):
+        source.restore(before, {})
 
 
 def test_as_source() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,10 +12,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxsae.lm import HookPoint, LanguageModel, TokenBatch, splice, valid_rows
+from mlxsae.lm.hooks import network, watched
 
 
 class ActivationCollector:
-    """Keeps the activations of every forward pass within the ``with`` block, up to ``max_activations`` tokens.
+    """Keeps the activations of every forward pass within the ``with`` block, up to ``max_activations`` tokens: those of
+    the thread or asyncio task that entered it, as with ``splice``.
 
         with ActivationCollector(model, ["blocks.3.hook_resid_post"], max_activations=100_000) as collector:
             for tokens, valid in batches:
@@ -49,14 +52,12 @@ class ActivationCollector:
             )
         self._points = _parsed(hook_points)
         self._model = model
-        self._network: nn.Module = model.model if isinstance(model, LanguageModel) else model
         known = isinstance(model, LanguageModel) and model.tokenizer is not None
         self._special = sorted({*special_ids, *(model.special_ids if known else ())})  # type: ignore[union-attr]
         self._most = max_activations
         self._rows: dict[str, list[mx.array]] = {str(point): [] for point in self._points}
         self._pass: dict[str, mx.array] = {}
-        self._tokens: mx.array | None = None
-        self._block: Any = None
+        self._block: ExitStack | None = None
         self.valid: mx.array | np.ndarray | None = None
         self.count = 0
 
@@ -67,29 +68,19 @@ class ActivationCollector:
     def __enter__(self) -> Self:
         if self._block is not None:
             raise RuntimeError("[ActivationCollector] a collector must be entered once at a time.")
-        self._block = splice(self._model, {point: self._keep(str(point)) for point in self._points})
-        self._block.__enter__()
-        network, collector = self._network, self
-        base = type(network)
-
-        def __call__(self: nn.Module, tokens: mx.array, *args: Any, **kwargs: Any) -> Any:
-            result = base.__call__(self, tokens, *args, **kwargs)  # type: ignore[operator]
-            if self is network:
-                collector._end_of_pass(tokens)
-            return result
-
-        self._base = base
-        body = {"__call__": __call__, "__module__": base.__module__}
-        object.__setattr__(network, "__class__", type(base.__name__, (base,), body))
+        with ExitStack() as stack:
+            stack.enter_context(splice(self._model, {p: self._keep(str(p)) for p in self._points}))
+            stack.enter_context(watched(network(self._model), self._end_of_pass))
+            self._block = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        object.__setattr__(self._network, "__class__", self._base)
         block, self._block = self._block, None
         self._pass.clear()
-        block.__exit__(kind, error, trace)
+        if block is not None:
+            block.__exit__(kind, error, trace)
 
     def get_activations(self) -> dict[str, mx.array]:
         """``{name: [n, d]}``, the rows of different hook points in the same order. Empty before the first pass."""

@@ -123,7 +123,8 @@ def select_texts(
     Returns
     -------
     list of str
-        In their order; together at most ``max_tokens`` tokens, but at least one text.
+        In their order; together at most ``max_tokens`` tokens, counted to their ends, but at least one text. The first
+        ones that fit where ``metric`` is None.
     """
     if metric not in ("activation_variance", None):
         raise ValueError(f"[curate] diversity_metric must be activation_variance or None but got {metric!r}.")
@@ -143,7 +144,7 @@ def select_texts(
     )
     if not scored:
         raise ValueError("[curate] source must hold at least one text but has none.")
-    return _best(scored, max_tokens)
+    return _first(scored, max_tokens) if metric is None else _best(scored, max_tokens)
 
 
 def _unique(texts: Iterable[str], deduplicate: bool | str) -> Iterator[str]:
@@ -167,27 +168,31 @@ def _score(
 
     moments: Moments | None = None
     norms = _Quantile()
-    waiting: list[tuple[list[str], np.ndarray, np.ndarray]] = []
-    seen = 0
+    waiting: list[tuple[list[tuple[str, int]], np.ndarray, np.ndarray]] = []
+    special = lm.special_ids
+    seen = looked_at = 0
     while seen < most:
-        batch = [text for _, text in zip(range(batch_size), texts, strict=False)]
-        if not batch:
+        rows = [(text, lm.encode(text)) for _, text in zip(range(batch_size), texts, strict=False)]
+        if not rows:
             break
-        tokens, valid = tokenize(lm, batch, max_length=context_size)
-        mask = np.array(valid)
-        seen += int(mask.sum())
+        # To their ends: so they will be used, however little of them is looked at.
+        batch = [(text, sum(i not in special for i in ids)) for text, ids in rows]
+        seen += sum(tokens for _, tokens in batch)
         if metric is None:
-            yield from (
-                _Scored(0.0, int(n), text) for n, text in zip(mask.sum(axis=1), batch, strict=True) if n
-            )
+            yield from (_Scored(0.0, tokens, text) for text, tokens in batch if tokens)
             continue
+        tokens, valid = tokenize(lm, [ids for _, ids in rows], max_length=context_size)
+        mask = np.array(valid)
+        if not mask.any():
+            continue
+        looked_at += int(mask.sum())
         x = np.array(capture(lm, tokens, hook_point)[hook_point].astype(mx.float32))
         norm = np.linalg.norm(x, axis=-1)
         norms.update(norm[mask])
         moments = moments or Moments(x.shape[-1])
         moments.update(x[mask & (norm <= norms.above(OUTLIERS))])
         waiting.append((batch, x, mask))
-        if seen >= _WARM_UP_TOKENS:
+        if looked_at >= _WARM_UP_TOKENS:
             for entry in waiting:
                 yield from _scores(*entry, moments, norms)
             waiting.clear()
@@ -197,7 +202,7 @@ def _score(
 
 
 def _scores(
-    batch: list[str], x: np.ndarray, mask: np.ndarray, moments: Moments, norms: _Quantile
+    batch: list[tuple[str, int]], x: np.ndarray, mask: np.ndarray, moments: Moments, norms: _Quantile
 ) -> Iterator[_Scored]:
     known = moments.result()
     sigma = np.sqrt(known.variance)
@@ -205,9 +210,18 @@ def _scores(
     z = (x - known.mean.astype(np.float32)) / sigma.astype(np.float32)
     score = np.square(z).mean(axis=-1)
     counts = mask & (np.linalg.norm(x, axis=-1) <= norms.above(OUTLIERS))
-    for text, row, counted, valid in zip(batch, score, counts, mask, strict=True):
+    for (text, tokens), row, counted, valid in zip(batch, score, counts, mask, strict=True):
         if valid.any():
-            yield _Scored(float(row[counted].mean()) if counted.any() else 0.0, int(valid.sum()), text)
+            yield _Scored(float(row[counted].mean()) if counted.any() else 0.0, tokens, text)
+
+
+def _first(scored: list[_Scored], max_tokens: int) -> list[str]:
+    ends = itertools.accumulate(entry.tokens for entry in scored)
+    return [
+        entry.text
+        for i, (entry, end) in enumerate(zip(scored, ends, strict=True))
+        if end <= max_tokens or not i
+    ]
 
 
 def _best(scored: list[_Scored], max_tokens: int) -> list[str]:

@@ -66,7 +66,7 @@ class ActivationDataset:
         *,
         layer: int | Sequence[int] | None = None,
         component: str | Sequence[str] = "mlp",
-        hook_points: Sequence[Any] | None = None,
+        hook_points: Any = None,
         cache_dir: str | os.PathLike | None = None,
         max_samples: int | None = 1_000_000,
         shuffle: bool = True,
@@ -90,7 +90,7 @@ class ActivationDataset:
         layer, component : one or several each
             Every component of every layer: ``mlp``, ``attn``, ``residual``, ``output``, or a site such as
             ``mlp_in``; for a transcoder take ``("mlp_in", "mlp_out")``.
-        hook_points : in place of both, any spellings that name the layer.
+        hook_points : in place of both, one or several, any spellings that name the layer.
         cache_dir : where the shards go. The same call goes on with what is there, or uses it as it is. By default a
             temporary folder that is gone with the dataset.
         max_samples : at most so many tokens.
@@ -274,6 +274,10 @@ class ActivationDataset:
 
     def __getitem__(self, part: slice) -> ActivationDataset:
         """Neighbouring rows, by the order on disk, as a dataset that shares the storage."""
+        if not isinstance(part, slice):  # Python would also walk through us by index
+            raise TypeError(
+                f"[activations] a part must be a slice of rows but got {type(part).__name__}; batches() gives the rows."
+            )
         begin, end, step = part.indices(len(self))
         if step != 1 or begin >= end:
             raise ValueError(
@@ -366,6 +370,12 @@ class ActivationDataset:
         one = hook_points is None or not isinstance(hook_points, list)
         asked: Any = [hook_points] if one else hook_points
         wanted = [self._spec(spec) for spec in asked]
+        keys = [spec[0] if isinstance(spec, tuple) else spec for spec in wanted]
+        if len(set(keys)) < len(keys):
+            raise ValueError(
+                "[activations] each hook point and the input of each pair must be given once but got "
+                f"{', '.join(keys)}."
+            )
         names = [name for spec in wanted for name in (spec if isinstance(spec, tuple) else (spec,))]
         if tokens and not (isinstance(self._store, ShardSet) and self._store.has_tokens):
             raise ValueError("[activations] tokens must be stored to be read but this dataset has none.")
@@ -400,7 +410,8 @@ class ActivationDataset:
         several = isinstance(hook_points, (list, tuple)) and not _is_site_and_layer(hook_points)
         wanted: Any = hook_points if several else [hook_points]
         names = [self.name_of(point) for point in wanted]
-        return DatasetSource(self._reader(names, batch_size, True, seed, epochs, block_rows), names)
+        reader = self._reader(names, batch_size, True, seed, epochs, block_rows)
+        return DatasetSource(reader, names, owner=self._owner)
 
     def statistics(self, hook_point: Any = None) -> Statistics:
         """Mean, variance and norms: of a whole folder from what its shards carry, of a part or of arrays from one walk
@@ -450,8 +461,9 @@ class ActivationDataset:
 class DatasetSource:
     """An :class:`~mlxsae.data.ActivationSource` over a dataset. ``names`` says what the arrays of a batch are."""
 
-    def __init__(self, reader: BlockReader, names: Sequence[str]) -> None:
+    def __init__(self, reader: BlockReader, names: Sequence[str], *, owner: Any = None) -> None:
         self._reader, self.names = reader, tuple(names)
+        self._owner = owner  # as of the dataset, which nobody else may hold
 
     @property
     def rows(self) -> int:
@@ -487,15 +499,16 @@ class DatasetSource:
 
 
 def hook_points_of(
-    layer: int | Sequence[int] | None, component: str | Sequence[str], hook_points: Sequence[Any] | None
+    layer: int | Sequence[int] | None, component: str | Sequence[str], hook_points: Any
 ) -> list[Any]:
     """Every component of every layer, or the hook points given."""
     from mlxsae.lm import HookPoint
+    from mlxsae.lm.hook_point import listed
 
     if hook_points is not None:
         if layer is not None:
             raise ValueError("[activations] hook_points or layer must be given but got both.")
-        return list(hook_points)
+        return listed(hook_points)
     layers: list[Any] = [layer] if layer is None or isinstance(layer, int) else list(layer)
     components = [component] if isinstance(component, str) else list(component)
     return list(dict.fromkeys(HookPoint.parse(c, layer=number) for number in layers for c in components))

@@ -96,10 +96,16 @@ class ContextActivations(ModelActivations):
     def next_batch(self) -> tuple[mx.array, ...] | None:
         if self._left is None:
             self._left = self._contexts(self._used)
-        for found in self._left:
-            self._used += 1
-            if found is not None:
-                return found
+        try:
+            for found in self._left:
+                self._used += 1
+                if found is not None:
+                    return found
+        except (
+            BaseException
+        ):  # Ctrl-C in the model's pass: what has raised is at its end, and the text is not
+            self._left = None
+            raise
         return None
 
     def sample(self, n: int) -> tuple[mx.array, ...]:

@@ -156,6 +156,8 @@ class BlockReader:
                 "[activations] batch_size and block_rows must be positive but got "
                 f"{batch_size} and {block_rows}."
             )
+        if not epochs > 0:
+            raise ValueError(f"[activations] epochs must be positive but got {epochs}.")
         self._store, self._names = store, tuple(dict.fromkeys(names))
         self._batch_size, self._block_rows = batch_size, block_rows
         self._range, self._shuffle, self._seed = (begin, end), shuffle, seed
@@ -170,6 +172,17 @@ class BlockReader:
 
     def next_batch(self) -> dict[str, mx.array] | None:
         """``{name: x [batch, d]}`` in the stored float type (float32 for int8); None at the end."""
+        try:
+            return self._next_batch()
+        except Exception:
+            raise
+        except (
+            BaseException
+        ):  # Ctrl-C may strike between any two lines: the next call begins where this one did
+            self._go_to(self._taken)
+            raise
+
+    def _next_batch(self) -> dict[str, mx.array] | None:
         while len(self._jobs) <= PREFETCH and (job := self._start(self._ahead, self._batch_size)):
             self._jobs.append(job)
             self._ahead += job.rows
@@ -212,10 +225,13 @@ class BlockReader:
                 raise ValueError(
                     f"[activations] to resume, {key} must be {position.get(key)!r} but got {mine[key]!r}."
                 )
+        self._go_to(int(position["taken"]))
+
+    def _go_to(self, taken: int) -> None:
         for job in self._jobs:
             job.done.cancel()
         self._jobs.clear()  # one that runs already fills memory that nobody will see
-        self._taken = self._ahead = int(position["taken"])
+        self._taken = self._ahead = taken
 
     def _cut(self, shard_rows: Sequence[int]) -> _Blocks:
         """Blocks in the order on disk."""

@@ -47,6 +47,11 @@ _INDEX_HAS: dict[str, type] = {
 _SHARD_HAS: dict[str, type] = {"file": str, "rows": int, "bytes": int, "sha256": str, "end": dict}
 
 
+def _folder(directory: str | os.PathLike) -> Path:
+    """Where ``directory`` is, ``~`` being home, whatever the working directory becomes."""
+    return Path(directory).expanduser().absolute()
+
+
 def read_index(directory: str | os.PathLike) -> dict[str, Any] | None:
     """What ``directory`` says of itself; None where it is no dataset (yet).
 
@@ -54,7 +59,7 @@ def read_index(directory: str | os.PathLike) -> dict[str, Any] | None:
     ------
     ValueError : a damaged index, or one of another make or of a later version.
     """
-    path = Path(directory) / INDEX
+    path = _folder(directory) / INDEX
     if not path.is_file():
         return None
     try:
@@ -97,6 +102,10 @@ def _fields(streams: Mapping[str, Stream], tokens: bool) -> dict[str, tuple[mx.D
     return found | ({TOKENS: (mx.int32, 0)} if tokens else {})
 
 
+def _moments_of(name: str, stream: Stream) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{moment}": (2,) if moment == "norms" else (stream.d,) for moment in _MOMENTS}
+
+
 def _row_shape(width: int) -> tuple[int, ...]:
     return (width,) if width else ()
 
@@ -130,7 +139,7 @@ class ShardWriter:
                 "[activations] there must be at least one stream and one row a shard but got "
                 f"{len(streams)} and {shard_rows}."
             )
-        self.directory = Path(directory)
+        self.directory = _folder(directory)
         self._streams = dict(streams)
         self._spec = _fields(streams, tokens)
         self._shard_rows, self._seed = shard_rows, seed
@@ -147,6 +156,7 @@ class ShardWriter:
         self._filling = self._writing = {}
         self._held = self._rows = 0
         self._job: Future[None] | None = None
+        self._reopened = False  # the index on disk still says what a finished folder said
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -188,14 +198,15 @@ class ShardWriter:
     def resume(self) -> dict[str, int] | None:
         """Where the last full shard ends in the input, as :meth:`append` was told; None at the beginning.
 
-        A shorter last one, which only a finished folder has, is dropped: it will be written again, longer.
+        A shorter last one, which only a finished folder has, will be written again, longer. It stays listed until
+        the longer one is there to take its place.
         """
         shards = self._index["shards"]
         if shards and shards[-1]["rows"] < self._shard_rows:
             self._index |= {"shards": shards[:-1]}
         if self.complete:
             self._index |= {"complete": False, "exhausted": False}
-            self._write_index()
+            self._reopened = True
         self._rows = self._index_rows()
         return self._index["shards"][-1]["end"] if self._index["shards"] else None
 
@@ -289,8 +300,7 @@ class ShardWriter:
             field: (dtype, (rows, *_row_shape(width))) for field, (dtype, width) in self._spec.items()
         }
         for stream, s in self._streams.items():
-            for moment in _MOMENTS:
-                spec[f"{stream}.{moment}"] = (mx.float32, (2,) if moment == "norms" else (s.d,))
+            spec |= {name: (mx.float32, shape) for name, shape in _moments_of(stream, s).items()}
 
         def chunks(field: str) -> Iterator[np.ndarray]:
             if field not in buffers:
@@ -314,6 +324,9 @@ class ShardWriter:
         def hashed(file: BinaryIO) -> None:
             seen.file = file
             write(seen)  # type: ignore[arg-type]
+            if self._reopened:  # before the shard that it lists gives way
+                self._write_index()
+                self._reopened = False
 
         shards = self._index["shards"]
 
@@ -394,7 +407,7 @@ class ShardSet:
     """
 
     def __init__(self, directory: str | os.PathLike, index: dict[str, Any] | None = None) -> None:
-        self.directory = Path(directory)
+        self.directory = _folder(directory)
         index = index or read_index(directory)
         if index is None:
             raise FileNotFoundError(f"[activations] {self.directory} must hold {INDEX} but does not.")
@@ -494,7 +507,19 @@ class ShardSet:
 
     def _header(self, shard: int) -> dict[str, array_files.Entry]:
         if shard not in self._headers:
-            self._headers[shard] = array_files.entries(self.directory / self._shards[shard]["file"])
+            path, rows = self.directory / self._shards[shard]["file"], self._shards[shard]["rows"]
+            header = array_files.entries(path)
+            for name, stream in self.streams.items():
+                fields = {f: (dtype, (rows, width)) for f, (dtype, width) in stream.fields(name).items()}
+                fields |= {m: (mx.float32, shape) for m, shape in _moments_of(name, stream).items()}
+                for field, (dtype, shape) in fields.items():
+                    found = header.get(field)
+                    if found is None or (found.dtype, found.shape) != (dtype, shape):
+                        got = "has none" if found is None else f"has {found.dtype} {list(found.shape)}"
+                        raise ValueError(
+                            f"[activations] {path} must have {field} as {dtype} {list(shape)}, as {INDEX} says, but {got}."
+                        )
+            self._headers[shard] = header
         return self._headers[shard]
 
     def _read(self, shard: int, offset: int, memory: memoryview) -> None:

@@ -81,6 +81,7 @@ class ArraySource:
         self._batch_size = batch_size
         self._seed = seed
         self._rows = x.shape[0]
+        _positive("ArraySource", epochs=epochs)
         self._total = None if math.isinf(epochs) else int(rows_in(epochs, self._rows))
         self._cursor = 0
         self._epoch, self._order = -1, np.empty(0, np.int64)
@@ -135,7 +136,8 @@ class ShuffleBuffer:
     has ``state()`` and ``restore(position)`` these carry its position, otherwise the chunks already used are
     skipped.
 
-    Same seed, same chunks, same batches.
+    Same seed, same chunks, same batches. Where ``chunks`` raises, Ctrl-C included, and can be walked through again, the next
+    call begins where this one did.
     """
 
     def __init__(
@@ -223,22 +225,38 @@ class ShuffleBuffer:
     def _fill(self) -> None:
         if self._chunks is None:
             self._chunks = iter(self._source)
+        position = self._source.state() if hasattr(self._source, "state") else None  # type: ignore[attr-defined]
+        consumed = self._consumed
         parts = [] if self._rows is None else [tuple(a[self._cursor :] for a in self._rows)]
         held = self._left()
-        while held < self._capacity:
-            try:
-                chunk = next(self._chunks)
-            except StopIteration:
-                self._exhausted = True
-                break
-            self._consumed += 1
-            rows = valid_rows(chunk)
-            if len(rows[0]):
-                parts.append(rows)
-                held += len(rows[0])
+        try:
+            while held < self._capacity:
+                try:
+                    chunk = next(self._chunks)
+                except StopIteration:
+                    self._exhausted = True
+                    break
+                self._consumed += 1
+                rows = valid_rows(chunk)
+                if len(rows[0]):
+                    parts.append(rows)
+                    held += len(rows[0])
+        except BaseException:
+            # What was read is in no batch yet, and a generator that has raised is at its end.
+            if position is not None:
+                self._source.restore(position)  # type: ignore[attr-defined]
+                self._chunks, self._consumed = None, consumed
+            elif (again := iter(self._source)) is not self._source:
+                self._chunks, self._consumed = itertools.islice(again, consumed, None), consumed
+            else:
+                self._take_in(parts)
+            raise
+        self._take_in(parts)
+
+    def _take_in(self, parts: list[tuple[np.ndarray, ...]]) -> None:
         if parts:
             # Gathered field by field: at most one field exists twice.
-            order = self._rng.permutation(held)
+            order = self._rng.permutation(sum(len(part[0]) for part in parts))
             self._rows = tuple(np.concatenate(field)[order] for field in zip(*parts, strict=True))
         self._cursor = 0
 
@@ -277,6 +295,10 @@ class IterableSource:
 
     def restore(self, position: dict[str, Any], arrays: dict[str, mx.array]) -> None:
         _same("fit", position, kind="iterable")
+        if self._taken > position["taken"]:  # an iterator does not start again
+            raise ValueError(
+                f"[fit] to resume, at most {position['taken']} batches may have been taken but {self._taken} were."
+            )
         while self._taken < position["taken"]:
             if self.next_batch() is None:
                 raise ValueError(
@@ -353,9 +375,9 @@ def _to_mlx(a: np.ndarray) -> mx.array:
     return mx.array(np.asarray(a, dtype=np.float32))
 
 
-def _positive(owner: str, **sizes: int) -> None:
+def _positive(owner: str, **sizes: float) -> None:
     for name, size in sizes.items():
-        if size <= 0:
+        if not size > 0:
             raise ValueError(f"[{owner}] {name} must be positive but got {size}.")
 
 

@@ -105,7 +105,8 @@ def losses_from(model: LanguageModel | nn.Module, hook_point: HookPointLike) -> 
     continued = logits_from(model, hook_point)
 
     def losses(rows: mx.array, tokens: mx.array, places: mx.array) -> mx.array:
-        following = mx.concatenate([places[1:], mx.array([-1], places.dtype)])
+        places = places.astype(mx.int32)
+        following = mx.concatenate([places[1:], mx.array([-1])])
         counts = (following == places + 1) & (following % tokens.shape[1] != 0)
         targets = tokens.reshape(-1)[mx.maximum(following, 0)]
         each = mx.where(counts, nn.losses.cross_entropy(continued(rows, tokens, places), targets), 0)

@@ -81,14 +81,19 @@ def stream_generate(
     Raises
     ------
     ValueError
-        An empty prompt, max_tokens < 1, a negative temperature, unknown positions or hook points.
+        An empty prompt, max_tokens or prefill_step_size < 1, a negative temperature, unknown positions or hook
+        points, a model without a tokenizer.
     """
     ids = lm.encode(prompt) if isinstance(prompt, str) else prompt
-    tokens = ids if isinstance(ids, mx.array) else mx.array(list(ids), dtype=mx.int32)
+    tokens = ids if isinstance(ids, mx.array) else mx.array([int(i) for i in ids], dtype=mx.int32)
     if tokens.ndim != 1 or tokens.size == 0:
         raise ValueError(f"[generate] prompt must hold at least one token but has shape {tokens.shape}.")
     if max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
+    if prefill_step_size < 1:
+        raise ValueError(f"[generate] prefill_step_size must be at least 1 but got {prefill_step_size}.")
+    if lm.tokenizer is None:
+        raise ValueError(f"[generate] {lm.name or 'this model'} must have a tokenizer for text.")
     if not temperature >= 0:
         raise ValueError(f"[generate] temperature must be >= 0 but got {temperature}.")
     check_positions(positions, tokens.size)

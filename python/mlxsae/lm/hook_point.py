@@ -68,7 +68,8 @@ class HookPoint:
     =============  ==========================================================================
     `resid_pre`    residual stream entering block `layer`
     `attn_pattern` attention weights, after mask and softmax, [b, n_heads, t, keys]; float of the
-                   model's dtype. Computed beside the fused kernel, and only where it is asked for
+                   model's dtype. Computed beside the fused kernel, and only where it is asked for;
+                   under a KV cache keys are those that it holds, the oldest first
     `z`            outputs of the heads, side by side, as the output projection gets them
                    [b, t, n_heads * d_head]; `z.reshape(b, t, n_heads, d_head)` tells them apart
     `attn_out`     attention's contribution, exactly as it is added to the residual stream

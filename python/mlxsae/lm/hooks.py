@@ -35,7 +35,8 @@ Edit = Callable[[mx.array], mx.array]
 Edits = Mapping[Any, Edit]  # keys: HookPointLike, spelt Any as Mapping is invariant in its keys
 # The hooks of one `with` block: id of a module -> kind -> function. "before" and "after" map the activation
 # [b, t, d] that the module gets and gives, "input" and "output" an array of any shape; "pattern" maps the
-# attention pattern; "keep" has a block remember its input, for "mid" to map (resid_pre, attn_out) to attn_out.
+# attention pattern; "keep" has a block remember its input, for "mid" to map (resid_pre, attn_out) to attn_out;
+# "end" is told the module's first argument once it has returned.
 _Hook = Callable[..., mx.array]
 _Frame = dict[int, dict[str, _Hook]]
 
@@ -94,6 +95,8 @@ def _call(base: type, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         )
     if "output" in fns:
         y = _map_first(fns["output"], y, base)
+    for end in fns.get("end", ()):
+        end(*args[:1])
     return y
 
 
@@ -166,12 +169,12 @@ class Hooks:
         for point, edit in edits.items():
             module, kind, block = locate(model, point)
             if kind == "mid":
-                self._add(block, "keep", edit, point)
-                self._add(module, kind, partial(_through_sum, family_of(model).add, edit), point)
+                self.add(block, "keep", edit, point)
+                self.add(module, kind, partial(_through_sum, family_of(model).add, edit), point)
             else:
-                self._add(module, kind, edit, point)
+                self.add(module, kind, edit, point)
 
-    def _add(self, module: nn.Module, kind: str, fn: _Hook, point: Point) -> None:
+    def add(self, module: nn.Module, kind: str, fn: Callable[..., Any], point: Point | str) -> None:
         if kind != "keep" and kind in self._frame.get(id(module), {}):
             raise ValueError(f"[hooks] {point} is computed by the same module as an earlier block's.")
         self._frame.setdefault(id(module), {})[kind] = fn
@@ -193,6 +196,15 @@ class Hooks:
         finally:
             # By identity and not by token: a generator may leave in another context than it entered.
             _frames.set(tuple(other for other in _frames.get() if other is not self._frame))
+
+
+@contextmanager
+def watched(model: nn.Module, end: Callable[[mx.array], Any]) -> Iterator[None]:
+    """Have `end(tokens)` called after every whole forward pass of `model` in this context."""
+    hooks = Hooks(model, {})
+    hooks.add(model, "end", end, "the model")
+    with hooks.worn(), hooks.active():
+        yield
 
 
 @contextmanager

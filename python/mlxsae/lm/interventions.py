@@ -30,6 +30,7 @@ def scale(factor: float | mx.array) -> Edit:
 
 def add(vector: mx.array, strength: float = 1.0) -> Edit:
     """`x + strength * vector`, for `vector` [d], [t, d] or [b, t, d]."""
+    vector = mx.array(vector)  # of NumPy too
     return lambda x: x + _like(strength * vector, x, "add")
 
 
@@ -50,10 +51,15 @@ def mean(activations: mx.array, valid: mx.array | None = None) -> Edit:
 
     With `valid`, bool [...], over valid tokens only.
     """
+    activations = mx.array(activations)
     rows = activations.reshape(-1, activations.shape[-1]) if valid is None else valid_rows(activations, valid)
     if rows.shape[0] == 0:
         raise ValueError("[mean] activations must hold at least one valid token but hold none.")
-    return replace_with(rows.astype(mx.float32).mean(axis=0))
+    rows = rows.astype(mx.float32)
+    about = rows.mean(
+        axis=0
+    )  # float32 loses digits over many rows; what is left of them about it has few to lose
+    return replace_with(mx.where(mx.isfinite(about), about + (rows - about).mean(axis=0), about))
 
 
 def resample(activations: mx.array, *, seed: int = 0) -> Edit:
@@ -63,7 +69,8 @@ def resample(activations: mx.array, *, seed: int = 0) -> Edit:
     ----------
     activations : [n, d] or [m, t', d]
         Of [n, d], every token gets a row drawn at random. Of [m, t', d], every row of the batch gets one of the m
-        sequences, token for token: the activation may then be no longer than t' tokens.
+        sequences, token for token: the activation may then be no longer than t' tokens. Tokens are counted from
+        the first one of each pass, so in generation, whose passes are a token long, give [n, d].
     seed : int
         Of the draws. Each call draws anew; another `resample` with the same seed draws the same.
     """
@@ -153,6 +160,11 @@ def check_positions(positions: Positions, length: int | None = None) -> None:
             raise ValueError(
                 f"[positions] must be 'all', 'prompt', 'generated' or a list of int but got {positions!r}."
             )
+    elif not isinstance(positions, Sequence):  # an iterator would be used up by the first look at it
+        raise ValueError(
+            "[positions] must be 'all', 'prompt', 'generated' or a list of int but got "
+            f"{type(positions).__name__}."
+        )
     elif any(isinstance(p, bool) or not isinstance(p, int) for p in positions):
         raise ValueError(f"[positions] must be ints but got {list(positions)!r}.")
     elif length is not None and min(positions, default=0) < -length:
@@ -176,7 +188,7 @@ def _chosen(positions: Positions, length: int) -> Callable[[int], bool]:
 
 
 def _like(value: mx.array | float, x: mx.array, name: str) -> mx.array:
-    value = mx.array(value, x.dtype) if isinstance(value, (int, float)) else value.astype(x.dtype)
+    value = value.astype(x.dtype) if isinstance(value, mx.array) else mx.array(value, x.dtype)
     try:
         return mx.broadcast_to(value, x.shape)
     except ValueError as error:

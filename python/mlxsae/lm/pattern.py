@@ -58,15 +58,33 @@ def _attention(fused: Callable[..., mx.array], look: Look) -> Callable[..., mx.a
         if not isinstance(keys, mx.array):
             raise ValueError("[hooks] the KV cache must not be quantised where attn_pattern is looked at.")
         pattern = softmax_pattern(queries, keys, scale, mask, sinks)
+        order = _order_of_keys(cache, keys.shape[2])
+        if order is not None:
+            pattern = pattern[..., order]
         seen = look(pattern)
         if seen is pattern:  # the model's own bits, and the pattern stays uncomputed unless somebody wants it
             options = {} if sinks is None else {"sinks": sinks}
             return fused(queries, keys, values, cache=cache, scale=scale, mask=mask, **options)
+        if order is not None:
+            seen = seen[..., mx.argsort(order)]
         b, heads, t, n = seen.shape
         mixed = seen.reshape(b, values.shape[1], -1, t, n) @ values[:, :, None]
         return mixed.reshape(b, heads, t, -1).astype(queries.dtype)
 
     return attend
+
+
+def _order_of_keys(cache: Any, n: int) -> mx.array | None:
+    """Where the `n` keys of a full cache of a sliding window lie, from the oldest; None where they lie in order.
+
+    Such a cache puts the newest key in the place of the oldest.
+    """
+    from mlx_lm.models.cache import RotatingKVCache
+
+    if not isinstance(cache, RotatingKVCache) or cache._idx >= n:
+        return None
+    kept, newest = cache.keep, cache._idx
+    return mx.concatenate([mx.arange(kept), mx.arange(newest, n), mx.arange(kept, newest)])
 
 
 def softmax_pattern(

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +99,12 @@ class Documents:
             raise TypeError(
                 "[Documents] source must be a path, a name on the hub or an iterable of documents but got "
                 f"{type(source).__name__}."
+            )
+        if isinstance(source, Mapping) or hasattr(source, "columns"):  # walking through it gives its names
+            names = ", ".join(map(str, itertools.islice(source, 8)))  # type: ignore[arg-type]
+            raise TypeError(
+                "[Documents] source must be an iterable of documents but got a "
+                f"{type(source).__name__}; take one of its splits or columns: {names}."
             )
         self._source, self._field = source, text_field
         self.once = not isinstance(source, (str, os.PathLike)) and iter(source) is source
@@ -204,6 +210,8 @@ def tokenize(
         lm.encode(text) if isinstance(text, str) else list(text)
         for text in ([texts] if isinstance(texts, str) else texts)
     ]
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"[tokenize] max_length must be at least 1 but got {max_length}.")
     rows = [row[:max_length] for row in rows]
     if not rows or not all(rows):
         raise ValueError("[tokenize] texts must hold at least one text, each of at least one token.")
@@ -222,6 +230,8 @@ def batches_by_length(
     """
     if batch_size < 1:
         raise ValueError(f"[batches_by_length] batch_size must be at least 1 but got {batch_size}.")
+    if isinstance(texts, str):
+        raise ValueError("[batches_by_length] texts must be a list of texts but got one str.")
     rows = [lm.encode(text) if isinstance(text, str) else list(text) for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for begin in range(0, len(order), batch_size):
@@ -427,7 +437,8 @@ def without_outliers(activation: mx.array, valid: mx.array, *, times_median: flo
         raise ValueError(f"[without_outliers] times_median must be over 1 but got {times_median}.")
     norms = np.array(mx.linalg.norm(activation.astype(mx.float32), axis=-1))
     mask = np.array(valid)
-    if not mask.any():
+    known = norms[mask & ~np.isnan(norms)]
+    if not known.size:
         return valid
     # A norm that is NaN is kept: it must be seen.
-    return mx.array(mask & ~(norms > times_median * np.median(norms[mask])))
+    return mx.array(mask & ~(norms > times_median * np.median(known)))

@@ -81,7 +81,7 @@ def to_slots(code: Code) -> SparseCode:
         return code
     if isinstance(code, DenseCode):
         values = mx.maximum(code.values, 0)
-        width = max(1, int((values > 0).sum(axis=-1).max()))  # type: ignore[arg-type]
+        width = max(1, int((values > 0).sum(axis=-1).max()) if values.size else 1)  # type: ignore[arg-type]
         places = mx.sort(mx.argpartition(-values, width - 1, axis=-1)[..., :width], axis=-1)
         return SparseCode(mx.take_along_axis(values, places, axis=-1), places.astype(mx.uint32))
     begins = code.offsets[:-1, None]

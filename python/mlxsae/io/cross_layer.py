@@ -22,7 +22,8 @@ from mlxsae.io.rules import FUNCTIONS, function_of, rule_of
 from mlxsae.sae import CrossLayerTranscoder, Rule
 
 _THEIRS = ("standard", "jumprelu")
-_LAYER_FILE = re.compile(r"(\w+_)?W_(enc|dec)_\d+\.safetensors")
+_LAYER_FILE = re.compile(rf"(({'|'.join(FUNCTIONS)})_)?W_(enc|dec)_\d+\.safetensors")
+_KIND = "cross_layer_transcoder"
 
 
 def one_rule(sae: CrossLayerTranscoder) -> Rule:
@@ -50,7 +51,7 @@ def files(sae: CrossLayerTranscoder, metadata: dict[str, Any]) -> dict[str, atom
     if all(hooks) and function_of(rules[0], sae.d_layer)[0] in _THEIRS:
         theirs = {
             "model_name": metadata.get("model_name", ""),
-            "model_kind": "cross_layer_transcoder",
+            "model_kind": _KIND,
             "feature_input_hook": hooks[0],
             "feature_output_hook": hooks[1],
         }
@@ -59,9 +60,14 @@ def files(sae: CrossLayerTranscoder, metadata: dict[str, Any]) -> dict[str, atom
 
 
 def remove_others(directory: Path, written: Mapping[str, Any]) -> None:
-    """Drop the layers of an earlier transcoder of more of them: circuit-tracer counts files."""
+    """Drop the layers of an earlier transcoder of more of them: circuit-tracer counts files. A ``config.yaml`` that is not a
+    cross-layer transcoder's is somebody else's.
+    """
     for path in directory.iterdir():
-        if path.name not in written and (_LAYER_FILE.fullmatch(path.name) or path.name == "config.yaml"):
+        if path.name in written:
+            continue
+        theirs = path.name == "config.yaml" and path.is_file() and _KIND.encode() in path.read_bytes()
+        if theirs or _LAYER_FILE.fullmatch(path.name):
             path.unlink()
 
 

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlxsae.io import arrays, atomic, load, save
-from mlxsae.sae import SAE, Crosscoder, CrossLayerTranscoder, Rule
+from mlxsae.sae import SAE, BatchTopK, Crosscoder, CrossLayerTranscoder, JumpReLU, Rule
 
 FILES = ("cfg.json", "metadata.json", "sae_weights.safetensors")
 
@@ -455,6 +455,39 @@ def test_whole_numbers_are_no_weights(saved: tuple) -> None:
     save_file(weights, saved[0] / "sae_weights.safetensors")
     with pytest.raises(ValueError, match=r"b_enc must be floating point but got mlx.core.int32"):
         load(saved[0])
+
+
+@pytest.mark.parametrize("threshold", [None, "0.5", [0.5], 0.75])
+def test_a_batch_topk_threshold_that_is_not_the_weights(tmp_path: Path, threshold: object) -> None:
+    """One of metadata.json alone would rule."""
+    save(SAE(8, 24, rule=BatchTopK(3, threshold=1 / 3)), tmp_path)
+    assert load(tmp_path).rule.threshold == 1 / 3
+    path = tmp_path / "metadata.json"
+    ours = json.loads(path.read_text())
+    path.write_text(json.dumps(ours | {"rule": ours["rule"] | {"threshold": threshold}}))
+    with pytest.raises(
+        ValueError, match=r"\[load\] the threshold in metadata.json must be that of the weights but is"
+    ):
+        load(tmp_path)
+    path.unlink()
+    np.testing.assert_array_equal(load(tmp_path).rule.threshold, np.full(24, 1 / 3, np.float32))
+
+
+def test_damaged_layers_of_a_cross_layer_transcoder(tmp_path: Path) -> None:
+    save(CrossLayerTranscoder(4, 2, 24, rule=JumpReLU()), tmp_path)
+    layer = tmp_path / "W_dec_1.safetensors"
+    whole = layer.read_bytes()
+    save_file({"W_dec_1": np.zeros((24, 1, 4), np.int32)}, layer)
+    with pytest.raises(
+        ValueError, match=r"\[load\] W_dec must be floating point but got mlx.core.int32 in .*W_dec_1"
+    ):
+        load(tmp_path)
+    layer.write_bytes(whole)
+    (tmp_path / "cfg.json").unlink()
+    assert type(load(tmp_path)) is CrossLayerTranscoder
+    save_file({"W_enc_0": np.zeros(24, np.float32)}, tmp_path / "W_enc_0.safetensors")
+    with pytest.raises(ValueError, match=r"\[load\] W_enc_0 must have shape \[d_layer, d\] but has \(24,\)"):
+        load(tmp_path)
 
 
 def test_a_rule_that_files_do_not_know(tmp_path: Path) -> None:

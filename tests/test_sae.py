@@ -402,7 +402,6 @@ def test_a_hierarchical_rule_serves_saes_of_several_widths() -> None:
     [
         (TopKJumpReLU(2), "threshold", (D_SAE,), (9,)),
         (JumpReLU(2), "threshold", (D_SAE,), (9,)),
-        (SigmoidGated(), "gate_weight", (D_SAE, D_IN), (9, D_IN)),
     ],
     ids=lambda value: type(value).__name__,
 )

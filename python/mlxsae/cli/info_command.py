@@ -84,7 +84,9 @@ def _of_sae(directory: Path) -> dict[str, Any]:
         if not below:
             raise
         folders = ", ".join(str(path.parent) for path in below)
-        raise ValueError(f"[info] {directory} must be the folder of one SAE but holds those in {folders}.") from None
+        raise ValueError(
+            f"[info] {directory} must be the folder of one SAE but holds those in {folders}."
+        ) from None
     config = json.loads(path.read_text("utf-8")) if (path := directory / native.CONFIG).exists() else {}
     weights: list[tuple[str, mx.array]] = tree_flatten(sae.parameters())  # type: ignore[assignment]
     found: dict[str, Any] = {

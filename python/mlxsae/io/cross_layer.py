@@ -108,7 +108,9 @@ def foreign(directory: Path) -> dict[str, Any] | None:
     first = arrays.entries(directory / _names("standard", 0)[0])
     if "W_enc_0" not in first:
         raise ValueError(f"[load] {directory}/W_enc_0.safetensors must hold W_enc_0 but has {sorted(first)}.")
-    d_layer, d = first["W_enc_0"].shape
+    if len(shape := first["W_enc_0"].shape) != 2:
+        raise ValueError(f"[load] W_enc_0 must have shape [d_layer, d] but has {shape} in {directory}.")
+    d_layer, d = shape
     function = "jumprelu" if "threshold_0" in first else "standard"
     return {
         "architecture": f"{function}_cross_layer_transcoder",
@@ -134,6 +136,9 @@ def _read(path: Path, layer: int, shapes: dict[str, tuple[int, ...]]) -> dict[st
     got = {name: a.shape for name, a in found.items()}
     if got != shapes:
         raise ValueError(f"[load] {path} must hold {shapes} but has {got}.")
+    for name, a in found.items():
+        if not mx.issubdtype(a.dtype, mx.floating):
+            raise ValueError(f"[load] {name} must be floating point but got {a.dtype} in {path}.")
     return found
 
 

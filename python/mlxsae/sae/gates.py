@@ -180,8 +180,6 @@ class SigmoidGated(Rule):
         if "gate_weight" not in self:
             self.gate_weight = mx.random.normal((d_sae, d_in), key=mx.random.key(d_sae)) / d_in**0.5
             self.gate_bias = mx.zeros(d_sae)
-        must_have_shape(self, "gate_weight", (d_sae, d_in))
-        must_have_shape(self, "gate_bias", (d_sae,))
 
     def for_raw(
         self,

@@ -529,6 +529,9 @@ def test_bad_cross_layer_transcoders() -> None:
         CrossLayerTranscoder(6, 0, 20, k=2)
     with pytest.raises(ValueError, match=r"give either k or rule but got k=None and rule=None"):
         CrossLayerTranscoder(6, 2, 20)
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match=rf"layer must be in \[0, 2\) but got {layer}"):
+            CrossLayerTranscoder(6, 2, 20, k=2).W_dec_of(layer)
     for shape in ((6, 6), (3, 2, 5), (11,)):  # (6, 6) are three tokens' numbers, but not their shape
         with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., 12\] but got"):
             CrossLayerTranscoder(6, 2, 20, k=2).encode(mx.zeros(shape))

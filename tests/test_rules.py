@@ -174,6 +174,11 @@ def test_calibrate() -> None:
     assert l0(sae.encode(x)).item() == pytest.approx(K, rel=0.05)
     with pytest.raises(TypeError, match=r"\[calibrate\] the rule must be BatchTopK but is TopK"):
         calibrate(SAE(D, D_SAE, k=2), [x])
+    calibrate(sae, [x, mx.zeros((0, D))])  # no tokens, no threshold of 0
+    smallest = np.sort(data(500).astype(np.float64) @ np.array(sae.W_enc), axis=None)[-K * 500]
+    assert sae.rule.threshold == pytest.approx(smallest, rel=1e-5)
+    with pytest.raises(ValueError, match=rf"x must have shape \[\.\.\., {D}\] but got \(3, {2 * D}\)"):
+        calibrate(sae, [mx.zeros((3, 2 * D))])
     with pytest.raises(ValueError, match=r"\[calibrate\] there must be at least one batch"):
         calibrate(sae, [])
 

@@ -105,6 +105,8 @@ class CrossLayerTranscoder(SAE):
 
     def W_dec_of(self, layer: int) -> mx.array:
         """``[d_layer, n_layers - layer, d]``: what the latents of ``layer`` write to it and each later layer."""
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"[CrossLayerTranscoder] layer must be in [0, {self.n_layers}) but got {layer}.")
         return self.W_decs[layer].reshape(self.d_layer, self.n_layers - layer, -1)
 
     def encode(self, x: mx.array) -> Code:

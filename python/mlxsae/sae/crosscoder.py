@@ -87,6 +87,9 @@ class Crosscoder(SAE):
         """Reconstruction in the shape of ``x``."""
         return super().__call__(self._concatenated(x)).reshape(x.shape)
 
+    def rows(self, x: mx.array) -> mx.array:
+        return super().rows(self._concatenated(x))
+
     def _concatenated(self, x: mx.array) -> mx.array:
         apart = x.ndim > 1 and x.shape[-2:] == (self.n_sources, self.d_source)
         return x.reshape(*x.shape[:-2], self.d_in) if apart else x

@@ -307,6 +307,11 @@ class SAE(nn.Module):
             x = layer_norm(x)[0].astype(self.dtype)
         return x - self.decoder.bias if self.apply_b_dec_to_input else x
 
+    def rows(self, x: mx.array) -> mx.array:
+        """``x [..., d_in]`` as ``[n, d_in]``."""
+        self.encoder_input(x)  # says what x must be
+        return x.reshape(-1, self.d_in)
+
     @property
     def normalize_activations(self) -> str:
         """What the SAE itself does to every token: ``none``, or ``layer_norm``: it encodes :func:`layer_norm` of ``x`` and
@@ -411,16 +416,17 @@ class SAE(nn.Module):
 
 def calibrate(sae: SAE, batches: Iterable[mx.array]) -> SAE:
     """Set the threshold of a BatchTopK SAE to the mean of the smallest values that it keeps of each of ``batches``
-    ``[..., d_in]``. Returns the SAE.
+    ``[..., d_in]``; batches without tokens do not count. Returns the SAE.
     """
     if not isinstance(sae.rule, BatchTopK):
         raise TypeError(f"[calibrate] the rule must be BatchTopK but is {type(sae.rule).__name__}.")
     thresholds = []
     for x in batches:
-        state = sae.learn(x.reshape(-1, sae.d_in), sae.rule.initial_state()).state
-        thresholds.append(state["last"].item())
+        if (rows := sae.rows(x)).size:
+            state = sae.learn(rows, sae.rule.initial_state()).state
+            thresholds.append(state["last"].item())
     if not thresholds:
-        raise ValueError("[calibrate] there must be at least one batch but got none.")
+        raise ValueError("[calibrate] there must be at least one batch with tokens but got none.")
     sae.rule.threshold = sum(thresholds) / len(thresholds)
     return sae
 

@@ -384,6 +384,30 @@ def test_crosscoder_by_its_definition(rule: Any) -> None:
     assert l1.item() == pytest.approx((want * norms).sum(axis=1).mean(), rel=1e-4)
 
 
+def test_aligned_latents_point_one_way_in_every_pair_of_sources() -> None:
+    """The second and third rows lie 25 degrees to either side of the first: 50 apart, whose cosine is 0.64."""
+    cross, angles = Crosscoder(2, 3, 2, k=1, seed=0), np.radians([[0, 25, -25], [0, 10, -10]])
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    cross.decoder.weight = mx.array(rows.reshape(2, 6))
+    assert cross.source_cosines(0, 1).min() > 0.9
+    assert cross.sharing(0.3, 0.7) == {
+        "source_0": 0,
+        "source_1": 0,
+        "source_2": 0,
+        "shared": 2,
+        "aligned": 1,
+        "other": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"), [((0, 2), "d_source"), ((8, 0), "n_sources"), ((-2, -3), "d_source")]
+)
+def test_widths_of_a_crosscoder_are_named(sizes: tuple[int, int], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"\[Crosscoder\] {name} must be positive but got {name}="):
+        Crosscoder(*sizes, 16, k=2)
+
+
 @pytest.mark.parametrize("rule", ["batchtopk", "relu"])
 def test_crosscoder_tells_shared_latents_from_those_of_one_source(rule: str) -> None:
     x = two_models()
@@ -505,6 +529,18 @@ def test_bad_cross_layer_transcoders() -> None:
         CrossLayerTranscoder(6, 0, 20, k=2)
     with pytest.raises(ValueError, match=r"give either k or rule but got k=None and rule=None"):
         CrossLayerTranscoder(6, 2, 20)
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match=rf"layer must be in \[0, 2\) but got {layer}"):
+            CrossLayerTranscoder(6, 2, 20, k=2).W_dec_of(layer)
+    for shape in ((6, 6), (3, 2, 5), (11,)):  # (6, 6) are three tokens' numbers, but not their shape
+        with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., 12\] but got"):
+            CrossLayerTranscoder(6, 2, 20, k=2).encode(mx.zeros(shape))
+    with pytest.raises(TypeError, match=r"\[CrossLayerTranscoder\] d must be an int but got float"):
+        CrossLayerTranscoder(6.0, 2, 20, k=2)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"dtype must be float32, float16 or bfloat16 but got mlx.core.int32"
+    ):
+        CrossLayerTranscoder(6, 2, 20, k=2, dtype=mx.int32)
     with pytest.raises(
         ValueError, match=r"must keep k latents a token, or be dense in training, but gives SparseCodeCSR"
     ):

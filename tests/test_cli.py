@@ -204,6 +204,11 @@ BAD = {
     "negative layer": ({"layer": -1}, 2, "at least 0"),
     "a component of no width": ({"component": "attn_pattern"}, 1, "must have one width"),
     "target of a rule with k": ({"target_l0": 8}, 1, "target_l0 must come with a term"),
+    "two wanted L0s": (
+        {"target_l0": 4, "rule": "relu"},
+        2,
+        "--k is the L0 to reach for relu and must agree with",
+    ),
     "two losses": ({"target_l0": 8, "rule": "relu", "end_to_end": "kl"}, 1, "must be None where end_to_end"),
     "unknown loss": ({"end_to_end": "mse"}, 2, "must be kl or ce"),
     "unknown component": ({"component": "brain"}, 2, "component must be one of"),
@@ -663,6 +668,20 @@ def test_bench_with_aux_really_has_dead_latents() -> None:
     assert measured["dead_fraction"] > 0.5  # at most 32 of 512 fire in a batch
 
 
+@pytest.mark.parametrize("rule", sorted(mlxsae.sae.RULES))
+def test_bench_of_every_rule(rule: str, capsys) -> None:
+    size = [*("--n", "32", "--d-in", "16", "--d-sae", "64", "--k", "4", "--steps", "1")]
+    assert main(["bench", "step", *size, "--rule", rule, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_bench_without_steps() -> None:
+    from mlxsae.bench import time_step
+
+    with pytest.raises(ValueError, match=r"\[time_step\] steps must be positive but got 0"):
+        time_step(n=16, d_in=16, d_sae=32, k=2, steps=0)
+
+
 def test_info(capsys) -> None:
     import mlxsae
 
@@ -690,6 +709,15 @@ def test_info_of_a_saved_sae(trained: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "W_dec_2.safetensors").unlink()
     assert main(["info", str(tmp_path)]) == 1
     assert "W_dec_2.safetensors must exist" in capsys.readouterr().err
+
+
+def test_info_of_a_folder_of_several_names_them(tmp_path: Path, capsys) -> None:
+    for name in ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"):
+        native.save(mlxsae.SAE(4, 8, k=2), tmp_path / name)
+    assert main(["info", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path} must be the folder of one SAE but holds those in" in said
+    assert f"{tmp_path / 'blocks.0.hook_mlp_out'}, {tmp_path / 'blocks.1.hook_mlp_out'}." in said
 
 
 def test_usage(capsys) -> None:

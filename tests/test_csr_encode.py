@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -438,3 +439,10 @@ def test_malformed(call, message):
     with pytest.raises(ValueError) as e:
         call(mx.zeros((5, 6)), mx.zeros((20, 6)))
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize("x", [[[1.0, 2.0]], None, 3.0])
+def test_what_is_no_array(x: object) -> None:
+    for encode in (ops.threshold_encode, partial(ops.threshold_encode_capped, capacity=4)):
+        with pytest.raises(TypeError):
+            encode(x, mx.ones((4, 2)), threshold=mx.array(0.0))

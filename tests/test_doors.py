@@ -497,6 +497,16 @@ def test_what_cannot_be_saved_or_called_is_found_before_training(
             fit(new_sae(), ArraySource(dictionary_data(), batch_size=64), callbacks=callbacks)
 
 
+def test_save_path_may_be_in_home(model: Any, texts: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    train_sae(model, 1, dataset=texts, save_path="~/one", total_tokens=200, **SMALL)
+    train_saes(model, [0, 1], dataset=texts, save_path="~/two", total_tokens=200, **SMALL)
+    found = {str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("cfg.json")}
+    assert found == {"home/one", "home/two/layer_0", "home/two/layer_1"}
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
 def test_the_last_rows_of_what_is_stored_are_held_out(model: lm.LanguageModel, texts: list[str]) -> None:
     from mlxsae.data import ActivationDataset
 

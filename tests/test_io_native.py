@@ -7,6 +7,7 @@ import json
 import resource
 import signal
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlxsae.io import arrays, atomic, load, save
-from mlxsae.sae import SAE, Rule
+from mlxsae.sae import SAE, BatchTopK, Crosscoder, CrossLayerTranscoder, JumpReLU, Rule
 
 FILES = ("cfg.json", "metadata.json", "sae_weights.safetensors")
 
@@ -177,6 +178,8 @@ def test_metadata_that_json_cannot_hold(saved: tuple) -> None:
         with pytest.raises((ValueError, TypeError)):
             save(other_sae(), directory, metadata={"x": value})
         assert unchanged(directory, before)
+    with pytest.raises(ValueError, match=r"\[save\] metadata must be what JSON can hold but .*float32"):
+        save(other_sae(), directory, metadata={"fvu": np.float32(0.5)})
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -203,6 +206,65 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
             assert not target.exists() or (target / "a").read_text() == "1"
         assert (target / "a").read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+def test_several_threads_save_into_one_folder(tmp_path: Path) -> None:
+    """Each writer has temporary files of its own: no write fails, and what stays is one writer's."""
+    saes = [SAE(64, 256, k=3, seed=seed) for seed in range(3)]
+    mx.eval([sae.parameters() for sae in saes])
+    writers = [arrays.writer({"w": sae.W_dec}) for sae in saes]
+
+    def write(writer: atomic.Writer) -> None:
+        for _ in range(30):
+            atomic.write_files(tmp_path, {"a": writer, "b": writer})
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, writers))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    for name in ("a", "b"):
+        assert any(same(arrays.read(tmp_path / name)["w"], sae.W_dec) for sae in saes)
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """A ``config.yaml`` in the folder of a run is somebody's, unless it is a cross-layer transcoder's."""
+    mine = {"config.yaml": b"seed: 1\n", "my_W_enc_0.safetensors": b"mine"}
+    for name, text in mine.items():
+        (tmp_path / name).write_bytes(text)
+    save(random_sae(), tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in mine} == mine
+    (tmp_path / "config.yaml").write_text("model_kind: cross_layer_transcoder\n")
+    (tmp_path / "topk_W_dec_3.safetensors").write_bytes(b"of an earlier one")
+    save(random_sae(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*FILES, "my_W_enc_0.safetensors"])
+
+
+def test_home_is_where_the_tilde_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    sae = random_sae()
+    save(sae, "~/kept/sae")
+    assert sorted(p.name for p in (tmp_path / "home/kept/sae").iterdir()) == sorted(FILES)
+    assert same(load("~/kept/sae").W_dec, sae.W_dec)
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+def test_ranked_latents_that_write_nothing(tmp_path: Path) -> None:
+    """Files have the norms of decoder rows folded in: a row of zeros stays one, where 0 / 0 is NaN."""
+    sae = SAE(8, 24, k=3, rank_by_decoder_norm=True, seed=0)
+    w_dec = np.random.default_rng(0).normal(size=(24, 8)).astype(np.float32)
+    w_dec[5] = 0
+    sae.W_dec = mx.array(w_dec)
+    save(sae, tmp_path)
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    norms = np.linalg.norm(w_dec, axis=1)
+    for name, a in weights.items():
+        assert np.isfinite(a).all(), name
+    np.testing.assert_allclose(np.linalg.norm(weights["W_dec"], axis=1), norms > 0, atol=1e-6)
+    x = np.random.default_rng(1).normal(size=(20, 8))
+    pre = x @ np.array(sae.W_enc, np.float64)
+    kept = pre * norms >= np.sort(pre * norms, axis=1)[:, -3, None]
+    want = np.where(kept, np.maximum(pre, 0), 0) @ w_dec
+    np.testing.assert_allclose(load(tmp_path)(mx.array(x.astype(np.float32))), want, atol=1e-5)
 
 
 # ---- bad files ---------------------------------------------------------------------------------------------
@@ -247,6 +309,19 @@ def test_bad_configuration(saved: tuple, changes: dict, message: str) -> None:
     edit(saved[0], **changes)
     with pytest.raises(ValueError, match=message):
         load(saved[0])
+
+
+def test_sizes_that_do_not_divide(tmp_path: Path) -> None:
+    save(Crosscoder(4, 2, 24, k=3), tmp_path)
+    edit(tmp_path, n_sources=3)
+    with pytest.raises(ValueError, match=r"\[load\] n_sources=3 must divide d_in=8 in cfg\.json"):
+        load(tmp_path)
+    save(CrossLayerTranscoder(4, 2, 24, k=3), tmp_path)
+    for size, value in (("d_in", 9), ("d_sae", 49)):
+        save(CrossLayerTranscoder(4, 2, 24, k=3), tmp_path)
+        edit(tmp_path, **{size: value})
+        with pytest.raises(ValueError, match=rf"\[load\] n_layers=2 must divide {size}={value} in cfg\.json"):
+            load(tmp_path)
 
 
 def test_json_that_is_none(saved: tuple) -> None:
@@ -380,6 +455,39 @@ def test_whole_numbers_are_no_weights(saved: tuple) -> None:
     save_file(weights, saved[0] / "sae_weights.safetensors")
     with pytest.raises(ValueError, match=r"b_enc must be floating point but got mlx.core.int32"):
         load(saved[0])
+
+
+@pytest.mark.parametrize("threshold", [None, "0.5", [0.5], 0.75])
+def test_a_batch_topk_threshold_that_is_not_the_weights(tmp_path: Path, threshold: object) -> None:
+    """One of metadata.json alone would rule."""
+    save(SAE(8, 24, rule=BatchTopK(3, threshold=1 / 3)), tmp_path)
+    assert load(tmp_path).rule.threshold == 1 / 3
+    path = tmp_path / "metadata.json"
+    ours = json.loads(path.read_text())
+    path.write_text(json.dumps(ours | {"rule": ours["rule"] | {"threshold": threshold}}))
+    with pytest.raises(
+        ValueError, match=r"\[load\] the threshold in metadata.json must be that of the weights but is"
+    ):
+        load(tmp_path)
+    path.unlink()
+    np.testing.assert_array_equal(load(tmp_path).rule.threshold, np.full(24, 1 / 3, np.float32))
+
+
+def test_damaged_layers_of_a_cross_layer_transcoder(tmp_path: Path) -> None:
+    save(CrossLayerTranscoder(4, 2, 24, rule=JumpReLU()), tmp_path)
+    layer = tmp_path / "W_dec_1.safetensors"
+    whole = layer.read_bytes()
+    save_file({"W_dec_1": np.zeros((24, 1, 4), np.int32)}, layer)
+    with pytest.raises(
+        ValueError, match=r"\[load\] W_dec must be floating point but got mlx.core.int32 in .*W_dec_1"
+    ):
+        load(tmp_path)
+    layer.write_bytes(whole)
+    (tmp_path / "cfg.json").unlink()
+    assert type(load(tmp_path)) is CrossLayerTranscoder
+    save_file({"W_enc_0": np.zeros(24, np.float32)}, tmp_path / "W_enc_0.safetensors")
+    with pytest.raises(ValueError, match=r"\[load\] W_enc_0 must have shape \[d_layer, d\] but has \(24,\)"):
+        load(tmp_path)
 
 
 def test_a_rule_that_files_do_not_know(tmp_path: Path) -> None:

@@ -208,6 +208,12 @@ def test_unembedding_is_the_families_own(name: str) -> None:
     [
         (lambda m: m.trace([]), "at least one prompt"),
         (lambda m: m.trace([[]]), "at least one prompt"),
+        (lambda m: m.trace(mx.zeros((0, 3), mx.int32)), "at least one prompt"),
+        (lambda m: m.trace(mx.zeros((1, 0), mx.int32)), "at least one prompt"),
+        # MLX reads the embedding past its end.
+        (lambda m: m.trace([1, 10**7]), r"token ids must be in \[0, \d+\) but got 10000000"),
+        (lambda m: m.trace(mx.array([[1, m.vocab_size]])), r"token ids must be in"),
+        (lambda m: m.trace([-1]), r"token ids must be in \[0, \d+\) but got -1"),
         (lambda m: m.trace(mx.zeros((1, 2))), "tokens must be integers"),
         (
             lambda m: m.trace("a", interventions={"layers.1.mpl": iv.zero}),
@@ -560,3 +566,10 @@ def test_load_saes_names_the_file_that_is_damaged(tmp_path) -> None:
     (tmp_path / "a" / "cfg.json").write_text("{")
     with pytest.raises(ValueError, match=r"a/cfg\.json must be JSON but is damaged"):
         mlxsae.load_saes(tmp_path)
+
+
+def test_tokens_may_be_numpys(model: InterpretableModel) -> None:
+    for ids in ([1, 2, 3], [[1, 2, 3], [3, 2, 1]]):
+        want = np.array(model.trace(ids).output)
+        np.testing.assert_array_equal(model.trace(np.array(ids)).output, want)
+        np.testing.assert_array_equal(model(np.array(ids)), want)

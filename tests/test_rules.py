@@ -69,6 +69,47 @@ def test_slots_of_no_latents() -> None:
     assert not np.array(to_slots(DenseCode(mx.zeros((3, 5)))).values).any()
 
 
+def test_padding_does_not_hide_the_first_latent() -> None:
+    """Slots that a token does not need name latent 0, with value 0."""
+    csr = SparseCodeCSR(mx.array([5.0, 1, 2]), mx.array([0, 1, 2], mx.uint32), mx.array([0, 1, 3], mx.int64))
+    want = [[5, 0, 0, 0], [0, 1, 2, 0]]
+    np.testing.assert_array_equal(to_dense(csr, 4), want)
+    np.testing.assert_array_equal(to_dense(to_slots(csr), 4), want)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("how", [lambda f: f, mx.compile], ids=["eager", "compiled"])
+def test_entries_of_one_latent_add_up(lead: tuple[int, ...], how: Any) -> None:
+    rng = np.random.default_rng(0)
+    values, indices = rng.normal(size=(*lead, 6)).astype(np.float32), rng.integers(0, 4, (*lead, 6))
+    want, weight = np.zeros((*lead, 4)), rng.normal(size=(*lead, 4)).astype(np.float32)
+    for where in np.ndindex(*lead, 6):
+        want[(*where[:-1], indices[where])] += values[where]
+    places = mx.array(indices.astype(np.uint32))
+    dense = how(lambda v: to_dense(SparseCode(v, places), 4))
+    np.testing.assert_allclose(dense(mx.array(values)), want, atol=1e-5)
+    gradient = mx.grad(lambda v: (dense(v) * mx.array(weight)).sum())(mx.array(values))
+    np.testing.assert_allclose(gradient, np.take_along_axis(weight, indices, axis=-1))
+    if lead:
+        over = mx.vmap(lambda v, i: to_dense(SparseCode(v, i), 4))
+        np.testing.assert_allclose(over(mx.array(values), places), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [4, 2**31, -1, 2**32 + 1])
+def test_latents_past_the_width_are_seen(index: int) -> None:
+    """They were written past the end of the array."""
+    indices = mx.array([[1, index], [1, 2]], mx.int64)
+    values = mx.array([[1.0, 2], [2, 0]])
+    want = [[0, 1, 0, np.nan], [0, 2, 0, 0]]
+    np.testing.assert_array_equal(to_dense(SparseCode(values, indices), 4), want)
+    csr = SparseCodeCSR(values.flatten(), indices.flatten(), mx.array([0, 2, 4], mx.int64))
+    np.testing.assert_array_equal(to_dense(csr, 4), want)
+    unused = SparseCode(mx.array([[1.0, 0], [2, 0]]), indices)
+    np.testing.assert_array_equal(to_dense(unused, 4), [[0, 1, 0, 0], [0, 2, 0, 0]])
+    with pytest.raises(ValueError, match=r"\[to_dense\] d_sae must be positive but got 0"):
+        to_dense(unused, 0)
+
+
 # ---- BatchTopK ----------------------------------------------------------------------------------------------
 
 
@@ -133,6 +174,11 @@ def test_calibrate() -> None:
     assert l0(sae.encode(x)).item() == pytest.approx(K, rel=0.05)
     with pytest.raises(TypeError, match=r"\[calibrate\] the rule must be BatchTopK but is TopK"):
         calibrate(SAE(D, D_SAE, k=2), [x])
+    calibrate(sae, [x, mx.zeros((0, D))])  # no tokens, no threshold of 0
+    smallest = np.sort(data(500).astype(np.float64) @ np.array(sae.W_enc), axis=None)[-K * 500]
+    assert sae.rule.threshold == pytest.approx(smallest, rel=1e-5)
+    with pytest.raises(ValueError, match=rf"x must have shape \[\.\.\., {D}\] but got \(3, {2 * D}\)"):
+        calibrate(sae, [mx.zeros((3, 2 * D))])
     with pytest.raises(ValueError, match=r"\[calibrate\] there must be at least one batch"):
         calibrate(sae, [])
 

@@ -12,8 +12,25 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxsae.code import SparseCode
-from mlxsae.sae import SAE, Rule, TopK, sae, transcoder
+from mlxsae.code import DenseCode, SparseCode, to_slots
+from mlxsae.sae import (
+    SAE,
+    BatchTopK,
+    CrossLayerTranscoder,
+    Gated,
+    GroupMax,
+    Hierarchical,
+    HierarchicalSAE,
+    JumpReLU,
+    Rule,
+    SigmoidGated,
+    TopK,
+    TopKJumpReLU,
+    calibrate,
+    of_rule,
+    sae,
+    transcoder,
+)
 
 D_IN, D_SAE, K = 12, 40, 5
 
@@ -342,3 +359,103 @@ def test_bad_weights(change: dict, message: str) -> None:
     good = {"W_enc": mx.zeros((D_IN, D_SAE)), "W_dec": mx.zeros((D_SAE, D_IN)), "k": K}
     with pytest.raises(ValueError, match=message):
         SAE.from_weights(**(good | change))
+
+
+# ---- a rule is one SAE's -----------------------------------------------------------------------------------
+
+
+def test_a_rule_given_to_two_saes_is_each_ones_own() -> None:
+    """Thresholds that one finds are not the other's."""
+    rule, x = BatchTopK(2), random_x(50, D_IN)
+    one, two = (SAE(D_IN, D_SAE, rule=rule, seed=seed) for seed in (0, 1))
+    calibrate(one, [x])
+    assert one.rule is rule  # the first has the rule itself
+    assert two.rule.threshold is None
+    calibrate(two, [10 * x])
+    pre = np.maximum(as64(x - one.b_dec) @ as64(one.W_enc), 0)
+    assert one.rule.threshold == pytest.approx(np.sort(pre, axis=None)[-2 * 50], rel=1e-5)
+
+    jump = JumpReLU(2)
+    first, second = (SAE(D_IN, D_SAE, rule=jump, seed=0) for _ in range(2))
+    second.rule.threshold = mx.full(D_SAE, 7.0)
+    np.testing.assert_array_equal(first.rule.threshold, np.full(D_SAE, 0.01, np.float32))
+    cut = SAE.from_weights(first.W_enc, first.W_dec, rule=first.rule)
+    cut.rule.threshold = mx.zeros(D_SAE)
+    assert np.array(first.rule.threshold).all()
+
+
+def as64(a: mx.array) -> np.ndarray:
+    return np.array(a, np.float64)
+
+
+def test_a_hierarchical_rule_serves_saes_of_several_widths() -> None:
+    rule = Hierarchical(8, d_coarse=1 / 8)
+    assert [of_rule(16, d_sae, rule=rule).d_coarse for d_sae in (64, 256)] == [8, 32]
+    assert rule.d_coarse == 1 / 8
+    level = JumpReLU()
+    sae = HierarchicalSAE(16, 20, 30, coarse=level, fine=level)
+    assert [sae.levels[name].threshold.shape for name in ("coarse", "fine")] == [(20,), (30,)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "want", "got"),
+    [
+        (TopKJumpReLU(2), "threshold", (D_SAE,), (9,)),
+        (JumpReLU(2), "threshold", (D_SAE,), (9,)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_parameters_of_a_rule_for_other_widths(rule: Rule, name: str, want: tuple, got: tuple) -> None:
+    rule.prepare(D_IN, 9)  # more than 9 latents were thresholded by memory past its end
+    message = rf"\[{type(rule).__name__}\] {name} must have shape {want} but got {got}"
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        SAE(D_IN, D_SAE, rule=rule)
+
+
+@pytest.mark.parametrize("rule", [TopK, "topk", 8], ids=str)
+def test_what_is_no_rule(rule: object) -> None:
+    for build in (
+        lambda: SAE(D_IN, D_SAE, rule=rule),
+        lambda: CrossLayerTranscoder(4, 2, 12, rule=rule),
+        lambda: HierarchicalSAE(D_IN, 4, 8, k_coarse=1, fine=rule),
+    ):
+        with pytest.raises(TypeError, match=r"(rule|fine) must be a rule, such as TopK\(8\), but got"):
+            build()
+
+
+def test_tied_weights_are_assigned_by_either_name() -> None:
+    module, x = SAE(D_IN, D_SAE, k=K, tied=True, seed=0), random_x(6, D_IN)
+    rows = random_x(D_SAE, D_IN, seed=3)
+    module.W_dec = rows
+    assert [name for name, _ in tree_flatten(module.parameters())] == [
+        "encoder.weight",
+        "encoder.bias",
+        "decoder.bias",
+    ]
+    np.testing.assert_array_equal(module.W_enc, np.array(rows).T)
+    np.testing.assert_allclose(module(x), oracle(module, x)[1], atol=1e-4)
+
+
+# ---- no tokens, and 16 bits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+def test_groups_of_no_tokens(lead: tuple[int, ...]) -> None:
+    module = SAE(D_IN, D_SAE, rule=GroupMax(K))
+    x = mx.zeros((*lead, D_IN))
+    code = module.encode(x)
+    assert module.to_dense(code).shape == (*lead, module.d_sae)
+    assert module(x).shape == module.decode(code).shape == (*lead, D_IN)
+
+
+def test_dense_codes_of_no_tokens_have_slots() -> None:
+    values, indices = to_slots(DenseCode(mx.zeros((0, D_SAE))))
+    assert values.shape == indices.shape == (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("rule", [Gated, SigmoidGated])
+def test_gates_keep_the_type_of_the_weights(rule: type[Rule], dtype: mx.Dtype) -> None:
+    module, x = SAE(D_IN, D_SAE, rule=rule(), dtype=dtype, seed=0), random_x(6, D_IN)
+    assert module.encode(x).values.dtype == module(x).dtype == dtype
+    assert module.learn(x, {}).code.values.dtype == dtype

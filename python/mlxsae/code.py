@@ -81,7 +81,7 @@ def to_slots(code: Code) -> SparseCode:
         return code
     if isinstance(code, DenseCode):
         values = mx.maximum(code.values, 0)
-        width = max(1, int((values > 0).sum(axis=-1).max()))  # type: ignore[arg-type]
+        width = max(1, int((values > 0).sum(axis=-1).max()) if values.size else 1)  # type: ignore[arg-type]
         places = mx.sort(mx.argpartition(-values, width - 1, axis=-1)[..., :width], axis=-1)
         return SparseCode(mx.take_along_axis(values, places, axis=-1), places.astype(mx.uint32))
     begins = code.offsets[:-1, None]
@@ -103,10 +103,13 @@ def detached(code: AnyCode) -> AnyCode:
 
 
 def to_dense(code: Code, d_sae: int) -> mx.array:
-    """The code as an array ``[..., d_sae]``; differentiable in the values.
+    """The code as an array ``[..., d_sae]``; differentiable in the values. Entries of one token that name the same latent
+    add up, as they do in the decoder; one of a latent that is not below ``d_sae`` makes its token's last latent NaN.
 
     No rule with a fused op needs such an array to run.
     """
+    if d_sae < 1:
+        raise ValueError(f"[to_dense] d_sae must be positive but got {d_sae}.")
     if isinstance(code, DenseCode):
         if code.values.shape[-1] != d_sae:
             raise ValueError(f"[to_dense] values must have shape [..., {d_sae}] but got {code.values.shape}.")
@@ -119,14 +122,25 @@ def to_dense(code: Code, d_sae: int) -> mx.array:
                 f"{values.shape}, {indices.shape} and {offsets.shape}."
             )
         n = offsets.shape[0] - 1
-        rows = code.rows()
-        places = mx.where(rows < n, indices.astype(mx.uint32), mx.array(0, mx.uint32))
-        dense = mx.zeros((n + 1, d_sae), values.dtype)  # the last row takes what is in none
-        return dense.at[rows, places].add(values)[:n]
+        # The last row takes what is in none.
+        return _scattered(values, indices, code.rows(), (n + 1, d_sae))[:n]
     values, indices = code
     if values.shape != indices.shape:
         raise ValueError(
             f"[to_dense] values and indices must have one shape but got {values.shape} and {indices.shape}."
         )
-    dense = mx.zeros((*values.shape[:-1], d_sae), values.dtype)
-    return mx.put_along_axis(dense, indices.astype(mx.uint32), values, axis=-1)
+    *lead, k = values.shape
+    n = math.prod(lead)
+    if n == 0:
+        return mx.zeros((*lead, d_sae), values.dtype)
+    rows = mx.arange(n)[:, None]
+    dense = _scattered(values.reshape(n, k), indices.reshape(n, k), rows, (n, d_sae))
+    return dense.reshape(*lead, d_sae)
+
+
+def _scattered(values: mx.array, indices: mx.array, rows: mx.array, shape: tuple[int, int]) -> mx.array:
+    # MLX writes wherever an index points, past the end of the array too.
+    inside = (indices >= 0) & (indices < shape[1])
+    places = mx.where(inside, indices, shape[1] - 1).astype(mx.uint32)
+    values = mx.where(inside | (values == 0), values, mx.array(math.nan, values.dtype))
+    return mx.zeros(shape, values.dtype).at[rows, places].add(values)

@@ -39,6 +39,7 @@ from mlxsae.train import SAEConfig
 Inputs = str | Sequence[Any] | mx.array
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONTEXT = 256
+_NO_TOKENS = "[trace] inputs must hold at least one prompt, each of at least one token."
 
 
 class Token(NamedTuple):
@@ -535,6 +536,7 @@ class InterpretableModel:
 
     def _rows(self, inputs: Inputs) -> list[list[int]]:
         """Token ids of each prompt."""
+        inputs = mx.array(inputs) if isinstance(inputs, np.ndarray) else inputs
         if isinstance(inputs, mx.array):
             if inputs.ndim not in (1, 2) or not mx.issubdtype(inputs.dtype, mx.integer):
                 raise ValueError(
@@ -545,12 +547,26 @@ class InterpretableModel:
             inputs = [inputs]
         rows = [self.lm.encode(row) if isinstance(row, str) else list(row) for row in inputs]
         if not rows or not all(rows):
-            raise ValueError("[trace] inputs must hold at least one prompt, each of at least one token.")
+            raise ValueError(_NO_TOKENS)
+        self._check_ids(min(map(min, rows)), max(map(max, rows)))
         return rows
+
+    def _check_ids(self, least: int, most: int) -> None:
+        """MLX reads a row of the embedding wherever an id points: past its end that may end the process."""
+        tables = (m for m in self.lm.model.modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding)))
+        rows = max((table.weight.shape[0] for table in tables), default=most + 1)
+        if least < 0 or most >= rows:
+            raise ValueError(
+                f"[trace] token ids must be in [0, {rows}) but got {least if least < 0 else most}."
+            )
 
     def _tokens(self, inputs: Inputs) -> tuple[mx.array, mx.array, list[int]]:
         """Tokens [b, t], which of them are text [b, t], and the length of each row."""
+        inputs = mx.array(inputs) if isinstance(inputs, np.ndarray) else inputs
         if isinstance(inputs, mx.array) and inputs.ndim == 2 and mx.issubdtype(inputs.dtype, mx.integer):
+            if inputs.size == 0:
+                raise ValueError(_NO_TOKENS)
+            self._check_ids(int(inputs.min()), int(inputs.max()))  # type: ignore[arg-type]
             return inputs, self._is_text(inputs), [inputs.shape[1]] * inputs.shape[0]
         rows = self._rows(inputs)
         lengths = [len(row) for row in rows]

@@ -271,7 +271,7 @@ def threshold_encode(
 
     Source: Rajamanoharan et al., *Jumping ahead*, 2024, section 3.
     """
-    room = min(256 * x.shape[0], 2**31 - 2) if x.ndim == 2 else 0
+    room = min(256 * x.shape[0], 2**31 - 2) if isinstance(x, mx.array) and x.ndim == 2 else 0
     while True:
         *code, count = _ext.threshold_encode(x, w_enc, b_enc, threshold, capacity=room, stream=stream)
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxsae.sae import RULES, SAE
+from mlxsae.sae import RULES, of_rule
 from mlxsae.train import Callback, LossConfig, Run, TrainConfig, fit
 
 _LOOK = 10
@@ -62,12 +62,15 @@ def time_step(
     """
     if rule not in RULES:
         raise ValueError(f"[time_step] rule must be one of {', '.join(sorted(RULES))} but got {rule!r}.")
+    if steps < 1:
+        raise ValueError(f"[time_step] steps must be positive but got {steps}.")
     warm_up = _LOOK + 1 if aux else 3
     total = warm_up + steps
     keys = mx.random.split(mx.random.key(seed), total)
     batches = [mx.random.normal((n, d_in), key=key) for key in keys]
     mx.eval(batches)
-    sae = SAE(d_in, d_sae, rule=RULES[rule](**({"k": k} if "k" in RULES[rule].PARAMETERS else {})), seed=seed)
+    chosen = RULES[rule](**({"k": k} if "k" in RULES[rule].PARAMETERS else {}))
+    sae = of_rule(d_in, d_sae, rule=chosen, seed=seed)
     clock = _Clock()
     result = fit(
         sae,

@@ -77,7 +77,16 @@ def run(options: argparse.Namespace) -> int:
 
 def _of_sae(directory: Path) -> dict[str, Any]:
     """What a folder holds; it is read whole, so a damaged one is found out."""
-    sae = native.load(directory)
+    try:
+        sae = native.load(directory)
+    except FileNotFoundError:
+        below = [] if (directory / native.CONFIG).exists() else sorted(directory.glob(f"*/{native.CONFIG}"))
+        if not below:
+            raise
+        folders = ", ".join(str(path.parent) for path in below)
+        raise ValueError(
+            f"[info] {directory} must be the folder of one SAE but holds those in {folders}."
+        ) from None
     config = json.loads(path.read_text("utf-8")) if (path := directory / native.CONFIG).exists() else {}
     weights: list[tuple[str, mx.array]] = tree_flatten(sae.parameters())  # type: ignore[assignment]
     found: dict[str, Any] = {

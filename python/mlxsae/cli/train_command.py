@@ -239,7 +239,12 @@ def _run(options: argparse.Namespace, held: contextlib.ExitStack) -> int:
         if "config" in given:
             given["config"] = _read_config(given["config"])
         chosen = _DEFAULTS | given
-        _config(chosen)  # a fault in it is found before anything is written
+        config = _config(chosen)  # a fault in it is found before anything is written
+        wanted, k = config.train.loss.target_l0, given.get("k")
+        if k is not None and wanted not in (None, k) and "k" not in RULES[config.architecture].PARAMETERS:
+            parser.error(
+                f"--k is the L0 to reach for {config.architecture} and must agree with target_l0 but got {k} and {wanted:g}"
+            )
         held.enter_context(alone("train", out))
         with writable("train", out):
             _claim(out, restart)

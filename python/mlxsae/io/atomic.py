@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,8 +27,7 @@ def write_files(directory: str | os.PathLike, writers: Mapping[str, Writer]) -> 
         with contextlib.ExitStack() as files:
             opened = []
             for name, writer in writers.items():
-                # The process id keeps two writers of one folder from sharing a temporary file.
-                path = temporary[directory / name] = directory / f".{name}.{os.getpid()}.tmp"
+                path = temporary[directory / name] = directory / f".{name}.{_writer()}.tmp"
                 opened.append(files.enter_context(open(path, "wb")))
                 writer(opened[-1])
             for file in opened:  # only now: a disk's journal takes them all at once
@@ -48,14 +48,14 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    temporary = target.parent / f".{target.name}.{_writer()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         yield temporary
         sync_directory(temporary)
         if target.exists():
-            old = target.parent / f".{target.name}.{os.getpid()}.old"
+            old = target.parent / f".{target.name}.{_writer()}.old"
             os.rename(target, old)
             os.rename(temporary, target)
             shutil.rmtree(old)
@@ -64,6 +64,11 @@ def new_directory(target: str | os.PathLike) -> Iterator[Path]:
         sync_directory(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _writer() -> str:
+    """Process and thread: it keeps two writers of one folder from sharing a temporary file."""
+    return f"{os.getpid()}.{threading.get_ident()}"
 
 
 def json_writer(value: Any, *, finite: bool = True) -> Writer:

@@ -22,7 +22,8 @@ from mlxsae.io.rules import FUNCTIONS, function_of, rule_of
 from mlxsae.sae import CrossLayerTranscoder, Rule
 
 _THEIRS = ("standard", "jumprelu")
-_LAYER_FILE = re.compile(r"(\w+_)?W_(enc|dec)_\d+\.safetensors")
+_LAYER_FILE = re.compile(rf"(({'|'.join(FUNCTIONS)})_)?W_(enc|dec)_\d+\.safetensors")
+_KIND = "cross_layer_transcoder"
 
 
 def one_rule(sae: CrossLayerTranscoder) -> Rule:
@@ -50,7 +51,7 @@ def files(sae: CrossLayerTranscoder, metadata: dict[str, Any]) -> dict[str, atom
     if all(hooks) and function_of(rules[0], sae.d_layer)[0] in _THEIRS:
         theirs = {
             "model_name": metadata.get("model_name", ""),
-            "model_kind": "cross_layer_transcoder",
+            "model_kind": _KIND,
             "feature_input_hook": hooks[0],
             "feature_output_hook": hooks[1],
         }
@@ -59,9 +60,14 @@ def files(sae: CrossLayerTranscoder, metadata: dict[str, Any]) -> dict[str, atom
 
 
 def remove_others(directory: Path, written: Mapping[str, Any]) -> None:
-    """Drop the layers of an earlier transcoder of more of them: circuit-tracer counts files."""
+    """Drop the layers of an earlier transcoder of more of them: circuit-tracer counts files. A ``config.yaml`` that is not a
+    cross-layer transcoder's is somebody else's.
+    """
     for path in directory.iterdir():
-        if path.name not in written and (_LAYER_FILE.fullmatch(path.name) or path.name == "config.yaml"):
+        if path.name in written:
+            continue
+        theirs = path.name == "config.yaml" and path.is_file() and _KIND.encode() in path.read_bytes()
+        if theirs or _LAYER_FILE.fullmatch(path.name):
             path.unlink()
 
 
@@ -102,7 +108,9 @@ def foreign(directory: Path) -> dict[str, Any] | None:
     first = arrays.entries(directory / _names("standard", 0)[0])
     if "W_enc_0" not in first:
         raise ValueError(f"[load] {directory}/W_enc_0.safetensors must hold W_enc_0 but has {sorted(first)}.")
-    d_layer, d = first["W_enc_0"].shape
+    if len(shape := first["W_enc_0"].shape) != 2:
+        raise ValueError(f"[load] W_enc_0 must have shape [d_layer, d] but has {shape} in {directory}.")
+    d_layer, d = shape
     function = "jumprelu" if "threshold_0" in first else "standard"
     return {
         "architecture": f"{function}_cross_layer_transcoder",
@@ -128,6 +136,9 @@ def _read(path: Path, layer: int, shapes: dict[str, tuple[int, ...]]) -> dict[st
     got = {name: a.shape for name, a in found.items()}
     if got != shapes:
         raise ValueError(f"[load] {path} must hold {shapes} but has {got}.")
+    for name, a in found.items():
+        if not mx.issubdtype(a.dtype, mx.floating):
+            raise ValueError(f"[load] {name} must be floating point but got {a.dtype} in {path}.")
     return found
 
 

@@ -25,6 +25,7 @@ import mlx.core as mx
 from mlxsae.io import arrays, atomic, cross_layer
 from mlxsae.io.rules import FUNCTIONS, files_know, function_of, rule_of
 from mlxsae.sae import SAE, Crosscoder, CrossLayerTranscoder, HierarchicalSAE
+from mlxsae.sae.model import row_norms
 
 WEIGHTS, CONFIG, METADATA = "sae_weights.safetensors", "cfg.json", "metadata.json"
 FORMAT_VERSION = 1
@@ -66,7 +67,7 @@ def holds(sae: SAE) -> bool:
 
 
 def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | None = None) -> None:
-    """Save ``sae`` into ``directory``; ``metadata`` is merged over ``sae.metadata``.
+    """Save ``sae`` into ``directory``, where ``~`` is home; ``metadata`` is merged over ``sae.metadata``.
 
     All files are complete on disk before the first replaces an earlier one: a full disk, an unwritable
     folder or a crash leaves the earlier SAE whole.
@@ -76,6 +77,7 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
     ValueError : a rule or a shape that files do not know, metadata that JSON cannot hold.
     OSError : the folder cannot be written.
     """
+    directory = Path(directory).expanduser()
     shape = _shape(sae)
     layered = isinstance(sae, CrossLayerTranscoder)
     used = cross_layer.one_rule(sae) if layered else sae.rule
@@ -105,12 +107,13 @@ def save(sae: SAE, directory: str | os.PathLike, *, metadata: dict[str, Any] | N
         config["rescale_acts_by_decoder_norm"] = False
     rule = {"architecture": used.architecture} | used.config()
     ours = {"format": "mlxsae", "format_version": FORMAT_VERSION, "rule": rule, "metadata": known}
+    try:
+        texts = {METADATA: atomic.json_writer(ours), CONFIG: atomic.json_writer(config)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"[save] metadata must be what JSON can hold but {error}.") from error
     weights = cross_layer.files(sae, known) if layered else {WEIGHTS: _weights(sae, function, extra)}
-    atomic.write_files(
-        directory,
-        weights | {METADATA: atomic.json_writer(ours), CONFIG: atomic.json_writer(config)},
-    )
-    cross_layer.remove_others(Path(directory), weights)
+    atomic.write_files(directory, weights | texts)
+    cross_layer.remove_others(directory, weights)
 
 
 def load(directory: str | os.PathLike) -> SAE:
@@ -123,7 +126,7 @@ def load(directory: str | os.PathLike) -> SAE:
     ValueError : damaged or truncated files, unknown or missing configuration keys, shapes that contradict the
         configuration; each message names file and fault.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     _must_exist(directory)
     config = None if (directory / CONFIG).exists() else cross_layer.foreign(directory)
     if config is None:
@@ -233,9 +236,10 @@ def _weights(sae: SAE, function: str, extra: dict[str, mx.array]) -> atomic.Writ
 
 def _with_norms_folded(weights: dict[str, mx.array], bias: str) -> dict[str, mx.array]:
     """Selection on pre_acts * |W_dec|, decoding by W_dec / |W_dec|: the same function with the norms folded in. (A threshold
-    is already one of pre_acts * |W_dec|.)"""
-    norm = mx.linalg.norm(weights["W_dec"].astype(mx.float32), axis=-1)
-    factors = {"W_enc": norm, bias: norm, "W_dec": 1 / norm[:, None]}
+    is already one of pre_acts * |W_dec|.) A row of zeros stays one, and its latent silent."""
+    norm = row_norms(weights["W_dec"])
+    some = mx.where(norm > 0, norm, 1)
+    factors = {"W_enc": norm, bias: norm, "W_dec": 1 / some[:, None]}
     return weights | {
         key: (weights[key].astype(mx.float32) * factor).astype(weights[key].dtype)
         for key, factor in factors.items()
@@ -264,6 +268,11 @@ def _check_config(config: dict[str, Any], extra: set[str], rule: set[str]) -> No
         if key in config and config[key] not in values:
             raise ValueError(
                 f"[load] {key} must be one of {list(values)} but got {config[key]!r} in {CONFIG}."
+            )
+    for part, whole in (("n_sources", "d_in"), ("n_layers", "d_in"), ("n_layers", "d_sae")):
+        if part in extra and config[whole] % config[part]:
+            raise ValueError(
+                f"[load] {part}={config[part]} must divide {whole}={config[whole]} in {CONFIG} but does not."
             )
     if not isinstance(config["metadata"], dict):
         raise ValueError(f"[load] metadata must be an object but got {config['metadata']!r} in {CONFIG}.")

@@ -91,6 +91,13 @@ def rule_of(name: str, config: dict[str, Any], arrays: Mapping[str, mx.array], o
         rule = made(**options | {argument: config[argument] for argument in function.arguments})
     except TypeError as error:
         raise ValueError(f"[load] cfg.json and metadata.json must fit the rule {name} but {error}") from error
+    if isinstance(rule, BatchTopK):
+        known, found = options.get("threshold"), arrays["threshold"].astype(mx.float32)
+        if not isinstance(known, int | float) or not bool((found == known).all()):
+            raise ValueError(
+                f"[load] the threshold in metadata.json must be that of the weights but is {known!r}; without metadata.json "
+                "the SAE is a JumpReLU."
+            )
     if made is function.rule:
         for array in function.arrays:
             value = arrays[array]

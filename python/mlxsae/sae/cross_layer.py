@@ -11,8 +11,8 @@ from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCode
 from mlxsae.sae.copying import copied
 from mlxsae.sae.encoder import Encoder
-from mlxsae.sae.model import SAE, row_norms, unit_rows
-from mlxsae.sae.rule import Encoded, Rule, State, TopK
+from mlxsae.sae.model import DTYPES, SAE, row_norms, unit_rows
+from mlxsae.sae.rule import Encoded, Rule, State, TopK, must_be_rule, taken
 
 
 class CrossLayerTranscoder(SAE):
@@ -45,6 +45,11 @@ class CrossLayerTranscoder(SAE):
         dtype: mx.Dtype = mx.float32,
         seed: int | None = None,
     ):
+        for name, size in (("d", d), ("n_layers", n_layers), ("d_layer", d_layer)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(
+                    f"[CrossLayerTranscoder] {name} must be an int but got {type(size).__name__}."
+                )
         if min(d, n_layers, d_layer) <= 0:
             raise ValueError(
                 "[CrossLayerTranscoder] d, n_layers and d_layer must be positive "
@@ -52,6 +57,10 @@ class CrossLayerTranscoder(SAE):
             )
         if (k is None) == (rule is None):
             raise ValueError(f"[CrossLayerTranscoder] give either k or rule but got k={k} and rule={rule}.")
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"[CrossLayerTranscoder] dtype must be float32, float16 or bfloat16 but got {dtype}."
+            )
         nn.Module.__init__(self)
         keys = [None] * n_layers if seed is None else mx.random.split(mx.random.key(seed), n_layers)
         self.encoders = [
@@ -61,8 +70,9 @@ class CrossLayerTranscoder(SAE):
         self.W_decs = [mx.zeros((d_layer, (n_layers - layer) * d), dtype) for layer in range(n_layers)]
         self.decoder = _Bias(mx.zeros(n_layers * d, dtype))  # type: ignore[assignment]
         one = TopK(k) if rule is None else rule  # type: ignore[arg-type]
+        must_be_rule("CrossLayerTranscoder", "rule", one)
         one.must_be_for(type(self))
-        self.rule = _PerLayer([copied(one) for _ in range(n_layers)])
+        self.rule = _PerLayer([taken(copied(one)) for _ in range(n_layers)])
         self.rule.prepare(d, d_layer)
         self.metadata = {}
         self.apply_b_dec_to_input = False
@@ -95,10 +105,13 @@ class CrossLayerTranscoder(SAE):
 
     def W_dec_of(self, layer: int) -> mx.array:
         """``[d_layer, n_layers - layer, d]``: what the latents of ``layer`` write to it and each later layer."""
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"[CrossLayerTranscoder] layer must be in [0, {self.n_layers}) but got {layer}.")
         return self.W_decs[layer].reshape(self.d_layer, self.n_layers - layer, -1)
 
     def encode(self, x: mx.array) -> Code:
-        lead = x.shape[:-2] if self._apart(x) else x.shape[:-1]
+        x = self.encoder_input(x.reshape(*x.shape[:-2], self.d_in) if self._apart(x) else x)
+        lead = x.shape[:-1]
         code = self.learn(x.reshape(-1, self.d_in), self.rule.initial_state()).code
         return type(code)(*(part.reshape(*lead, part.shape[-1]) for part in code))
 

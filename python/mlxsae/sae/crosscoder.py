@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import mlx.core as mx
 import numpy as np
 
 from mlxsae.code import Code
 from mlxsae.sae.model import SAE, row_norms, unit_rows
-from mlxsae.sae.rule import Rule
+from mlxsae.sae.rule import Rule, positive_int
 
 
 class Crosscoder(SAE):
@@ -46,7 +48,8 @@ class Crosscoder(SAE):
         seed: int | None = None,
     ):
         super().__init__(
-            d_source * n_sources,
+            positive_int("Crosscoder", "d_source", d_source)
+            * positive_int("Crosscoder", "n_sources", n_sources),
             d_sae,
             k=k,
             rule=rule,
@@ -84,6 +87,9 @@ class Crosscoder(SAE):
         """Reconstruction in the shape of ``x``."""
         return super().__call__(self._concatenated(x)).reshape(x.shape)
 
+    def rows(self, x: mx.array) -> mx.array:
+        return super().rows(self._concatenated(x))
+
     def _concatenated(self, x: mx.array) -> mx.array:
         apart = x.ndim > 1 and x.shape[-2:] == (self.n_sources, self.d_source)
         return x.reshape(*x.shape[:-2], self.d_in) if apart else x
@@ -118,7 +124,8 @@ class Crosscoder(SAE):
         """
         shares = self.source_shares()
         shared = ((shares >= low) & (shares <= high)).all(axis=1)
-        alike = np.min([self.source_cosines(0, s) for s in range(self.n_sources)], axis=0) > 0.9
+        pairs = itertools.combinations_with_replacement(range(self.n_sources), 2)
+        alike = np.min([self.source_cosines(a, b) for a, b in pairs], axis=0) > 0.9
         found = {f"source_{s}": int((shares[:, s] > high).sum()) for s in range(self.n_sources)}
         found |= {"shared": int(shared.sum()), "aligned": int((shared & alike).sum())}
         own = (shares > high).any(axis=1)

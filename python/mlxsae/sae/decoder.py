@@ -48,3 +48,9 @@ class TiedDecoder(Decoder):
 
     def __getattr__(self, key: str) -> Any:
         return self._encoder.weight if key == "weight" else super().__getattr__(key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "weight":
+            self._encoder.weight = value
+        else:
+            super().__setattr__(key, value)

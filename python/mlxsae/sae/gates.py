@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCodeCSR
-from mlxsae.sae.rule import Encoded, Rule, State, mean_of_others, quantile, with_rows
+from mlxsae.sae.rule import Encoded, Rule, State, mean_of_others, must_have_shape, quantile, with_rows
 
 
 class ReLU(Rule):
@@ -84,9 +84,8 @@ class Gated(Rule):
     ) -> SparseCodeCSR:
         code = ops.threshold_encode(x, weight, bias, threshold=mx.array(0.0))
         j = code.indices
-        return code._replace(
-            values=nn.relu(self._magnitude(code.values - bias[j], self.r_mag[j], self.b_mag[j]))
-        )
+        values = nn.relu(self._magnitude(code.values - bias[j], self.r_mag[j], self.b_mag[j]))
+        return code._replace(values=values.astype(x.dtype))
 
     def learn(
         self, x: mx.array, weight: mx.array, bias: mx.array, state: State, shadow: ops.Shadow | None = None
@@ -94,7 +93,7 @@ class Gated(Rule):
         along = x @ weight.T
         gate = along + bias
         acts = mx.where(gate > 0, nn.relu(self._magnitude(along, self.r_mag, self.b_mag)), 0)
-        return Encoded(DenseCode(acts), state, gate)
+        return Encoded(DenseCode(acts.astype(x.dtype)), state, gate)
 
     def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
         return _bias(pre_acts, l0)
@@ -128,8 +127,7 @@ class Gated(Rule):
     def prepare(self, d_in: int, d_sae: int) -> None:
         for name in ("r_mag", "b_mag"):
             self.setdefault(name, mx.zeros(d_sae))
-            if self[name].shape != (d_sae,):
-                raise ValueError(f"[Gated] {name} must have shape ({d_sae},) but got {self[name].shape}.")
+            must_have_shape(self, name, (d_sae,))
 
 
 def _bias(pre_acts: mx.array, l0: float | None) -> mx.array | None:
@@ -170,7 +168,8 @@ class SigmoidGated(Rule):
         acts, openness = nn.relu(mx.addmm(bias, x, weight.T)), mx.sigmoid(gate)
         behind = mx.stop_gradient(acts) * openness
         closed = behind - mx.stop_gradient(behind)  # 0, with the gate's gradient
-        return Encoded(DenseCode(mx.where(openness > self.cut, acts * openness, closed)), state, gate)
+        acts = mx.where(openness > self.cut, acts * openness, closed).astype(x.dtype)
+        return Encoded(DenseCode(acts), state, gate)
 
     def start(self, pre_acts: mx.array, l0: float | None) -> mx.array | None:
         if l0 is not None:  # the gate reads what the encoder reads: begin sees to that

@@ -11,8 +11,9 @@ import numpy as np
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCode
+from mlxsae.sae.copying import copied
 from mlxsae.sae.model import SAE
-from mlxsae.sae.rule import Encoded, Rule, State, TopK, positive_int
+from mlxsae.sae.rule import Encoded, Rule, State, TopK, must_be_rule, positive_int, taken
 
 
 class HierarchicalSAE(SAE):
@@ -55,6 +56,7 @@ class HierarchicalSAE(SAE):
             if (k is None) == (rule is None):
                 raise ValueError(f"[HierarchicalSAE] give either k_{name} or {name} but got {k} and {rule}.")
             levels.append(TopK(k) if rule is None else rule)  # type: ignore[arg-type]
+            must_be_rule("HierarchicalSAE", name, levels[-1])
         rule = Hierarchical.of(*levels, d_coarse=d_coarse)
         super().__init__(d_in, d_coarse + d_fine, rule=rule, tied=tied, dtype=dtype, seed=seed)
 
@@ -70,6 +72,7 @@ class HierarchicalSAE(SAE):
         seed: int | None = None,
     ) -> HierarchicalSAE:
         """One of ``d_sae`` latents in all, split as ``rule`` says."""
+        rule = copied(rule)
         rule.prepare(d_in, d_sae)
         widths = rule.d_coarse, d_sae - rule.d_coarse
         return cls(d_in, *widths, coarse=rule.coarse, fine=rule.fine, tied=tied, dtype=dtype, seed=seed)
@@ -162,7 +165,7 @@ class Hierarchical(Rule):
         made = cls.__new__(cls)
         Rule.__init__(made)
         made._split(d_coarse)
-        made.coarse, made.fine = coarse, fine
+        made.coarse, made.fine = taken(coarse), taken(fine)
         k = getattr(coarse, "k", None), getattr(fine, "k", None)
         made.k, made.k_coarse = None if None in k else sum(k), k[0]  # type: ignore[arg-type]
         return made

@@ -14,9 +14,9 @@ from mlxsae import ops
 from mlxsae.code import Code, DenseCode, SparseCode, SparseCodeCSR, to_dense
 from mlxsae.sae.decoder import Decoder, TiedDecoder
 from mlxsae.sae.encoder import Encoder
-from mlxsae.sae.rule import BatchTopK, Encoded, Rule, State, TopK
+from mlxsae.sae.rule import BatchTopK, Encoded, Rule, State, TopK, must_be_rule, taken
 
-_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 class SAE(nn.Module):
@@ -39,7 +39,7 @@ class SAE(nn.Module):
     ----------
     d_in, d_sae : width of the activation, number of latents.
     k : entries kept per token; short for ``rule=TopK(k)``.
-    rule : how latents are chosen. Give either ``k`` or ``rule``.
+    rule : how latents are chosen; one that another SAE has already is copied. Give either ``k`` or ``rule``.
     d_out : width of the target. Giving it makes a transcoder, also where it is ``d_in`` (:attr:`transcoder`).
     skip : adds a linear path from input to target, ``x @ W_skip.T`` with ``W_skip [d_out, d_in]``, 0 at first (Paulo et
         al. 2025). It sees ``x`` as it comes, without ``- b_dec``.
@@ -89,7 +89,7 @@ class SAE(nn.Module):
                 raise ValueError(f"[SAE] {name} must be positive but got {name}={size}.")
         if k is not None and not isinstance(k, bool) and isinstance(k, int) and not 0 < k <= d_sae:
             raise ValueError(f"[SAE] k must be in (0, d_sae] but got k={k} with d_sae={d_sae}.")
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(f"[SAE] dtype must be float32, float16 or bfloat16 but got {dtype}.")
         keys = (None, None) if seed is None else mx.random.split(mx.random.key(seed))
         w_dec = unit_rows(d_sae, d_in if d_out is None else d_out, keys[0])
@@ -162,13 +162,13 @@ class SAE(nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         self.encoder = encoder
-        self.rule = rule
+        self.rule = taken(rule)
         self.decoder = decoder
         self.metadata = {}
         self.rank_by_decoder_norm = False
         self.transcoder = transcoder or self.d_in != self.d_out
-        rule.must_be_for(type(self))
-        rule.prepare(self.d_in, self.d_sae)
+        self.rule.must_be_for(type(self))
+        self.rule.prepare(self.d_in, self.d_sae)
         if apply_b_dec_to_input and self.d_in != self.d_out:
             raise ValueError(
                 "[SAE] apply_b_dec_to_input must be False where the input is not the target "
@@ -307,6 +307,11 @@ class SAE(nn.Module):
             x = layer_norm(x)[0].astype(self.dtype)
         return x - self.decoder.bias if self.apply_b_dec_to_input else x
 
+    def rows(self, x: mx.array) -> mx.array:
+        """``x [..., d_in]`` as ``[n, d_in]``."""
+        self.encoder_input(x)  # says what x must be
+        return x.reshape(-1, self.d_in)
+
     @property
     def normalize_activations(self) -> str:
         """What the SAE itself does to every token: ``none``, or ``layer_norm``: it encodes :func:`layer_norm` of ``x`` and
@@ -411,16 +416,17 @@ class SAE(nn.Module):
 
 def calibrate(sae: SAE, batches: Iterable[mx.array]) -> SAE:
     """Set the threshold of a BatchTopK SAE to the mean of the smallest values that it keeps of each of ``batches``
-    ``[..., d_in]``. Returns the SAE.
+    ``[..., d_in]``; batches without tokens do not count. Returns the SAE.
     """
     if not isinstance(sae.rule, BatchTopK):
         raise TypeError(f"[calibrate] the rule must be BatchTopK but is {type(sae.rule).__name__}.")
     thresholds = []
     for x in batches:
-        state = sae.learn(x.reshape(-1, sae.d_in), sae.rule.initial_state()).state
-        thresholds.append(state["last"].item())
+        if (rows := sae.rows(x)).size:
+            state = sae.learn(rows, sae.rule.initial_state()).state
+            thresholds.append(state["last"].item())
     if not thresholds:
-        raise ValueError("[calibrate] there must be at least one batch but got none.")
+        raise ValueError("[calibrate] there must be at least one batch with tokens but got none.")
     sae.rule.threshold = sum(thresholds) / len(thresholds)
     return sae
 
@@ -428,6 +434,8 @@ def calibrate(sae: SAE, batches: Iterable[mx.array]) -> SAE:
 def _one_rule(k: int | None, rule: Rule | None) -> Rule:
     if (k is None) == (rule is None):
         raise ValueError(f"[SAE] give either k or rule but got k={k} and rule={rule}.")
+    if rule is not None:
+        must_be_rule("SAE", "rule", rule)
     return TopK(k) if rule is None else rule  # type: ignore[arg-type]
 
 
@@ -458,7 +466,7 @@ def _weights(name: str, value: mx.array | np.ndarray, ndim: int) -> mx.array:
     value = mx.array(value) if isinstance(value, np.ndarray) else value
     if not isinstance(value, mx.array):
         raise TypeError(f"[SAE] {name} must be an array but got {type(value).__name__}.")
-    if value.dtype not in _DTYPES:
+    if value.dtype not in DTYPES:
         raise ValueError(f"[SAE] {name} must be float32, float16 or bfloat16 but got {value.dtype}.")
     if value.ndim != ndim:
         raise ValueError(f"[SAE] {name} must have {ndim} dimensions but has shape {value.shape}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ import numpy as np
 
 from mlxsae import ops
 from mlxsae.code import Code, DenseCode, Sparse, SparseCode, SparseCodeCSR
+from mlxsae.sae.copying import copied
 from mlxsae.sae.straight_through import jump_relu
 
 State = dict[str, mx.array]
@@ -183,6 +184,9 @@ class Rule(nn.Module):
 
     def _extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config().items())
+
+
+R = TypeVar("R", bound=Rule)
 
 
 class TopK(Rule):
@@ -372,10 +376,7 @@ class JumpReLU(Rule):
         if "threshold" not in self:
             first = _FIRST_THRESHOLD if self.initial_threshold is None else self.initial_threshold
             self.threshold = mx.full(d_sae, first, mx.float32)
-        elif self.threshold.shape != (d_sae,):
-            raise ValueError(
-                f"[JumpReLU] threshold must have shape ({d_sae},) but got {self.threshold.shape}."
-            )
+        must_have_shape(self, "threshold", (d_sae,))
 
     def thresholds(self) -> mx.array:
         return self.threshold
@@ -454,6 +455,7 @@ class TopKJumpReLU(Rule):
         at_most_d_sae(self.k, d_sae)
         if "threshold" not in self:
             self.threshold = mx.full(d_sae, self.initial_threshold, mx.float32)
+        must_have_shape(self, "threshold", (d_sae,))
 
 
 class GroupMax(Rule):
@@ -472,6 +474,8 @@ class GroupMax(Rule):
     def encode(
         self, x: mx.array, weight: mx.array, bias: mx.array, shadow: ops.Shadow | None = None
     ) -> SparseCode:
+        if x.shape[0] == 0:  # argmax takes nothing empty
+            return SparseCode(mx.zeros((0, self.k), x.dtype), mx.zeros((0, self.k), mx.uint32))
         groups = mx.stop_gradient(mx.addmm(bias, x, weight.T)).reshape(x.shape[0], self.k, -1)
         begins = mx.arange(self.k, dtype=mx.uint32) * groups.shape[-1]
         indices = mx.argmax(groups, axis=-1) + begins
@@ -530,6 +534,26 @@ def positive_int(who: str, name: str, value: Any) -> int:
     if value <= 0:
         raise ValueError(f"[{who}] {name} must be positive but got {name}={value}.")
     return value
+
+
+def taken(rule: R) -> R:
+    """The rule as a part of one SAE. Thresholds are an SAE's own: a rule that another has already is copied, as it is."""
+    if rule.__dict__.get("_taken", False):
+        rule = copied(rule)
+    rule._taken = True
+    return rule
+
+
+def must_be_rule(who: str, name: str, value: Any) -> None:
+    if not isinstance(value, Rule):
+        raise TypeError(f"[{who}] {name} must be a rule, such as TopK(8), but got {value!r}.")
+
+
+def must_have_shape(rule: Rule, name: str, shape: tuple[int, ...]) -> None:
+    if rule[name].shape != shape:
+        raise ValueError(
+            f"[{type(rule).__name__}] {name} must have shape {shape} but got {rule[name].shape}."
+        )
 
 
 def at_most_d_sae(k: int, d_sae: int) -> None:

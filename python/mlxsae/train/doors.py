@@ -358,7 +358,8 @@ def of_kind(kind: type[SAEConfig], config: SAEConfig | None) -> SAEConfig | type
 def writable(path: str | os.PathLike, name: str) -> None:
     """Make the folder ``path``: what cannot be written is found before the long part and not after."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path = Path(path).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError("it is write-protected")
     except (OSError, TypeError) as error:

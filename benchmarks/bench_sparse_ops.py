@@ -6,6 +6,10 @@ rows that are read: ``bytes_per_second`` over the probe's tells how far a kernel
 Kernels that convert types by row take the time of those that had a copy for every triple of types (Zen 3, S1, three turns, old and new,
 ms): decode 10.1, 11.3, 10.6 and 8.6, 10.7, 12.2; gather_dot 13.7, 14.1, 13.9 and 13.1, 15.9, 14.3; outer 26.0, 16.8, 17.3 and 15.9,
 28.7, 17.1.
+
+Zen 4, S1, turns in one process each: rows fetched into the second-level cache in place of the first, 0.66 of decode's processor time; the
+third row from here during a gathered product, in place of the whole next one before it, 0.66 (9.4 to 6.2 ms). Of no use: fetching in outer,
+what the next token begins with in decode.
 """
 
 from __future__ import annotations

@@ -141,6 +141,7 @@ inline void gather_dot(const Rows& rows, const Rows& w, const Code& code, void* 
     const float* r = row_of(rows, t, row_f);
     auto [begin, end] = entries(code, t);
     for (int64_t i = begin; i < end; ++i) {
+      // Far enough that it is there in time.
       const char* next = i + 3 < end ? place_of(w, code.indices[i + 3]) : nullptr;
       float v = dot(r, row_of(w, code.indices[i], weight_f), d, next, bytes);
       store_row(out, out_type, i, &v, 1);

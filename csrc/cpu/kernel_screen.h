@@ -17,7 +17,7 @@
 // Where VNNI multiplies bytes at twice the rate of integers of 16 bits, the integer of a weight lies in two bytes, q =
 // unit high + low, a unit for each row, so that the high bytes alone are the weight to 8 bits; the token has bytes of
 // its own, in units of its largest coordinate. Every product is made of bytes, and bounded in the same way; only a pair
-// whose interval reaches what its token has by then, about one in a hundred, is multiplied in 16 bits. Tokens
+// whose interval reaches what its token has by then, about one in fifty, is multiplied in 16 bits. Tokens
 // with few large coordinates are told too little by bytes: while more than a quarter of the pairs pass, integers take
 // over.
 //

@@ -17,7 +17,7 @@
 // moments may lie in the memory of the old ones: a thread reads its numbers before it writes them. M, the type in which
 // the moments of both matrices are kept, is float or bfloat (common/rounding.h); arithmetic is in float32 either way.
 
-#include "common/rounding.h"
+#include "common/adam.h"
 #include "encoder_shadow.h"
 
 // What the host and the batch decide for all threads: one array, so that the kernels keep room for the weights.
@@ -34,16 +34,11 @@ constant constexpr uint kThrough = 4;  // sum up db_enc[j] w_enc[j], what b_dec 
 constant constexpr uint kSums = 8;     // sum up the squares of all gradients (and the above)
 constant constexpr uint kDry = 16;     // sums only, change nothing
 constant constexpr uint kShadow = 32;  // keep the encoder's shadow
+constant constexpr uint kKeepEncoder = 64, kKeepDecoder = 128;  // rows of features without entries stay what they are
 
 constant constexpr int kColumns = 4;             // pieces of a row in each thread's registers
 constant constexpr int kEntries = 4;             // entries whose products are summed up at once
 constant constexpr uint kEntriesPerFeature = 4;  // the work on a feature's row, in entries
-
-struct Adam {
-  float beta1, beta2, eps, step_size, inverse, clip;
-  bool live;
-  uint seed;
-};
 
 /** All but the clip. */
 METAL_FUNC void read_adam(const device float* control, thread Adam& a) {
@@ -56,22 +51,11 @@ METAL_FUNC void read_adam(const device float* control, thread Adam& a) {
   a.seed = as_type<uint>(control[kSeed]);
 }
 
-/** One step on V numbers with gradient clip * g: moments are stored, the new weights returned. */
-template <int V, typename M>
-METAL_FUNC Lanes<V> adam_piece(const thread Adam& a, Lanes<V> w, Lanes<V> g, const device M* m, const device M* v,
-                               device M* m_out, device M* v_out, uint place = 0) {
-  g *= a.clip;
-  const Lanes<V> old_m = load<M, V>(m), old_v = load<M, V>(v);
-  const Lanes<V> new_m = a.beta1 * old_m + (1.0f - a.beta1) * g;
-  const Lanes<V> new_v = a.beta2 * old_v + (1.0f - a.beta2) * (g * g);
-  store_moments<M, V>(m_out, v_out, a.live ? new_m : old_m, a.live ? new_v : old_v, place);
-  const Lanes<V> new_w = w - a.step_size * new_m / (precise::sqrt(new_v) * a.inverse + a.eps);
-  return a.live ? new_w : w;
+/** The step of a row that keeps what it has. */
+METAL_FUNC Adam adam_of_kept(Adam a) {
+  a.live = false;
+  return a;
 }
-
-/** The noise of a row of w_enc, of w_dec. */
-METAL_FUNC uint noise_enc(const thread Adam& a, uint j) { return noise_key(2 * a.seed, j); }
-METAL_FUNC uint noise_dec(const thread Adam& a, uint j) { return noise_key(2 * a.seed + 1, j); }
 
 /** The first feature of a part: where its share of the work begins. */
 METAL_FUNC uint part_begin(const device uint* starts, uint d_sae, uint part, uint parts) {
@@ -143,6 +127,11 @@ template <int V, bool kGroup, typename M>
   adam.clip = control[kClip];
   const uint f0 = part_begin(starts, d_sae, part, parts), f1 = part_begin(starts, d_sae, part + 1, parts);
   const bool dry = (flags & kDry) != 0, sums = (flags & kSums) != 0, shadow = (flags & kShadow) != 0 && !dry;
+  const Adam still = adam_of_kept(adam);
+  // Rows that stay what they are need not be touched where old and new are one memory; else they are copied.
+  const bool keep_enc = (flags & kKeepEncoder) != 0, keep_dec = (flags & kKeepDecoder) != 0;
+  const bool enc_stays = keep_enc && !shadow && w_enc == w_enc_out && m_enc == m_enc_out && v_enc == v_enc_out;
+  const bool dec_stays = keep_dec && w_dec == w_dec_out && m_dec == m_dec_out && v_dec == v_dec_out;
 
   uint c[kColumns];
   Lanes<V> pass_through[kColumns];
@@ -161,12 +150,14 @@ template <int V, bool kGroup, typename M>
       const uint end = simd_shuffle(stop, ushort(i));
       uint e0 = simd_shuffle(start, ushort(i));
       const bool any = e0 < end;
-      if (dry && !any) continue;
+      const bool no_enc = !any && (dry || enc_stays), no_dec = !any && (dry || dec_stays);
+      if (no_enc && no_dec) continue;
+      const Adam step_enc = any || !keep_enc ? adam : still, step_dec = any || !keep_dec ? adam : still;
       const ulong enc = ulong(j0 + i) * d_in, dec = ulong(j0 + i) * d_out;
       Lanes<V> w[kColumns], g_dec[kColumns], g_enc[kColumns];
       for (int u = 0; u < kColumns; ++u) {
         w[u] = g_dec[u] = g_enc[u] = Lanes<V>(0.0f);
-        if (c[u] < d_out) w[u] = load<float, V>(w_dec + dec + c[u]);
+        if (c[u] < d_out && !no_dec) w[u] = load<float, V>(w_dec + dec + c[u]);
       }
 
       float db = 0.0f, along = 0.0f;
@@ -215,20 +206,20 @@ template <int V, bool kGroup, typename M>
       // w_enc: summed up and stepped; w_dec: stepped, and stored once its norm is known.
       Lanes<V> norm = Lanes<V>(0.0f), full = norm, rest = norm, low = norm;
       for (int u = 0; u < kColumns; ++u) {
-        if (c[u] < d_in) {
+        if (c[u] < d_in && !no_enc) {
           const ulong place = enc + c[u];
           Lanes<V> old = load<float, V>(w_enc + place);
           if (any && sums && (flags & kThrough)) pass_through[u] = scaled(db, old, pass_through[u]);
           if (!dry) {
-            old = adam_piece<V, M>(adam, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place,
+            old = adam_piece<V, M>(step_enc, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place,
                                    v_enc_out + place, noise_enc(adam, j0 + i) + c[u]);
             store<float, V>(w_enc_out + place, old);
             if (shadow) shadow_piece<V>(old, w16 + place, full, rest, low);
           }
         }
-        if (!dry && c[u] < d_out) {
+        if (!dry && !no_dec && c[u] < d_out) {
           const ulong place = dec + c[u];
-          w[u] = adam_piece<V, M>(adam, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place,
+          w[u] = adam_piece<V, M>(step_dec, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place,
                                   v_dec_out + place, noise_dec(adam, j0 + i) + c[u]);
           norm += w[u] * w[u];
         }
@@ -238,9 +229,9 @@ template <int V, bool kGroup, typename M>
       float totals[4] = {sum(norm), sum(full), sum(rest), sum(low)};
       if (shadow || (flags & kNormalize)) team_sum<4, kGroup>(totals, pad, turn, lane, simdgroup, simdgroups);
       float inverse = 1.0f;
-      if ((flags & kNormalize) && adam.live && totals[0] > 0.0f) inverse = 1.0f / precise::sqrt(totals[0]);
+      if ((flags & kNormalize) && step_dec.live && totals[0] > 0.0f) inverse = 1.0f / precise::sqrt(totals[0]);
       for (int u = 0; u < kColumns; ++u)
-        if (c[u] < d_out) store<float, V>(w_dec_out + dec + c[u], w[u] * inverse);
+        if (c[u] < d_out && !no_dec) store<float, V>(w_dec_out + dec + c[u], w[u] * inverse);
       if (lane == i) my_shadow = shadow_columns(totals[1], totals[2], totals[3], d_in);
     }
     if (me >= count) continue;
@@ -283,6 +274,11 @@ template <int V, typename M>
   adam.clip = control[kClip];
   const uint f0 = part_begin(starts, d_sae, part, parts), f1 = part_begin(starts, d_sae, part + 1, parts);
   const bool dry = (flags & kDry) != 0, sums = (flags & kSums) != 0, shadow = (flags & kShadow) != 0 && !dry;
+  const Adam still = adam_of_kept(adam);
+  // Rows that stay what they are need not be touched where old and new are one memory; else they are copied.
+  const bool keep_enc = (flags & kKeepEncoder) != 0, keep_dec = (flags & kKeepDecoder) != 0;
+  const bool enc_stays = keep_enc && !shadow && w_enc == w_enc_out && m_enc == m_enc_out && v_enc == v_enc_out;
+  const bool dec_stays = keep_dec && w_dec == w_dec_out && m_dec == m_dec_out && v_dec == v_dec_out;
   const bool passes = sums && (flags & kThrough) != 0;
   const uint step = simdgroups * kSimd * V;
   device float* passed = through + ulong(part) * d_in;
@@ -292,10 +288,12 @@ template <int V, typename M>
 
   for (uint j = f0; j < f1; ++j) {
     const uint begin = starts[j], end = starts[j + 1];
-    if (dry && begin == end) {
-      if (tid == 0) db_enc[j] = 0.0f;
+    const bool any = begin < end, no_enc = !any && (dry || enc_stays), no_dec = !any && (dry || dec_stays);
+    if (no_enc && no_dec) {
+      if (sums && tid == 0) db_enc[j] = 0.0f;
       continue;
     }
+    const Adam step_enc = any || !keep_enc ? adam : still, step_dec = any || !keep_dec ? adam : still;
     const ulong enc = ulong(j) * d_in, dec = ulong(j) * d_out;
     float db = 0.0f, along = 0.0f;
     for (uint e0 = begin; e0 < end; e0 += kEntries) {
@@ -321,7 +319,7 @@ template <int V, typename M>
     if (!(flags & kProject)) along = 0.0f;
 
     Lanes<V> norm = Lanes<V>(0.0f), full = norm, rest = norm, low = norm, part_square = norm;
-    for (uint c = tid * V; c < d_out; c += step) {
+    for (uint c = tid * V; c < d_out && !no_dec; c += step) {
       const Lanes<V> w = load<float, V>(w_dec + dec + c);
       Lanes<V> g = Lanes<V>(0.0f);
       for (uint e = begin; e < end; ++e) {
@@ -329,16 +327,16 @@ template <int V, typename M>
         const device float* r = t < n ? residual + ulong(t) * d_out : residual_aux + ulong(t - n) * d_out;
         g = scaled(control[kScales + t / n] * values[e], load<float, V>(r + c), g);
       }
-      if (begin < end) g -= along * w;
+      if (any) g -= along * w;
       part_square += g * g;
       if (dry) continue;
       const ulong place = dec + c;
-      const Lanes<V> stepped = adam_piece<V, M>(adam, w, g, m_dec + place, v_dec + place, m_dec_out + place,
+      const Lanes<V> stepped = adam_piece<V, M>(step_dec, w, g, m_dec + place, v_dec + place, m_dec_out + place,
                                                 v_dec_out + place, noise_dec(adam, j) + c);
       store<float, V>(w_dec_out + place, stepped);
       norm += stepped * stepped;
     }
-    for (uint c = tid * V; c < d_in; c += step) {
+    for (uint c = tid * V; c < d_in && !no_enc; c += step) {
       const Lanes<V> w = load<float, V>(w_enc + enc + c);
       Lanes<V> g = Lanes<V>(0.0f);
       for (uint e = begin; e < end; ++e) {
@@ -346,10 +344,10 @@ template <int V, typename M>
         g = scaled(products[e], load<float, V>(x + ulong(t % n) * d_in + c), g);
       }
       part_square += g * g;
-      if (passes && begin < end) store<float, V>(passed + c, scaled(db, w, load<float, V>(passed + c)));
+      if (passes && any) store<float, V>(passed + c, scaled(db, w, load<float, V>(passed + c)));
       if (dry) continue;
       const ulong place = enc + c;
-      const Lanes<V> stepped = adam_piece<V, M>(adam, w, g, m_enc + place, v_enc + place, m_enc_out + place,
+      const Lanes<V> stepped = adam_piece<V, M>(step_enc, w, g, m_enc + place, v_enc + place, m_enc_out + place,
                                                 v_enc_out + place, noise_enc(adam, j) + c);
       store<float, V>(w_enc_out + place, stepped);
       if (shadow) shadow_piece<V>(stepped, w16 + place, full, rest, low);
@@ -359,7 +357,7 @@ template <int V, typename M>
     if (dry) continue;
     float totals[4] = {sum(norm), sum(full), sum(rest), sum(low)};
     team_sum<4, true>(totals, pad, turn, lane, simdgroup, simdgroups);
-    if ((flags & kNormalize) && adam.live && totals[0] > 0.0f) {
+    if ((flags & kNormalize) && step_dec.live && totals[0] > 0.0f) {
       const float inverse = 1.0f / precise::sqrt(totals[0]);
       for (uint c = tid * V; c < d_out; c += step)
         store<float, V>(w_dec_out + dec + c, inverse * load<float, V>(w_dec_out + dec + c));
@@ -458,10 +456,12 @@ template <int V>
                            const device float* b [[buffer(2)]], const device float* m [[buffer(3)]],
                            const device float* v [[buffer(4)]], device float* b_out [[buffer(5)]],
                            device float* m_out [[buffer(6)]], device float* v_out [[buffer(7)]],
-                           constant uint& d_sae [[buffer(8)]], uint j [[thread_position_in_grid]]) {
+                           constant uint& d_sae [[buffer(8)]], const device uint* starts [[buffer(9)]],
+                           constant uint& flags [[buffer(10)]], uint j [[thread_position_in_grid]]) {
   if (j >= d_sae) return;
   Adam adam;
   read_adam(control, adam);
   adam.clip = control[kClip];
+  if ((flags & kKeepEncoder) && starts[j] == starts[j + 1]) adam.live = false;
   b_out[j] = adam_piece<1, float>(adam, b[j], db[j], m + j, v + j, m_out + j, v_out + j);
 }

@@ -103,25 +103,46 @@ NB_MODULE(_ext, m) {
                   const std::vector<mx::array>& params, const std::vector<mx::array>& m,
                   const std::vector<mx::array>& v, float lr, float beta1, float beta2, float eps, int step,
                   bool project_decoder, bool normalize_decoder, bool b_dec_to_input, float clip_norm,
-                  const Pair& shadow, mx::StreamOrDevice stream) {
+                  const std::string& untouched, const Pair& shadow, mx::StreamOrDevice stream) {
         std::vector<mlxsae::UpdateTerm> list;
         for (auto& t : terms) {
           list.push_back({t.at(0), t.at(1), t.at(2), t.at(3)});
           if (t.size() > 4) list.back().offsets = t[4];
         }
+        using mlxsae::Untouched;
+        auto fate =
+            untouched == "step"           ? Untouched::step
+            : untouched == "keep_decoder" ? Untouched::keep_decoder
+            : untouched == "keep"
+                ? Untouched::keep
+                : throw std::invalid_argument("[feature_update] untouched must be step, keep_decoder or keep but got " +
+                                              untouched + ".");
         return mlxsae::feature_update(
             x, loss, list, params, m, v,
-            {lr, beta1, beta2, eps, step, project_decoder, normalize_decoder, b_dec_to_input, clip_norm},
+            {lr, beta1, beta2, eps, step, project_decoder, normalize_decoder, b_dec_to_input, clip_norm, fate},
             shadow_of(shadow), stream);
       },
       "x"_a, "loss"_a, "terms"_a, "params"_a, "m"_a, "v"_a, nb::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
-      "step"_a, "project_decoder"_a, "normalize_decoder"_a, "b_dec_to_input"_a, "clip_norm"_a, "shadow"_a = nb::none(),
-      "stream"_a = nb::none(),
+      "step"_a, "project_decoder"_a, "normalize_decoder"_a, "b_dec_to_input"_a, "clip_norm"_a, "untouched"_a = "step",
+      "shadow"_a = nb::none(), "stream"_a = nb::none(),
       nb::sig("def feature_update(x: " ARRAY ", loss: " ARRAY ", terms: list[tuple[" ARRAY
               ", ...]], params: list[" ARRAY "], m: list[" ARRAY "], v: list[" ARRAY
               "], *, lr: float, beta1: float, beta2: float, eps: float, step: int, project_decoder: bool, "
-              "normalize_decoder: bool, b_dec_to_input: bool, clip_norm: float, " SHADOW ", " STREAM ") -> list[" ARRAY
-              "]"));
+              "normalize_decoder: bool, b_dec_to_input: bool, clip_norm: float, untouched: str = 'step', " SHADOW
+              ", " STREAM ") -> list[" ARRAY "]"));
+
+  m.def(
+      "adam_catch_up",
+      [](const mx::array& w, const mx::array& m, const mx::array& v, const mx::array& last_step, const mx::array& rows,
+         const std::vector<float>& lr, float beta1, float beta2, float eps, int step, bool normalize,
+         mx::StreamOrDevice stream) {
+        return mlxsae::adam_catch_up(w, m, v, last_step, rows, {lr, beta1, beta2, eps, step, normalize}, stream);
+      },
+      "w"_a, "m"_a, "v"_a, "last_step"_a, "rows"_a, nb::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "step"_a,
+      "normalize"_a, "stream"_a = nb::none(),
+      nb::sig("def adam_catch_up(w: " ARRAY ", m: " ARRAY ", v: " ARRAY ", last_step: " ARRAY ", rows: " ARRAY
+              ", *, lr: list[float], beta1: float, beta2: float, eps: float, step: int, normalize: bool, " STREAM
+              ") -> list[" ARRAY "]"));
 
   m.def("products_are_tf32", &mlxsae::products_are_tf32, "device"_a,
         nb::sig("def products_are_tf32(device: mlx.core.Device) -> bool"));

@@ -336,6 +336,7 @@ def test_malformed(call, message):
 def test_backends_tell_what_runs():
     table = ops.backends()
     assert set(table) == {
+        "adam_catch_up",
         "topk_encode",
         "batch_topk_encode",
         "threshold_encode",

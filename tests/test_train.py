@@ -536,11 +536,14 @@ def wide_sae(rule: type[TopK | BatchTopK] = TopK) -> SAE:
     return sae
 
 
-def wide_source() -> ArraySource:
+def wide_rows() -> np.ndarray:
     rng = np.random.default_rng(0)
     codes = rng.exponential(size=(2000, 200)) * (rng.random((2000, 200)) < 0.05)
-    x = codes @ rng.normal(size=(200, 128)) + 0.5
-    return ArraySource(x.astype(np.float32), batch_size=32, seed=0)
+    return (codes @ rng.normal(size=(200, 128)) + 0.5).astype(np.float32)
+
+
+def wide_source() -> ArraySource:
+    return ArraySource(wide_rows(), batch_size=32, seed=0)
 
 
 def timeless(history: list[dict]) -> list[dict]:
@@ -666,6 +669,102 @@ def test_moments_in_bfloat16_want_the_fused_adam() -> None:
         fit(new_sae(), source(), config(engine="autodiff", optimizer=low))
     with pytest.raises(ValueError, match=r"\[config\] moments must be float32 for lion"):
         OptimizerConfig(moments="bfloat16", name="lion")
+
+
+# ---- Adam that spares rows -------------------------------------------------------------------------------------
+
+
+class Exported(Callback):
+    """The weights at step 50, and the share of rows that were behind before each."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, np.ndarray] = {}
+        self.behind = [0.0]
+
+    def on_step(self, run: Run) -> None:
+        if run.state.lazy is not None:
+            self.behind.append((run.state.lazy.last_step < run.state.step).astype(mx.float32).mean().item())
+        if run.state.step == 50:
+            self.weights = weights(run.export())
+            assert run.state.lazy is None
+
+
+@pytest.mark.parametrize(
+    ("moments", "rule", "precision"), [("float32", TopK, "certified"), ("bfloat16", BatchTopK, "float32")]
+)
+def test_lazy_adam_has_the_bits_of_dense_adam(
+    moments: str, rule: type[TopK | BatchTopK], precision: str, tmp_path: Path
+) -> None:
+    """Over two windows, with AuxK at work; validated and exported in the middle, stopped and resumed."""
+    held_out = mx.array(wide_rows()[:40])
+
+    def run(variant: str, watch: Exported, *more: Callback, **options: Any) -> Any:
+        optimizer = OptimizerConfig(learning_rate=3e-3, moments=moments, variant=variant)
+        settings = wide_config(precision, optimizer=optimizer, validate_every=37)
+        settings = replace(settings, total_tokens=150 * 32)
+        return fit(
+            wide_sae(rule), wide_source(), settings, validation=held_out, callbacks=[watch, *more], **options
+        )
+
+    dense, lazy, again = Exported(), Exported(), Exported()
+    whole = run("dense", dense)
+    with pytest.raises(KeyboardInterrupt):
+        run("lazy", lazy, StopAt(131), checkpoint_dir=tmp_path)
+    resumed = run("lazy", again, checkpoint_dir=tmp_path, resume=True)
+    assert max(lazy.behind) > 0.2
+    assert max(again.behind) > 0.2
+    assert dense.behind == [0]
+    assert resumed.state.lazy is None
+    assert any(r.get("auxk", 0) > 0 for r in whole.history)
+    assert timeless(whole.history) == timeless(resumed.history)
+    assert whole.validations == resumed.validations
+    assert_same_bits(dense.weights, lazy.weights)
+    assert_same_bits(weights(whole.sae), weights(resumed.sae))
+    mine, theirs = (result.state.to_files()[1] for result in (whole, resumed))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mx.array_equal(mine[name], theirs[name], equal_nan=True).item(), name
+
+
+def test_a_run_under_lazy_adam_that_fails_keeps_the_weights_before() -> None:
+    x = np.tile(wide_rows(), (2, 1))
+    x[70 * 32 + 5] = np.nan
+    kept = []
+    for variant in ("dense", "lazy"):
+        optimizer = OptimizerConfig(learning_rate=3e-3, variant=variant)
+        settings = replace(wide_config("float32", optimizer=optimizer), total_tokens=100 * 32)
+        sae = wide_sae()
+        with pytest.raises(NonFiniteError, match="batch 70"):
+            fit(sae, [mx.array(x[i : i + 32]) for i in range(0, len(x), 32)], settings)
+        kept.append(weights(sae))
+    assert_same_bits(*kept)
+
+
+def test_row_sparse_adam_leaves_rows_that_a_batch_does_not_use() -> None:
+    results = {}
+    for variant in ("dense", "row_sparse"):
+        optimizer = OptimizerConfig(learning_rate=3e-3, variant=variant)
+        results[variant] = fit(wide_sae(), wide_source(), wide_config("certified", optimizer=optimizer))
+    before, after = weights(wide_sae()), weights(results["row_sparse"].sae)
+    never = np.array(results["row_sparse"].state.optimizer["encoder"]["bias"]["v"]) == 0
+    assert never.any()
+    assert not never.all()
+    changed = (before["encoder.weight"] != after["encoder.weight"]).any(axis=1)
+    np.testing.assert_array_equal(changed, ~never)
+    assert final_fvu(results["row_sparse"]) == pytest.approx(final_fvu(results["dense"]), rel=0.1)
+    assert final_fvu(results["row_sparse"]) != final_fvu(results["dense"])
+
+
+def test_variants_of_adam_want_the_fused_one() -> None:
+    lazy = OptimizerConfig(variant="lazy")
+    with pytest.raises(ValueError, match="variant must be dense for the autodiff engine but got lazy: aut"):
+        fit(new_sae(), source(), config(engine="autodiff", optimizer=lazy))
+    with pytest.raises(ValueError, match=r"\[config\] variant must be dense for lion but got 'lazy'"):
+        OptimizerConfig(variant="lazy", name="lion")
+    with pytest.raises(
+        ValueError, match=r"\[config\] variant must be one of \['dense', 'lazy', 'row_sparse'\]"
+    ):
+        OptimizerConfig(variant="sparse")
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 #pragma once
 // What every eval_cpu shares.
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "mlx/allocator.h"
@@ -35,6 +37,31 @@ void allocate(mx::array& out);
  * that are updated in place wherever they were made. Where the system does not, nothing is lost.
  */
 void settle(const void* data, size_t bytes);
+
+/** An output that begins as a copy of an input: in its memory where nobody else holds it. */
+class InPlace {
+ public:
+  InPlace(const mx::array& in, mx::array& out) : donated_(in.is_donatable()) {
+    if (donated_)
+      out.copy_shared_buffer(in);
+    else
+      allocate(out);
+    to_ = out.data<char>(), from_ = in.data<char>(), bytes_ = in.nbytes();
+  }
+  /** To be called by the task before it reads the output. */
+  void begin() const {
+    if (donated_)
+      settle(to_, bytes_);
+    else
+      std::memcpy(to_, from_, bytes_);
+  }
+
+ private:
+  bool donated_;
+  char* to_;
+  const char* from_;
+  size_t bytes_;
+};
 
 /**
  * MLX counts a task as running before it hands it to the stream (CommandEncoder::dispatch, 0.32.4); if an earlier task

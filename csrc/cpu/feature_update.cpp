@@ -1,7 +1,6 @@
 #include "ops/feature_update.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "cpu/dense.h"
 
@@ -10,22 +9,12 @@ namespace mlxsae {
 void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   let_go(inputs, outputs);
   size_t n_terms = csr_.size(), first = place_of_offsets(csr_, n_terms);
-  std::vector<std::tuple<char*, const char*, size_t>> copies;
-  std::vector<std::pair<const void*, size_t>> reused;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    if (i == 12) {
+  std::vector<cpu::InPlace> kept;
+  for (size_t i = 0; i < outputs.size(); ++i)
+    if (i == 12)
       cpu::allocate(outputs[i]);  // grad_norm
-      continue;
-    }
-    const auto& in = inputs[first + i - (i > 12)];
-    if (in.is_donatable()) {
-      outputs[i].copy_shared_buffer(in);
-      reused.emplace_back(outputs[i].data<char>(), outputs[i].nbytes());
-    } else {
-      cpu::allocate(outputs[i]);
-      copies.emplace_back(outputs[i].data<char>(), in.data<char>(), in.nbytes());
-    }
-  }
+    else
+      kept.emplace_back(inputs[first + i - (i > 12)], outputs[i]);
 
   struct TermData {
     const float* residual;
@@ -41,19 +30,18 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   auto param = [&](int i) {
     return cpu::Param{outputs[i].data<float>(), outputs[4 + i].data<void>(), outputs[8 + i].data<void>(),
                       outputs[4 + i].dtype() == mx::float32 ? cpu::Type::f32 : cpu::Type::bf16,
-                      noise_seed(options_, i)};
+                      noise_seed(options_.step, i)};
   };
 
   cpu::dispatch(
       stream(), inputs, outputs,
-      [copies, reused, terms, x = inputs[0].data<float>(), loss = inputs[1].data<float>(),
-       n = int64_t{inputs[0].shape(0)}, d_in = int64_t{inputs[0].shape(1)}, d_sae = int64_t{outputs[0].shape(0)},
-       d_out = int64_t{outputs[2].shape(1)}, w_enc = param(0), b_enc = param(1), w_dec = param(2), b_dec = param(3),
-       norm_out = outputs[12].data<float>(), w16 = outputs.size() > 13 ? outputs[13].data<uint16_t>() : nullptr,
+      [kept, terms, x = inputs[0].data<float>(), loss = inputs[1].data<float>(), n = int64_t{inputs[0].shape(0)},
+       d_in = int64_t{inputs[0].shape(1)}, d_sae = int64_t{outputs[0].shape(0)}, d_out = int64_t{outputs[2].shape(1)},
+       w_enc = param(0), b_enc = param(1), w_dec = param(2), b_dec = param(3), norm_out = outputs[12].data<float>(),
+       w16 = outputs.size() > 13 ? outputs[13].data<uint16_t>() : nullptr,
        columns = outputs.size() > 13 ? outputs[14].data<float>() : nullptr,
        shadow_type = outputs.size() > 13 ? cpu::shadow_type_of(outputs[13]) : cpu::ShadowType::bf16, o = options_] {
-        for (auto& [to, from, size] : copies) std::memcpy(to, from, size);
-        for (auto& [data, size] : reused) cpu::settle(data, size);
+        for (auto& array : kept) array.begin();
         *norm_out = NAN;
         if (!std::isfinite(*loss)) return;  // the step is skipped: parameters and moments stay what they were
 
@@ -76,9 +64,9 @@ void FeatureUpdate::eval_cpu(const Arrays& inputs, Arrays& outputs) {
         u.x = x, u.d_in = d_in, u.d_out = d_out;
         u.terms = walk.data(), u.n_terms = static_cast<int>(walk.size());
         u.w_enc = w_enc, u.b_enc = b_enc, u.w_dec = w_dec;
-        float step = static_cast<float>(o.step);
-        u.adam = {o.beta1, o.beta2, o.eps, o.lr / (1 - std::pow(o.beta1, step)),
-                  1 / std::sqrt(1 - std::pow(o.beta2, step))};
+        auto [step_size, inv_sqrt_bias] = bias_correction(o.lr, o.beta1, o.beta2, o.step);
+        u.adam = {o.beta1, o.beta2, o.eps, step_size, inv_sqrt_bias};
+        u.keep_encoder = o.untouched == Untouched::keep, u.keep_decoder = o.untouched != Untouched::step;
         u.project = o.project_decoder, u.normalize = o.normalize_decoder;
         u.clip = 1;
         u.w16 = w16, u.columns = columns, u.shadow_type = shadow_type, u.d_sae = d_sae;

@@ -53,6 +53,13 @@ MLXSAE_INLINE float adam_row(const Param& p, int64_t j, const float* g, float cl
                                 : step(static_cast<bf16*>(p.m), static_cast<bf16*>(p.v));
 }
 
+/** A row whose squares add up to `square`, back to norm 1. */
+MLXSAE_INLINE void renorm(float* w, float square, int64_t d) {
+  if (!(square > 0)) return;
+  float inverse = 1 / __builtin_sqrtf(square);
+  lanes(d, [&]<class V>(int64_t c) __attribute__((always_inline)) { put(w + c, inverse * get<V>(w + c)); });
+}
+
 inline void adam_vector(const Param& p, const float* g, float clip, const Adam& a, int64_t d) {
   adam_row<true>(p, 0, g, clip, a, d);
 }
@@ -169,13 +176,12 @@ inline void finish(const Update& u, int64_t j, const Gathered& g, double& square
   }
   if (u.norms_only) return;
 
-  float norm = g.any ? adam_row<true>(u.w_dec, j, g.dec, u.clip, u.adam, d_out)
-                     : adam_row<false>(u.w_dec, j, nullptr, 1, u.adam, d_out);
-  if (u.normalize && norm > 0) {
-    float inverse = 1 / __builtin_sqrtf(norm);
-    lanes(d_out,
-          [&]<class V>(int64_t c) __attribute__((always_inline)) { put(w_dec + c, inverse * get<V>(w_dec + c)); });
+  if (g.any || !u.keep_decoder) {
+    float norm = g.any ? adam_row<true>(u.w_dec, j, g.dec, u.clip, u.adam, d_out)
+                       : adam_row<false>(u.w_dec, j, nullptr, 1, u.adam, d_out);
+    if (u.normalize) renorm(w_dec, norm, d_out);
   }
+  if (!g.any && u.keep_encoder) return;
   if (g.any)
     adam_row<true>(u.w_enc, j, g.enc, u.clip, u.adam, d_in);
   else
@@ -265,6 +271,24 @@ inline void finish_apart(const Update& u, const Apart& a) {
   for (int64_t i = a.begin; i < a.end; ++i)
     finish(u, a.features[i], {a.dec + i * a.dec_stride, a.enc + i * a.enc_stride, a.bias[i], true}, square);
   if (u.square) *u.square += square;
+}
+
+/** The walk's own arithmetic on one row after another, each step while the row is at hand: its bits. */
+inline void catch_up(const CatchUp& c) {
+  Adam adam = c.adam;
+  Param p = c.w_dec;
+  for (int64_t j = c.f0; j < c.f1; ++j) {
+    if (!c.rows[j]) continue;
+    for (int t = c.last_step[j] + 1; t <= c.step; ++t) {
+      const float* correction = c.corrections + 2 * (c.n_corrections - 1 - (c.step - t));
+      adam.step_size = correction[0], adam.inv_sqrt_bias = correction[1];
+      if (adam.step_size != adam.step_size) continue;
+      p.seed = 2 * static_cast<uint32_t>(t) + 1;  // noise_seed of w_dec
+      float square = adam_row<false>(p, j, nullptr, 1, adam, c.d_out);
+      if (c.normalize) renorm(p.w + j * c.d_out, square, c.d_out);
+    }
+    if (c.last_step[j] < c.step) c.last_step[j] = c.step;
+  }
 }
 
 inline void subtract(const float* target, int64_t d, float* residual, float* square, int64_t t0, int64_t t1) {

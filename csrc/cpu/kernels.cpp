@@ -35,6 +35,7 @@ const Kernels& table() {
       .update = update,
       .gather = gather_apart,
       .finish = finish_apart,
+      .catch_up = catch_up,
       .product = product,
       .panel_of = panel_of,
       .turned_panel_of = turned_panel_of,

@@ -143,8 +143,9 @@ struct Update {
   Param w_enc, b_enc, w_dec;
   Adam adam;
   bool project, normalize;
-  float clip;       // factor on every gradient
-  bool norms_only;  // sums up, but changes nothing
+  bool keep_encoder, keep_decoder;  // w_enc and b_enc, w_dec of features without entries stay what they are
+  float clip;                       // factor on every gradient
+  bool norms_only;                  // sums up, but changes nothing
   int64_t f0, f1;
   const uint8_t* apart;  // [d_sae], features that the walk leaves out; or null
   uint16_t* w16;         // the encoder's new shadow [d_sae, d_in] and columns [3, d_sae], or null
@@ -153,6 +154,21 @@ struct Update {
   int64_t d_sae;
   float* through_input;  // [d_in] += sum_j db_enc[j] * w_enc[j], or null
   double* square;        // += squares of all gradients, before the clip
+};
+
+/** The steps that rows [f0, f1) of a decoder have missed, where `rows` asks for them (kernel_update.h). */
+struct CatchUp {
+  Param w_dec;
+  int32_t* last_step;  // [d_sae], the last step that a row has made
+  const bool* rows;    // [d_sae]
+  const float*
+      corrections;  // [n_corrections, 2]: step size (NaN: nobody made that step) and inv_sqrt_bias, up to `step`
+  int64_t n_corrections;
+  int step;
+  int64_t d_out;
+  bool normalize;
+  Adam adam;  // but for what the step decides
+  int64_t f0, f1;
 };
 
 /** c[i][j] += sum_k a[i][k] b[k][j], with b in panels of `Kernels::panel` columns (kernel_dense.h). */
@@ -196,6 +212,7 @@ struct Kernels {
   /** The two halves of `update` for single features: gradients of the terms; what follows once they are complete. */
   void (*gather)(const Update&, const Apart&);
   void (*finish)(const Update&, const Apart&);
+  void (*catch_up)(const CatchUp&);
   void (*product)(const Product&, int64_t i0, int64_t i1, int64_t p);
   bool (*panel_of)(const float* rows, const uint32_t* which, int64_t n, int64_t d, float* out, int64_t p);
   void (*turned_panel_of)(const float* rows, int64_t n, int64_t d, float* out, int64_t p);

@@ -8,7 +8,16 @@ namespace mlxsae::gpu {
 namespace {
 
 // As in metal/feature_update.h and metal/common/reduce.h.
-enum Flag : uint32_t { project = 1, normalize = 2, through_input = 4, sums = 8, dry = 16, shadow = 32 };
+enum Flag : uint32_t {
+  project = 1,
+  normalize = 2,
+  through_input = 4,
+  sums = 8,
+  dry = 16,
+  shadow = 32,
+  keep_encoder = 64,
+  keep_decoder = 128
+};
 constexpr int64_t kPieces = 4, kMaxSimdgroups = 16, kSumSimdgroups = 8, kScales = 8;
 
 // The features are cut into parts that do not depend on the chip, because the sums over them are rounded by part. So
@@ -98,7 +107,8 @@ Plan feature_update(const FeatureUpdateSize& s, const FeatureUpdateOptions& o) {
   int squares = plan.temporary("squares", Type::f32, parts + blocks);
   int products = wide ? plan.temporary("products", Type::f32, plan.buffers[by.values].size) : -1;
   const uint32_t flags = (o.project ? project : 0u) | (o.normalize ? normalize : 0u) |
-                         (o.through_input ? through_input : 0u) | (s.shadow ? shadow : 0u);
+                         (o.through_input ? through_input : 0u) | (s.shadow ? shadow : 0u) |
+                         (o.keep_encoder ? keep_encoder : 0u) | (o.keep_decoder ? keep_decoder : 0u);
 
   auto walk = [&](uint32_t how) {
     auto& launch = plan.launch(library, kernel_name(kernel, s.moments, s.aligned),
@@ -174,7 +184,9 @@ Plan feature_update(const FeatureUpdateSize& s, const FeatureUpdateOptions& o) {
       .write(5, p_out[1])
       .write(6, m_out[1])
       .write(7, v_out[1])
-      .argument(8, static_cast<uint32_t>(s.d_sae));
+      .argument(8, static_cast<uint32_t>(s.d_sae))
+      .read(9, by.starts)
+      .argument(10, flags);
   if (clip) walk(0);
   return plan;
 }

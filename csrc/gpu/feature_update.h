@@ -17,8 +17,9 @@ struct FeatureUpdateOptions {
   float step_size;      // lr / (1 - beta1^t)
   float inv_sqrt_bias;  // 1 / sqrt(1 - beta2^t)
   bool project, normalize, through_input;
-  float clip_norm;  // 0: none
-  uint32_t seed;    // of the noise that rounds moments to bfloat16: the step
+  bool keep_encoder, keep_decoder;  // rows of features without entries stay what they are
+  float clip_norm;                  // 0: none
+  uint32_t seed;                    // of the noise that rounds moments to bfloat16: the step
 };
 
 /** Inputs and outputs as those of the primitive (csrc/ops/feature_update.h). */

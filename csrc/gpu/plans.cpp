@@ -1,5 +1,6 @@
 #include "gpu/plans.h"
 
+#include "gpu/adam_catch_up.h"
 #include "gpu/csr_encode.h"
 #include "gpu/encoder_shadow.h"
 #include "gpu/feature_update.h"
@@ -55,9 +56,10 @@ Plan plan_feature_update(const Named& s, const Device&) {
                          {},     s["shadow"] != 0, s["aligned"] != 0, s.type("moments")};
   size.terms.push_back(code_of(s, "", false));
   for (int64_t q = 1; q < s["terms"]; ++q) size.terms.push_back(code_of(s, '_' + std::to_string(q), false));
-  return feature_update(size, {s.real("beta1"), s.real("beta2"), s.real("eps"), s.real("step_size"),
-                               s.real("inv_sqrt_bias"), s["project"] != 0, s["normalize"] != 0, s["through_input"] != 0,
-                               s.real("clip_norm"), static_cast<uint32_t>(s["step"])});
+  return feature_update(size,
+                        {s.real("beta1"), s.real("beta2"), s.real("eps"), s.real("step_size"), s.real("inv_sqrt_bias"),
+                         s["project"] != 0, s["normalize"] != 0, s["through_input"] != 0, s["keep_encoder"] != 0,
+                         s["keep_decoder"] != 0, s.real("clip_norm"), static_cast<uint32_t>(s["step"])});
 }
 
 }  // namespace
@@ -103,6 +105,13 @@ const std::vector<Planned>& planned() {
        {"encoder_shadow"},
        [](const Named& s, const Device&) { return encoder_shadow(s["d_sae"], s["d"], s["aligned"] != 0); }},
       {"feature_update", {"code_sort", "feature_update"}, plan_feature_update},
+      {"adam_catch_up",
+       {"adam_catch_up"},
+       [](const Named& s, const Device&) {
+         return adam_catch_up(
+             {s["d_sae"], s["d"], s["steps"], s.type("moments"), s["aligned"] != 0},
+             {s.real("beta1"), s.real("beta2"), s.real("eps"), static_cast<int32_t>(s["step"]), s["normalize"] != 0});
+       }},
   };
   return table;
 }

@@ -1,42 +1,10 @@
 #include "ops/feature_update.h"
 
-#include <cmath>
-
 #include "gpu/feature_update.h"
 #include "ops/encoder_shadow.h"
 
 namespace mlxsae {
 namespace {
-
-struct BiasCorrection {
-  float step_size, inv_sqrt_bias;
-};
-BiasCorrection bias_correction(const UpdateOptions& o) {
-  auto step = static_cast<float>(o.step);
-  return {o.lr / (1 - std::pow(o.beta1, step)), 1 / std::sqrt(1 - std::pow(o.beta2, step))};
-}
-
-mx::array bits(uint32_t v) { return mx::array(v, mx::uint32); }
-
-/** As csrc/cpu/kernel_rounding.h. */
-mx::array scattered(mx::array x, mx::Stream s) {
-  auto fold = [&](int by) { return mx::bitwise_xor(x, mx::right_shift(x, bits(by), s), s); };
-  x = mx::multiply(fold(16), bits(0x7feb352d), s);
-  x = mx::multiply(fold(15), bits(0x846ca68b), s);
-  return fold(16);
-}
-
-/** Moments as they are kept: `moment` (0: first, 1: second) [d_sae, d] of a matrix in bfloat16, by stochastic rounding.
- */
-mx::array kept(const mx::array& value, mx::Dtype type, uint32_t seed, int moment, mx::Stream s) {
-  if (type == mx::float32) return value;
-  auto rows = mx::reshape(mx::arange(0, value.shape(0), mx::uint32, s), {-1, 1}, s);
-  auto key = scattered(mx::bitwise_xor(scattered(bits(seed), s), rows, s), s);
-  auto noise = scattered(mx::add(key, mx::arange(0, value.shape(1), mx::uint32, s), s), s);
-  noise = moment == 0 ? mx::bitwise_and(noise, bits(0xffff), s) : mx::right_shift(noise, bits(16), s);
-  auto moved = mx::bitwise_and(mx::add(mx::view(value, mx::uint32, s), noise, s), bits(0xffff0000), s);
-  return mx::astype(mx::where(mx::isnan(value, s), value, mx::view(moved, mx::float32, s), s), type, s);
-}
 
 /** The definition in plain MLX ops, with dense gradients. */
 Arrays feature_update_graph(const Arrays& in, const std::vector<bool>& csr, const UpdateOptions& o, mx::Stream s) {
@@ -48,11 +16,14 @@ Arrays feature_update_graph(const Arrays& in, const std::vector<bool>& csr, cons
   auto d_enc = mx::zeros_like(w_enc, s), d_dec = mx::zeros_like(w_dec, s),
        d_bias = mx::zeros({d_sae, 1}, mx::float32, s);
   auto ones = mx::ones({x.shape(0), 1}, mx::float32, s);
+  auto touched = mx::zeros({d_sae}, mx::bool_, s);
   auto d_b_dec = mx::multiply(mx::sum(in[2], 0, false, s), in[5], s);
   for (size_t q = 0; q < n_terms; ++q) {
     std::optional<mx::array> offsets;
     if (csr[q]) offsets = in[FeatureUpdate::place_of_offsets(csr, q)];
     const auto &residual = in[2 + 4 * q], &values = in[3 + 4 * q], &indices = in[4 + 4 * q], &scale = in[5 + 4 * q];
+    auto silent = tokens_since_fired(mx::zeros({d_sae}, mx::int32, s), values, indices, 1, offsets, s);
+    touched = mx::logical_or(touched, mx::equal(silent, mx::array(0), s), s);
     auto used = mx::logical_not(mx::less_equal(values, mx::array(0.0f), s), s);
     auto v = mx::where(used, values, mx::array(0.0f), s);
     auto g = mx::multiply(residual, scale, s);
@@ -73,24 +44,19 @@ Arrays feature_update_graph(const Arrays& in, const std::vector<bool>& csr, cons
   auto factor =
       o.clip_norm > 0 ? mx::minimum(mx::array(1.0f), mx::divide(mx::array(o.clip_norm), norm, s), s) : mx::array(1.0f);
   auto ok = mx::isfinite(loss, s);
-  auto [step_size, inv_sqrt_bias] = bias_correction(o);
   Arrays w(4, x), m(4, x), v(4, x);
   for (int i = 0; i < 4; ++i) {
     auto g = mx::multiply(grads[i], factor, s);
-    auto old_m = mx::astype(p[4 + i], mx::float32, s), old_v = mx::astype(p[8 + i], mx::float32, s);
-    auto new_m = mx::add(mx::multiply(mx::array(o.beta1), old_m, s), mx::multiply(mx::array(1 - o.beta1), g, s), s);
-    auto new_v = mx::add(mx::multiply(mx::array(o.beta2), old_v, s),
-                         mx::multiply(mx::array(1 - o.beta2), mx::square(g, s), s), s);
-    auto denominator = mx::add(mx::multiply(mx::sqrt(new_v, s), mx::array(inv_sqrt_bias), s), mx::array(o.eps), s);
-    auto new_w = mx::subtract(p[i], mx::divide(mx::multiply(mx::array(step_size), new_m, s), denominator, s), s);
-    if (i == 2 && o.normalize_decoder) {
-      auto length = mx::sqrt(mx::sum(mx::square(new_w, s), 1, true, s), s);
-      new_w = mx::divide(new_w, mx::where(mx::greater(length, mx::array(0.0f), s), length, mx::array(1.0f), s), s);
-    }
-    w[i] = mx::where(ok, new_w, p[i], s);
-    auto seed = noise_seed(o, i);
-    m[i] = mx::where(ok, kept(new_m, p[4 + i].dtype(), seed, 0, s), p[4 + i], s);
-    v[i] = mx::where(ok, kept(new_v, p[8 + i].dtype(), seed, 1, s), p[8 + i], s);
+    auto stepped = adam_graph(p[i], p[4 + i], p[8 + i], g,
+                              {o.beta1, o.beta2, o.eps, bias_correction(o.lr, o.beta1, o.beta2, o.step),
+                               noise_seed(o.step, i), i == 2 && o.normalize_decoder},
+                              s);
+    auto moves = ok;
+    if (i < 3 && (o.untouched == Untouched::keep || (i == 2 && o.untouched == Untouched::keep_decoder)))
+      moves = mx::logical_and(ok, i == 1 ? touched : mx::expand_dims(touched, 1, s), s);
+    w[i] = mx::where(moves, stepped[0], p[i], s);
+    m[i] = mx::where(moves, stepped[1], p[4 + i], s);
+    v[i] = mx::where(moves, stepped[2], p[8 + i], s);
   }
   Arrays out(w);
   out.insert(out.end(), m.begin(), m.end());
@@ -142,8 +108,7 @@ Arrays feature_update(const mx::array& x, const mx::array& loss, const std::vect
          ".");
   std::vector<mx::Dtype> types;
   auto moments = m[0].dtype();
-  if (moments != mx::float32 && moments != mx::bfloat16)
-    fail(op, "moments of w_enc and w_dec must be float32 or bfloat16 but got ", moments, ".");
+  check_moments(op, moments);
   size_t first = inputs.size();
   for (auto* group : {&params, &m, &v})
     for (size_t i = 0; i < 4; ++i) {
@@ -208,10 +173,11 @@ gpu::Plan FeatureUpdate::plan(const Arrays& in, const gpu::Device&) {
   }
   for (size_t i = first; i < in.size(); ++i)
     if (in[i].ndim() == 2 && i != first + 13) size.aligned &= aligned_rows(in[i]);  // not the columns of the shadow
-  auto [step_size, inv_sqrt_bias] = bias_correction(options_);
   const auto& o = options_;
+  auto [step_size, inv_sqrt_bias] = bias_correction(o.lr, o.beta1, o.beta2, o.step);
   return gpu::feature_update(size, {o.beta1, o.beta2, o.eps, step_size, inv_sqrt_bias, o.project_decoder,
-                                    o.normalize_decoder, o.b_dec_to_input, o.clip_norm, static_cast<uint32_t>(o.step)});
+                                    o.normalize_decoder, o.b_dec_to_input, o.untouched == Untouched::keep,
+                                    o.untouched != Untouched::step, o.clip_norm, static_cast<uint32_t>(o.step)});
 }
 
 }  // namespace mlxsae

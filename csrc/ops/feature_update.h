@@ -2,14 +2,9 @@
 
 #include <algorithm>
 
-#include "ops/common.h"
+#include "ops/adam.h"
 
 namespace mlxsae {
-
-/** The seed of the noise that rounds the moments of w_enc (parameter 0) and w_dec (parameter 2) to bfloat16. */
-inline uint32_t noise_seed(const UpdateOptions& o, int parameter) {
-  return 2 * static_cast<uint32_t>(o.step) + static_cast<uint32_t>(parameter / 2);
-}
 
 /**
  * Inputs: x, loss, then for each term residual, values, indices, scale, then the offsets of the terms whose code is in
@@ -35,12 +30,6 @@ class FeatureUpdate : public FusedPrimitive {
   std::vector<mx::Shape> output_shapes(const Arrays& in) override;
 
  private:
-  /** Every output holds the inputs, and would keep them from being donated. All outputs come into being in one eval, so
-   * only the list that it reads is needed; MLX drops the others right after it anyway. */
-  static void let_go(const Arrays& inputs, Arrays& outputs) {
-    for (auto& out : outputs)
-      if (&out.inputs() != &inputs) out.inputs().clear();
-  }
   [[noreturn]] static void no_derivative() { fail("feature_update", "an optimiser step has no derivative."); }
   std::vector<bool> csr_;  // for each term, whether it has offsets
   UpdateOptions options_;

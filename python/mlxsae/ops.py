@@ -3,7 +3,7 @@
 Every weight argument is feature-major: an encoder ``[d_sae, d_in]``, a decoder ``[d_sae, d_out]``, a feature a row (an
 SAE's public ``W_enc.T`` is such a view, and is recognised without a copy). Floating types are float32, float16 and
 bfloat16 in any mixture; accumulation is in float32. All but :func:`update_tokens_since_fired`,
-:func:`encoder_shadow` and :func:`feature_update` are differentiable to any order, and all but :func:`threshold_encode`
+:func:`encoder_shadow`, :func:`feature_update` and :func:`adam_catch_up` are differentiable to any order, and all but :func:`threshold_encode`
 work under ``mx.compile`` and ``mx.vmap`` (of :func:`feature_update` return the arrays: ``mx.vmap`` takes no None). Where
 a device has no kernel of ours, plain MLX ops run instead; :func:`backends` tells.
 
@@ -14,7 +14,7 @@ CPU: a ``RuntimeError``; a GPU does not look.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ __all__ = [
     "Params",
     "Shadow",
     "Term",
+    "adam_catch_up",
     "backends",
     "batch_topk_encode",
     "decode_residual",
@@ -477,6 +478,7 @@ def feature_update(
     normalize_decoder: bool = True,
     b_dec_to_input: bool = False,
     clip_norm: float = 0.0,
+    untouched: str = "step",
     shadow: Shadow | None = None,
     stream: Stream = None,
 ) -> Updated:
@@ -489,8 +491,8 @@ def feature_update(
         \nabla W_{enc}[j] = \sum \delta_t x_t, \quad \nabla b_{enc}[j] = \sum \delta_t
 
     then the projection of :math:`\nabla W_{dec}[j]` off :math:`W_{dec}[j]`, clipping by the global norm, Adam with bias
-    correction on every feature (dense-exact: an untouched one still moves by its momentum), and the renorm of
-    :math:`W_{dec}[j]`. ``b_dec`` learns through the main term, and through the encoder where ``b_dec_to_input``.
+    correction on every feature (dense-exact: an untouched one still moves by its momentum; but see ``untouched``), and
+    the renorm of :math:`W_{dec}[j]`. ``b_dec`` learns through the main term, and through the encoder where ``b_dec_to_input``.
 
     Args:
         x: ``[n, d_in]``, what the encoder saw.
@@ -505,6 +507,12 @@ def feature_update(
         step: ``t >= 1`` of Adam's bias correction; seed of the rounding.
         clip_norm: largest global norm of all gradients after the projection; 0 for no clipping. Clipping is exact, by a
             first pass that computes the norm.
+        untouched: what becomes of features without entries. ``"step"``: Adam with gradient 0, as :math:`\nabla = 0`
+            says. ``"keep_decoder"``: their ``w_dec`` and its moments stay as they are until :func:`adam_catch_up` makes the
+            steps that they have missed: together the bits of ``"step"``. ``"keep"``: ``w_enc``, ``b_enc``, ``w_dec`` and
+            their moments stay for good, and the missed steps are never made: *row-sparse* Adam, as
+            ``torch.optim.SparseAdam`` has it. That is another optimiser: a feature's momentum neither moves it nor decays
+            between its batches.
         shadow: the encoder's, to be renewed in the same pass.
 
     Returns:
@@ -538,11 +546,89 @@ def feature_update(
         normalize_decoder=normalize_decoder,
         b_dec_to_input=b_dec_to_input,
         clip_norm=clip_norm,
+        untouched=untouched,
         shadow=shadow,
         stream=stream,
     )
     new = Shadow(*out[13:]) if shadow else None
     return Updated(Params(*out[:4]), Params(*out[4:8]), Params(*out[8:12]), out[12], new)
+
+
+class CaughtUp(NamedTuple):
+    """What :func:`adam_catch_up` returns."""
+
+    w: mx.array
+    m: mx.array
+    v: mx.array
+    last_step: mx.array
+
+
+def adam_catch_up(
+    w: mx.array,
+    m: mx.array,
+    v: mx.array,
+    last_step: mx.array,
+    rows: mx.array,
+    *,
+    step: int,
+    lr: Sequence[float],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    normalize: bool = True,
+    stream: Stream = None,
+) -> CaughtUp:
+    r"""The Adam steps that rows of a decoder have missed: lazy Adam, with :func:`feature_update`'s ``"keep_decoder"``.
+
+    For row ``j`` of ``rows`` and each step :math:`t` from ``last_step[j] + 1`` to ``step``, with gradient 0:
+
+    .. math::
+        m \leftarrow \beta_1 m, \quad v \leftarrow \beta_2 v, \quad
+        W_j \leftarrow W_j - \frac{lr_t}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}, \quad
+        W_j \leftarrow W_j / |W_j| \text{ where } \texttt{normalize}
+
+    A decoder's row is read where its feature fires, and moves by its momentum alone in between. So it may stay behind:
+    before a batch is decoded the rows that it uses catch up to the step before, ``feature_update`` moves these and no
+    others, and before anything else reads the decoder (an evaluation, a file) all rows catch up. On the CPU the result has
+    the bits of dense Adam; on a GPU, whose compiler may round sums of the two kernels differently, those but for the last.
+
+    Args:
+        w, m, v: ``[d_sae, d]``, as :func:`feature_update`'s ``w_dec``: float32, moments float32 or bfloat16. Their buffers are
+            reused where nobody else holds them.
+        last_step: int32 ``[d_sae]``, the last step that each row has made, 0 before the first.
+        rows: bool ``[d_sae]``. Other rows, and those that have made ``step``, stay as they are.
+        step: the last step that has been made.
+        lr: learning rates of the last steps, ``lr[-1]`` that of ``step``; NaN for a step that was skipped because its loss was
+            not finite. A row of ``rows`` may have missed as many steps as there are rates: so let every row catch up once in
+            so many steps, each step another share of them.
+        normalize: as ``feature_update``'s ``normalize_decoder``.
+
+    Returns:
+        ``CaughtUp(w, m, v, last_step)``; of rows that caught up ``last_step`` is ``step``. (Those that ``feature_update`` then
+        moves have made one more.)
+
+    Raises:
+        ValueError: for other ranks, sizes or types, ``step < 1``, no rates; when differentiated.
+        RuntimeError: when evaluated on the CPU, for a row that has missed more steps than there are rates. (A GPU makes those
+            that it knows the rate of.)
+
+    Deterministic, and independent of the number of threads.
+    """
+    return CaughtUp(
+        *_ext.adam_catch_up(
+            w,
+            m,
+            v,
+            last_step,
+            rows,
+            lr=list(lr),
+            beta1=betas[0],
+            beta2=betas[1],
+            eps=eps,
+            step=step,
+            normalize=normalize,
+            stream=stream,
+        )
+    )
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -54,5 +54,7 @@ int main() {
   good &=
       same("feature_update", mlxsae::feature_update(x, mx::sum(square), {{residual, values, indices, mx::array(0.1f)}},
                                                     params, m, v, {1e-3f})[0]);
+  good &= same("adam_catch_up", mlxsae::adam_catch_up(w, m[0], v[0], mx::zeros({300}, mx::int32), mask,
+                                                      {{1e-3f, 1e-3f}, 0.9f, 0.999f, 1e-8f, 2})[0]);
   return good ? 0 : 1;
 }

@@ -57,6 +57,14 @@ def test_moments_in_bfloat16(shape: tuple) -> None:
     sparse.test_moments_in_bfloat16_are_those_of_float32_stochastically_rounded(shape)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_adam_variants(bfloat16: bool) -> None:
+    for shape in ((6, 31, 48, 70, 5), (2, 30, 2051, 7, 2)):
+        sparse.test_rows_of_features_without_entries_stay(shape, True, False, bfloat16)
+    for d in (32, 300):
+        sparse.test_rows_that_are_behind_catch_up(d, True, False, bfloat16)
+
+
 def test_the_sort() -> None:
     sparse.test_entries_are_sorted_by_feature_and_row(2100, 300, False)
     sparse.test_hot_and_empty_features()

@@ -193,6 +193,8 @@ def _updated(s: Shape) -> dict[str, Any]:
         "project": True,
         "normalize": True,
         "through_input": True,
+        "keep_encoder": False,
+        "keep_decoder": False,
     }
     return _coded(s) | {"d_in": s.d_in, "d_out": s.d_in} | learning | flags
 

@@ -262,7 +262,9 @@ def narrow(t: Training) -> Training:
     return t._replace(m=m, v=v)
 
 
-def update_sizes(t: Training, *, project, normalize, through_input, clip_norm, shadow) -> dict[str, Any]:
+def update_sizes(
+    t: Training, *, project, normalize, through_input, clip_norm, shadow, untouched="step"
+) -> dict[str, Any]:
     (n, d_in), (d_sae, d_out) = t.x.shape, t.params[2].shape
     betas, step = LEARNING["betas"], LEARNING["step"]
     sizes = dict(
@@ -272,6 +274,7 @@ def update_sizes(t: Training, *, project, normalize, through_input, clip_norm, s
         beta1=betas[0], beta2=betas[1], eps=LEARNING["eps"],
         step_size=LEARNING["lr"] / (1 - betas[0] ** step), inv_sqrt_bias=1 / np.sqrt(1 - betas[1] ** step).item(),
         project=project, normalize=normalize, through_input=through_input, clip_norm=float(clip_norm),
+        keep_encoder=untouched == "keep", keep_decoder=untouched != "step",
     )  # fmt: skip
     for q, term in enumerate(t.terms):
         sizes |= term.code.sizes(f"_{q}" if q else "")
@@ -299,10 +302,11 @@ def feature_update(
     through_input=False,
     clip_norm=0.0,
     shadow=False,
+    untouched="step",
     **options,
 ):
     """params, m, v, norm of the gradients[, w16, columns] in the shapes of the inputs."""
-    sizes = update_sizes(t, project=project, normalize=normalize, through_input=through_input, clip_norm=clip_norm, shadow=shadow)  # fmt: skip
+    sizes = update_sizes(t, project=project, normalize=normalize, through_input=through_input, clip_norm=clip_norm, shadow=shadow, untouched=untouched)  # fmt: skip
     out = run("feature_update", update_inputs(t, loss, shadow), sizes, **options)
     four = [[a.reshape(p.shape) for a, p in zip(out[q : q + 4], t.params, strict=True)] for q in (0, 4, 8)]
     rest = [out[13].reshape(t.params[0].shape), out[14].reshape(3, -1)] if shadow else []
@@ -393,6 +397,89 @@ def test_moments_in_bfloat16_are_those_of_float32_stochastically_rounded(shape):
     skipped = feature_update(t, loss=np.inf)
     for mine, given in zip((*skipped[0], *skipped[1], *skipped[2]), (*t.params, *t.m, *t.v), strict=True):
         np.testing.assert_array_equal(mine, given)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(6, 31, 48, 70, 5), (3, 150, 150, 19, 4), (3, 8200, 16, 7, 1), (2, 30, 2051, 7, 2)]
+)
+@pytest.mark.parametrize(("donate", "shadow"), [(False, False), (True, False), (True, True)])
+def test_rows_of_features_without_entries_stay(shape, donate, shadow, bfloat16):
+    """Simdgroups, threadgroups, and rows beyond their registers; in the old memory, and in a new one."""
+    n, d_in, d_out, d_sae, k = shape
+    t = training(np.random.default_rng(d_sae), n, d_in, d_out, d_sae, k, 2)
+    t = narrow(t) if bfloat16 else t
+    silent = np.ones(d_sae, bool)
+    for term in t.terms:
+        silent[term.code.indices[term.code.values > 0]] = False
+    assert silent.any()
+    assert not silent.all()
+    options = dict(clip_norm=0.5, through_input=d_in == d_out, shadow=shadow)
+    full = feature_update(t, donate=donate, **options)
+    for untouched, kept in (("keep_decoder", (2,)), ("keep", (0, 1, 2))):
+        got = feature_update(t, donate=donate, untouched=untouched, **options)
+        for mine, stepped, old in zip(got[:3], full[:3], (t.params, t.m, t.v), strict=True):
+            for i in range(4):
+                want = stepped[i].copy()
+                if i in kept:
+                    want[silent] = old[i][silent]
+                np.testing.assert_array_equal(mine[i], want)
+        assert got[3] == full[3]
+        if shadow:
+            check_shadow(got[0][0], got[4], got[5])
+        skipped = feature_update(t, donate=donate, untouched=untouched, loss=np.inf)
+        for mine, given in zip((*skipped[0], *skipped[1], *skipped[2]), (*t.params, *t.m, *t.v), strict=True):
+            np.testing.assert_array_equal(mine, given)
+
+
+def catch_up(w, m, v, last_step, rows, rates, step, *, normalize=True, **options):
+    """w, m, v and last_step in the shapes of the inputs."""
+    d_sae, d = w.shape
+    betas, first = LEARNING["betas"], step - len(rates) + 1
+    corrections = [
+        (lr / (1 - betas[0] ** t), 1 / np.sqrt(1 - betas[1] ** t)) for t, lr in enumerate(rates, start=first)
+    ]
+    sizes = dict(
+        d_sae=d_sae, d=d, steps=len(rates), moments="bfloat" if m.dtype == np.uint16 else "float", aligned=aligned(w, m),
+        beta1=betas[0], beta2=betas[1], eps=LEARNING["eps"], step=step, normalize=normalize,
+    )  # fmt: skip
+    out = run("adam_catch_up", [w, m, v, last_step, rows, np.float32(corrections)], sizes, **options)
+    return [*(a.reshape(w.shape) for a in out[:3]), out[3]]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("d", [1, 31, 32, 300, 4100])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_rows_that_are_behind_catch_up(d, normalize, donate, bfloat16):
+    rng = np.random.default_rng(d)
+    d_sae, step, rates = 9, 7, [0.01, float("nan"), 0.03]
+    w, m, v = random_array(rng, (d_sae, d)), 0.1 * random_array(rng, (d_sae, d)), rng.random((d_sae, d))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    if bfloat16:
+        m, v = from_float(m, "bfloat"), from_float(v.astype(np.float32), "bfloat")
+    v = v if bfloat16 else v.astype(np.float32)
+    last_step, rows = np.int32([4, 5, 6, 7, 8, 4, 5, 6, 7]), np.arange(d_sae) < 6
+    got = catch_up(w, m, v, last_step, rows, rates, step, normalize=normalize, donate=donate)
+    want = [to_float(a).astype(np.float64) for a in (w, m, v)]
+    for j in range(d_sae):
+        for t in range(last_step[j] + 1, step + 1) if rows[j] else ():
+            if t == 6:
+                continue
+            new = oracle.adam(
+                *(a[j] for a in want), 0.0, lr=rates[t - step - 1], step=t, betas=LEARNING["betas"]
+            )
+            for a, row in zip(want, new, strict=True):
+                a[j] = row
+            if normalize:
+                want[0][j] /= np.linalg.norm(want[0][j])
+    for mine, exact, old in zip(got, want, (w, m, v), strict=False):
+        narrow_moment = bfloat16 and old is not w
+        rtol = 2.0**-6 if narrow_moment else 1e-3 if bfloat16 else 1e-5
+        np.testing.assert_allclose(to_float(mine), exact, rtol=rtol, atol=1e-3 if bfloat16 else 1e-6)
+        stay = ~rows | (last_step >= step)
+        np.testing.assert_array_equal(mine[stay], old[stay])
+    np.testing.assert_array_equal(got[3], np.where(rows, np.maximum(last_step, step), last_step))
 
 
 # ---- hot and empty features, unused slots, NaN, malformed codes ------------------------------------------------------
@@ -643,7 +730,7 @@ def test_bookkeeping_moves_little_more_than_it_must():
 # ---- what Apple's compiler would refuse; barriers ---------------------------------------------------------------------
 
 LIBRARIES = (
-    "code_sort", "encoder_shadow", "feature_update", "gather_dot", "sparse_decode", "sparse_outer", "tokens_since_fired",
+    "adam_catch_up", "code_sort", "encoder_shadow", "feature_update", "gather_dot", "sparse_decode", "sparse_outer", "tokens_since_fired",
 )  # fmt: skip
 
 
@@ -683,6 +770,10 @@ def test_every_barrier_is_needed():
         feature_update(long, libraries=libs)
 
     assert not without_barrier("feature_update", update)
+
+    wide = [random_array(rng, (3, 301)) ** 2 for _ in range(3)]
+    rows = np.int32([0, 1, 0]), np.ones(3, bool), [0.1, 0.1, 0.1], 3
+    assert not without_barrier("adam_catch_up", lambda libs: catch_up(*wide, *rows, libraries=libs))
 
 
 # ---- from arrays to plans --------------------------------------------------------------------------------------------
@@ -782,6 +873,36 @@ def test_the_update_plans_what_is_tested_here(d, n_terms, clip, shadow, bfloat16
             assert a[:2] == b[:2]
             np.testing.assert_allclose(a[2], b[2], rtol=1e-5)  # float32 powers, and ours in float64
     assert got == want
+
+
+@pytest.mark.parametrize("untouched", ["step", "keep_decoder", "keep"])
+def test_the_untouched_rows_of_a_plan(untouched):
+    t = training(np.random.default_rng(0), 6, 8, 8, 20, 3)
+    terms = [
+        ops.Term(mlx(q.residual), SparseCode(*map(mx.array, q.code.arrays)), mx.array(q.scale))
+        for q in t.terms
+    ]
+    four = (ops.Params(*map(mlx, p)) for p in (t.params, t.m, t.v))
+    out = ops.feature_update(mlx(t.x), terms, *four, loss=mx.array(1.0), lr=1.0, step=1, untouched=untouched)
+    sizes = update_sizes(t, project=True, normalize=True, through_input=False, clip_norm=0, shadow=False, untouched=untouched)  # fmt: skip
+    flags = [
+        {s["kernel"]: s["arguments"] for s in plan["steps"]} for plan in (plan_of(out[3]), run_plan.plan("feature_update", **sizes))
+    ]  # fmt: skip
+    for kernel in ("feature_update_simdgroup_float_4", "step_b_enc"):
+        assert flags[0][kernel] == flags[1][kernel]
+
+
+@pytest.mark.parametrize(("d", "bfloat16"), [(48, False), (33, True), (44, True)])
+def test_the_catch_up_plans_what_is_tested_here(d, bfloat16):
+    w = mx.zeros((5, d))
+    m = w.astype(mx.bfloat16) if bfloat16 else w
+    out = ops.adam_catch_up(w, m, m, mx.zeros(5, mx.int32), mx.ones(5, mx.bool_), step=2, lr=[0.1, 0.2])
+    of = np.zeros((5, d), np.uint16 if bfloat16 else np.float32)
+    sizes = dict(
+        d_sae=5, d=d, steps=2, moments="bfloat" if bfloat16 else "float", aligned=aligned(np.zeros((5, d), np.float32), of),
+        beta1=0.9, beta2=0.999, eps=1e-8, step=2, normalize=True,
+    )  # fmt: skip
+    assert plan_of(out[0]) == run_plan.plan("adam_catch_up", **sizes)
 
 
 def test_a_view_that_is_not_aligned_takes_the_narrow_kernel():

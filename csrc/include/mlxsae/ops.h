@@ -178,6 +178,13 @@ struct UpdateTerm {
   std::optional<mlx::core::array> offsets = std::nullopt;
 };
 
+/** What becomes of the rows of features without entries in a step. */
+enum class Untouched {
+  step,          // Adam with gradient 0: dense-exact
+  keep_decoder,  // w_dec and its moments stay, until adam_catch_up makes the steps that they have missed
+  keep,          // w_enc, b_enc, w_dec and their moments stay for good: row-sparse Adam, which is another optimiser
+};
+
 struct UpdateOptions {
   float lr;
   float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f;
@@ -186,6 +193,7 @@ struct UpdateOptions {
   bool normalize_decoder = true;  // rows of w_dec back to norm 1
   bool b_dec_to_input = false;    // x was taken minus b_dec
   float clip_norm = 0;            // global norm of all gradients, after the projection; 0: no clipping
+  Untouched untouched = Untouched::step;
 };
 
 /**
@@ -197,7 +205,8 @@ struct UpdateOptions {
  * bfloat16: then arithmetic is still in float32, and what is stored is rounded up or down with the probability that
  * makes its mean exact, by a hash of step, matrix, row and column (the same in every run and on every device). Per
  * feature: dz = <g, w_dec>, the gradients of both
- * rows, the projection, Adam with bias correction (every feature, touched or not), the renorm. Where `loss` is not
+ * rows, the projection, Adam with bias correction (every feature, unless `untouched` spares those without entries),
+ * the renorm. Where `loss` is not
  * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped); where
  * the encoder's shadow is given, also its new w16 and columns.
  *
@@ -209,6 +218,25 @@ MLXSAE_API std::vector<mlx::core::array> feature_update(
     const std::vector<mlx::core::array>& params, const std::vector<mlx::core::array>& m,
     const std::vector<mlx::core::array>& v, const UpdateOptions& options,
     const std::optional<Shadow>& shadow = std::nullopt, mlx::core::StreamOrDevice s = {});
+
+struct CatchUpOptions {
+  std::vector<float> lr;  // learning rates of the last steps, up to that of `step`; NaN: that step was skipped
+  float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f;
+  int step = 1;           // the last step that has been made, t >= 1 of Adam's bias correction
+  bool normalize = true;  // rows back to norm 1 after each step
+};
+
+/**
+ * The steps that rows of a decoder have missed: Adam without a gradient, bit by bit what feature_update would have done
+ * to a feature without entries. w, m and v [d_sae, d] as feature_update's w_dec; last_step [d_sae] int32 is the last
+ * step that row j has made, rows [d_sae] bool which rows to bring to `step`. The others keep what they have. No row of
+ * these may have missed more steps than there are learning rates. Returns w, m, v and last_step, in the memory of the
+ * inputs where nobody else holds them.
+ */
+MLXSAE_API std::vector<mlx::core::array> adam_catch_up(const mlx::core::array& w, const mlx::core::array& m,
+                                                       const mlx::core::array& v, const mlx::core::array& last_step,
+                                                       const mlx::core::array& rows, const CatchUpOptions& options,
+                                                       mlx::core::StreamOrDevice s = {});
 
 /** The names of all ops. */
 MLXSAE_API const std::vector<std::string>& op_names();

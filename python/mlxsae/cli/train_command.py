@@ -41,7 +41,7 @@ from mlxsae.metrics.in_model import diagnose, evaluate_in_model
 from mlxsae.sae import RULES
 from mlxsae.train import OPTIMIZERS, Job, SAEConfig, TrainConfig, fit_many
 from mlxsae.train.checkpoint import checkpoints
-from mlxsae.train.config import MOMENTS, PRECISIONS, default_learning_rate, merged, wanting_l0
+from mlxsae.train.config import MOMENTS, PRECISIONS, VARIANTS, default_learning_rate, merged, wanting_l0
 from mlxsae.train.doors import contexts_per_step, end_to_end_loss, fitting_context, tracking_callbacks
 from mlxsae.train.flat_names import FLAT_NAMES, nested
 
@@ -140,6 +140,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"of the encoder's product: {', '.join(PRECISIONS)} (float32)",
     )
     how.add_argument("--moments", choices=MOMENTS, help="type in which Adam's moments are kept (float32)")
+    how.add_argument(
+        "--adam",
+        choices=VARIANTS,
+        help="what it does to latents that a batch does not use (dense: their momentum moves them)",
+    )
     how.add_argument("--seed", type=kinds.seed, help="(0)")
     how.add_argument("--lm-batch-size", type=kinds.whole(), help="rows per model pass (16)")
     how.add_argument(
@@ -191,6 +196,7 @@ _CONFIGURED = {
     "learning_rate": "train.optimizer.learning_rate",
     "optimizer": "train.optimizer.name",
     "moments": "train.optimizer.moments",
+    "adam": "train.optimizer.variant",
     "aux": "train.loss.auxk",
     "end_to_end": "train.loss.end_to_end",
     "target_l0": "train.loss.target_l0",

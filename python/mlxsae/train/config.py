@@ -44,6 +44,7 @@ K_FROM = 8
 GHOSTS = 0.1
 """Weight of the term ``ghost_gradients`` by its flat name ``use_ghost_grads``."""
 MOMENTS = ("float32", "bfloat16")
+VARIANTS = ("dense", "lazy", "row_sparse")
 """Types in which Adam's moments are kept (:class:`OptimizerConfig`)."""
 
 
@@ -89,6 +90,12 @@ class OptimizerConfig(_Config):
     rounding (:func:`mlxsae.ops.feature_update`), which takes a third off the memory of parameters and moments. It wants
     the fused engine.
 
+    ``variant`` is how Adam treats latents that a batch does not use, with the fused engine. ``dense``: they move by their
+    momentum, as Adam says. ``lazy``: the same, in bits, but a decoder row makes its missed steps when it is next used, or
+    looked at, or LAZY_WINDOW steps later, which spares memory traffic where batches use few of the latents. ``row_sparse``:
+    rows of both matrices that a batch does not use stay as they are, moments included (``torch.optim.SparseAdam``): less
+    work again, and another optimiser.
+
     beta_2 is 0.99: the gradient shrinks by orders of magnitude within the first hundred steps, and a longer
     memory of the large early ones throttles the steps for a thousand more. The decay is long because latents stay in use
     under it: against a decay over the last 20 % half as many of a BatchTopK's are dead, at the same FVU (2M tokens).
@@ -104,6 +111,7 @@ class OptimizerConfig(_Config):
     name: str = "adam"
     weight_decay: float = 0.0
     moments: str = "float32"
+    variant: str = "dense"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +119,9 @@ class OptimizerConfig(_Config):
         _require("moments", self.moments, self.moments in MOMENTS, f"be one of {list(MOMENTS)}")
         fits = self.moments == "float32" or self.name == "adam"
         _require("moments", self.moments, fits, f"be float32 for {self.name}")
+        _require("variant", self.variant, self.variant in VARIANTS, f"be one of {list(VARIANTS)}")
+        fits = self.variant == "dense" or self.name == "adam"
+        _require("variant", self.variant, fits, f"be dense for {self.name}")
         if self.learning_rate is not None:
             _require("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive")
             _require("learning_rate", self.learning_rate, self.learning_rate < math.inf, "be finite")

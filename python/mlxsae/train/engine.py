@@ -23,7 +23,7 @@ from mlxsae.train.config import TrainConfig
 from mlxsae.train.constraints import unit_rows, without_parallel
 from mlxsae.train.gradients import recomputed, value_and_grad
 from mlxsae.train.optimizers import OPTIMIZERS, emptied, set_learning_rate
-from mlxsae.train.state import ACTIVATIONS, GRADIENT, LOSS
+from mlxsae.train.state import ACTIVATIONS, GRADIENT, LOSS, Lazy
 
 Arrays = dict[str, Any]
 """``TrainState.arrays``."""
@@ -75,6 +75,10 @@ class AutodiffEngine:
                 "[fit] precision is float32 but MLX multiplies float32 in TF32 on this GPU: set MLX_ENABLE_TF32=0, or "
                 "say precision='tf32'.",
                 stacklevel=2,
+            )
+        if o.variant != "dense":
+            raise ValueError(
+                f"[fit] variant must be dense for the autodiff engine but got {o.variant}: {reason}."
             )
         self._sae = sae
         self._loss = loss
@@ -174,6 +178,10 @@ class FusedEngine:
 
     For losses made of reconstruction terms and AuxK (see :meth:`refusal`). Weights, moments and the encoder's
     shadow are updated in place. The forward pass is awaited, so the host decides what becomes of a bad batch.
+
+    Under lazy Adam (``OptimizerConfig.variant``) a step leaves decoder rows behind, and ``arrays["lazy"]`` says which:
+    the decoder and its moments in the given ``arrays`` are replaced by ones that have caught up where the batch reads
+    them, which is the same state. :meth:`settled` lets all rows catch up.
     """
 
     name = "fused"
@@ -224,15 +232,25 @@ class FusedEngine:
     def step(
         self, arrays: Arrays, x: mx.array, y: mx.array, *, lr: float, step: int, auxk: bool
     ) -> tuple[Arrays, dict[str, mx.array]]:
-        config, params = self._config, _rows(arrays["params"])
+        config = self._config
+        variant = config.optimizer.variant
         shadow = arrays.get("shadow")
         if shadow is None and config.precision in ("certified", "bfloat16"):
             dtype = mx.bfloat16 if config.precision == "bfloat16" else None
-            shadow = ops.encoder_shadow(params.w_enc, dtype=dtype)
+            shadow = ops.encoder_shadow(arrays["params"]["encoder"]["weight"], dtype=dtype)
         rule = rule_of_step(self._rule, config.k_at(step, self._rule, self._d_sae), config)
         scheduled = self._loss.scheduled(step, self._d_sae, config.seed)
         carried = arrays["tokens_since_fired"], arrays.get("rule", {})
-        f = self._forward(params, shadow, rule, *carried, x, y, auxk, scheduled.get("prefixes"))
+        encoded = self._encode(_rows(arrays["params"]), shadow, rule, *carried, x, auxk)
+        lazy = touched = None
+        if variant == "lazy":
+            lazy = arrays.get("lazy") or Lazy(mx.full(self._d_sae, step, mx.int32), step, ())
+            touched = _touched(self._d_sae, encoded.code, encoded.aux_code)
+            mx.eval(encoded, touched)
+            due = mx.arange(self._d_sae) % LAZY_WINDOW == step % LAZY_WINDOW
+            lazy = _caught_up(arrays, lazy, touched | due, config)
+        params = _rows(arrays["params"])
+        f = self._forward(encoded, params, rule, carried[0], x, y, scheduled.get("prefixes"))
         # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
         # pass must be over before the update is begun, or the step copies them.
         mx.eval(f)
@@ -243,7 +261,9 @@ class FusedEngine:
         if first >= 0 or what:
             if clip is not None:
                 metrics["grad_norm"] = mx.array(math.nan)
-            return arrays | {"failed": failed if first >= 0 else mx.array([step, what], mx.int32)}, metrics
+            behind = {} if lazy is None else {"lazy": lazy}
+            now = failed if first >= 0 else mx.array([step, what], mx.int32)
+            return arrays | {"failed": now} | behind, metrics
         adam = arrays["optimizer"]
         m, v = (ops.Params(*(adam[part][name][moment] for part, name in _PLACES)) for moment in "mv")
         updated = ops.feature_update(
@@ -261,6 +281,7 @@ class FusedEngine:
             normalize_decoder=config.normalize_decoder,
             b_dec_to_input=self._b_dec_to_input,
             clip_norm=clip or 0.0,
+            untouched={"dense": "step", "lazy": "keep_decoder", "row_sparse": "keep"}[variant],
             shadow=shadow,
         )
         if clip is not None:
@@ -276,9 +297,20 @@ class FusedEngine:
             "failed": failed,
             "rule": f.rule,
         }
+        if lazy is not None and touched is not None:
+            last_step = mx.where(touched, step + 1, lazy.last_step)
+            new["lazy"] = Lazy(last_step, step + 1, (*lazy.rates, lr)[-LAZY_WINDOW:])
         return new if shadow is None else new | {"shadow": updated.shadow}, metrics
 
-    def _forward(
+    @staticmethod
+    def settled(arrays: Arrays, config: TrainConfig) -> Arrays:
+        """``arrays`` of a run under lazy Adam with every row of the decoder at the last step, without ``lazy``."""
+        arrays = dict(arrays)
+        lazy = arrays.pop("lazy")
+        _caught_up(arrays, lazy, mx.ones(lazy.last_step.shape, mx.bool_), config)
+        return arrays
+
+    def _encode(
         self,
         params: ops.Params,
         shadow: ops.Shadow | None,
@@ -286,15 +318,8 @@ class FusedEngine:
         tokens_since_fired: mx.array,
         state: State,
         x: mx.array,
-        y: mx.array,
         auxk: bool,
-        prefixes: mx.array | None,
-    ) -> _Forward:
-        """All of a step but the update.
-
-        MLX's elementwise ops run on one CPU thread, so passes over ``[n, d]`` count: beside our kernels there are
-        ``inner`` and what the loss asks of ``y``.
-        """
+    ) -> _Encoded:
         inner = x - params.b_dec if self._b_dec_to_input else x
         encoder = inner, params.w_enc, params.b_enc
         if self._config.precision == "bfloat16" and shadow is not None:
@@ -307,8 +332,25 @@ class FusedEngine:
             k_aux = min(auxiliary[1].k_aux, self._d_sae)
             encoded, aux_code = rule.learn_masked(*encoder, state, dead, k_aux, shadow)
         assert not isinstance(encoded.code, DenseCode)
-        code = _in_float32(encoded.code)
         aux_code = None if aux_code is None else _in_float32(aux_code)
+        return _Encoded(inner, _in_float32(encoded.code), aux_code, encoded.state, dead)
+
+    def _forward(
+        self,
+        encoded: _Encoded,
+        params: ops.Params,
+        rule: Rule,
+        tokens_since_fired: mx.array,
+        x: mx.array,
+        y: mx.array,
+        prefixes: mx.array | None,
+    ) -> _Forward:
+        """What follows the encoder in a step, but for the update.
+
+        MLX's elementwise ops run on one CPU thread, so passes over ``[n, d]`` count: beside our kernels there are
+        ``inner`` and what the loss asks of ``y``.
+        """
+        code, aux_code = encoded.code, encoded.aux_code
         nested = [code] if prefixes is None else bands(code, prefixes)
         residuals, squares = [], []
         for (
@@ -324,20 +366,21 @@ class FusedEngine:
             terms = [ops.Term(residual, code, 2 * weights[0][0])]
         else:
             terms = self._nested_terms(nested, residuals, weights)
-        if auxiliary is not None and aux_code is not None:
-            weight, term = auxiliary
+        if aux_code is not None:
+            assert self._loss.auxk is not None
+            weight, term = self._loss.auxk
             goal = term.goal(-residual, code, lambda part: ops.sparse_decode(part, params.w_dec))
             aux_residual, aux_squares = ops.decode_residual(aux_code, params.w_dec, goal)
-            factor = term.factor(y, goal, dead)
+            factor = term.factor(y, goal, encoded.dead)
             metrics["auxk"] = factor * aux_squares.sum()
             total = total + weight * metrics["auxk"]
             terms.append(ops.Term(aux_residual, aux_code, 2 * weight * factor))
         fired = ops.update_tokens_since_fired(tokens_since_fired, code)
         metrics |= {"loss": total, "l0": l0(code), "dead_fraction": _dead_fraction(fired, self._config)}
-        metrics |= rule.metrics(encoded.state)
+        metrics |= rule.metrics(encoded.rule)
         # What is not finite in y shows in its square; in x it may be lost where every pre-activation falls.
         witness = total + squares[-1].sum() + (0 if y is x else x.sum())
-        return _Forward(inner, terms, metrics, fired, encoded.state, witness)
+        return _Forward(encoded.inner, terms, metrics, fired, encoded.rule, witness)
 
     def _nested_terms(
         self, nested: list[Any], residuals: list[mx.array], weights: list[mx.array]
@@ -351,6 +394,16 @@ class FusedEngine:
         return terms[::-1]
 
 
+class _Encoded(NamedTuple):
+    """What :class:`FusedEngine` has of a step once the latents are chosen."""
+
+    inner: mx.array  # what the encoder saw, [n, d_in]
+    code: Sparse
+    aux_code: Sparse | None
+    rule: State
+    dead: mx.array  # bool [d_sae]
+
+
 class _Forward(NamedTuple):
     """What :class:`FusedEngine` knows of a step before the update."""
 
@@ -360,6 +413,40 @@ class _Forward(NamedTuple):
     tokens_since_fired: mx.array
     rule: State
     witness: mx.array  # finite only if loss and activations are
+
+
+LAZY_WINDOW = 64
+"""Steps that a row of the decoder stays behind at most under lazy Adam."""
+
+
+def _touched(d_sae: int, *codes: Sparse | None) -> mx.array:
+    """bool [d_sae]: the latents that the codes use."""
+    one = mx.ones(d_sae, mx.int32)
+    found = [ops.update_tokens_since_fired(one, code) == 0 for code in codes if code is not None]
+    return found[0] if len(found) == 1 else found[0] | found[1]
+
+
+def _caught_up(arrays: Arrays, lazy: Lazy, rows: mx.array, config: TrainConfig) -> Lazy:
+    """Puts a decoder into ``arrays`` whose ``rows`` have caught up. It leaves them before it goes in: a second reference
+    would make the op copy it."""
+    if not lazy.rates:  # nobody is behind
+        return lazy
+    decoder, adam = arrays["params"]["decoder"], arrays["optimizer"]["decoder"]["weight"]
+    out = ops.adam_catch_up(
+        decoder.pop("weight"),
+        adam.pop("m"),
+        adam.pop("v"),
+        lazy.last_step,
+        rows,
+        step=lazy.step,
+        lr=lazy.rates,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        normalize=config.normalize_decoder,
+    )
+    decoder["weight"], adam["m"], adam["v"] = out.w, out.m, out.v
+    mx.eval(out)
+    return lazy._replace(last_step=out.last_step)
 
 
 def make_engine(

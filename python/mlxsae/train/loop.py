@@ -32,7 +32,7 @@ from mlxsae.sae.model import layer_norm
 from mlxsae.train import checkpoint
 from mlxsae.train.callbacks import Callback, ProgressBar, as_callback, listed
 from mlxsae.train.config import WAKE, TrainConfig, default_learning_rate
-from mlxsae.train.engine import AutodiffEngine, Engine, make_engine, substituted
+from mlxsae.train.engine import AutodiffEngine, Engine, FusedEngine, make_engine, substituted
 from mlxsae.train.initial import (
     Spread,
     begin,
@@ -179,6 +179,14 @@ class Run:
         rows = source_rows(self.source)
         return None if rows is None else self.state.tokens / rows
 
+    def settle(self) -> None:
+        """Let the decoder's rows make the steps that they have missed under lazy Adam, before one reads
+        ``state.params`` or ``state.optimizer``. What a run calls to read them does it: validation, checkpoints,
+        :meth:`export`, :meth:`write_back`, :meth:`current`, the result."""
+        if self.state.lazy is None:
+            return
+        self.state = replace(self.state, **FusedEngine.settled(self.state.arrays, self.config), lazy=None)
+
     def export(self) -> Any:
         """A copy of the SAE with the current weights, for raw activations."""
         sae = copied(self.sae)
@@ -187,6 +195,7 @@ class Run:
 
     def write_back(self, sae: Any) -> None:
         """Give ``sae`` the current weights, for raw activations."""
+        self.settle()
         state, raw = self.state, self.state.params
         if isinstance(sae, SAE):
             s_in, s_out = state.scale
@@ -202,6 +211,7 @@ class Run:
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """The SAE with the weights of this moment, in the scaled space of the run, for the length of a block."""
+        self.settle()
         return substituted(self.module, self.state.params)
 
     def sample(self, n: int) -> tuple[mx.array, mx.array]:
@@ -223,6 +233,7 @@ class Run:
     def to_files(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
         """The run as a JSON-able part and named arrays."""
         self.raise_if_failed()
+        self.settle()
         host, arrays = self.state.to_files()
         return {
             "name": self.name,
@@ -633,6 +644,7 @@ class _Session:
         profile = None if self.clock is None else self.clock.result(run)
         job = next(job for job, other in zip(self.jobs, self.runs, strict=True) if other is run)
         own = [given for given in (job.loss, job.optimizer, job.engine) if given is not None]
+        run.settle()
         return FitResult(run.sae, run.state, run.history, run.validations, run.stopped, profile, not own)
 
 
@@ -948,6 +960,7 @@ def _evaluate(
     run: Run, x: mx.array, y: mx.array, context: Context | None
 ) -> tuple[dict[str, mx.array], mx.array]:
     """Metrics of one batch without a step, and how often each latent fired."""
+    run.settle()
     own = getattr(run.engine, "evaluate", None)
     if own is not None:
         return own(run.state.arrays, x, y, step=run.state.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -13,6 +13,14 @@ from mlxsae.sae import SAE, Rule
 
 ACTIVATIONS, LOSS, GRADIENT = 1, 2, 3
 """What ``failed[1]`` says was not finite."""
+
+
+class Lazy(NamedTuple):
+    """Of a decoder some of whose rows have missed steps that they will make (:func:`mlxsae.ops.adam_catch_up`)."""
+
+    last_step: mx.array  # int32 [d_sae]: the last step that each row has made
+    step: int  # the last step of the others
+    rates: tuple[float, ...]  # learning rates up to that of `step`
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class TrainState:
         ``normalize="mean_std"``; ``whiten_*`` and its inverse ``unwhiten_*`` for ``std_*`` with ``"whiten"``; otherwise empty.
     shadow : the encoder's, in a certified or bfloat16 run, once a step has made it. It follows from the parameters, so no
         file holds it.
+    lazy : which steps decoder rows have made, in a run with lazy Adam, while some are behind (:meth:`Run.settle`).
     """
 
     params: dict[str, Any]
@@ -48,11 +57,13 @@ class TrainState:
     auxk_active: bool = False
     norm: dict[str, mx.array] = field(default_factory=dict)
     shadow: Shadow | None = None
+    lazy: Lazy | None = None
 
     @property
     def arrays(self) -> dict[str, Any]:
         """The part that lives on the device, as one tree."""
-        return self._trained | ({} if self.shadow is None else {"shadow": self.shadow})
+        found = {"shadow": self.shadow, "lazy": self.lazy}
+        return self._trained | {name: held for name, held in found.items() if held is not None}
 
     @property
     def _trained(self) -> dict[str, Any]:
@@ -93,6 +104,7 @@ class TrainState:
             self,
             **tree,
             shadow=None,
+            lazy=None,
             step=host["step"],
             tokens=host["tokens"],
             scale=tuple(host["scale"]),

@@ -11,6 +11,11 @@ over its gradients, projection by the products that are known by then, squares i
 by turns). Of no use: fetching for writing (1.1), past the caches (1.07), the first lines of a row only (1.2) or every other one (1.13),
 all rows while Adam runs (1.0), to the third level (0.97, but what that means differs by maker).
 
+Zen 5, S1: two threads walk in place at 66 GB/s or at 130, for seconds each, while one alone always has 66: the probe's roof is whichever it met.
+At 66 the walk without entries runs at 0.97 of it (12 ms), with entries at 0.76 (13.4 to 16 ms), whether their rows come from the second level or
+the third. Of no use: no fetching of the next feature (1.25), to the first level, a quarter of a row or two rows ahead (0.98 to 1.03), its first moments during the
+gathers (1.0), rows of entries fetched six entries ahead, across features (1.02).
+
 Adam's variants (Zen 5, update and catching up together, by turns in one process, ratios to dense; the share of features that a batch
 touches): at S1 lazy 1.07 (86 %), 1.00 (46 %), 0.90 (25 %), row-sparse 0.94, 0.74, 0.50; with 65,536 features and k = 8 lazy 0.78
 (12 %), 0.73 (6 %), 0.67 (2 %), row-sparse 0.26, 0.19, 0.12. A touched row of the decoder comes from memory twice under lazy Adam, to catch

@@ -161,8 +161,7 @@ struct CatchUp {
   Param w_dec;
   int32_t* last_step;  // [d_sae], the last step that a row has made
   const bool* rows;    // [d_sae]
-  const float*
-      corrections;  // [n_corrections, 2]: step size (NaN: nobody made that step) and inv_sqrt_bias, up to `step`
+  const float* corrections;  // [n_corrections, 2]: step size (NaN: a skipped step), inv_sqrt_bias, up to `step`
   int64_t n_corrections;
   int step;
   int64_t d_out;

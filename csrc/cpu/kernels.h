@@ -159,8 +159,8 @@ struct Update {
 /** The steps that rows [f0, f1) of a decoder have missed, where `rows` asks for them (kernel_update.h). */
 struct CatchUp {
   Param w_dec;
-  int32_t* last_step;  // [d_sae], the last step that a row has made
-  const bool* rows;    // [d_sae]
+  int32_t* last_step;        // [d_sae], the last step that a row has made
+  const bool* rows;          // [d_sae]
   const float* corrections;  // [n_corrections, 2]: step size (NaN: a skipped step), inv_sqrt_bias, up to `step`
   int64_t n_corrections;
   int step;

@@ -740,6 +740,57 @@ def test_a_run_under_lazy_adam_that_fails_keeps_the_weights_before() -> None:
     assert_same_bits(*kept)
 
 
+class TurnsBack(Callback):
+    """Keeps the state of one step and goes back to it later, once."""
+
+    def __init__(self, keep: int, back: int):
+        self.keep, self.back, self.kept = keep, back, None
+
+    def on_step(self, run: Run) -> None:
+        if run.state.step == self.keep:
+            self.kept = run.state
+        elif run.state.step == self.back and self.kept is not None:
+            run.state, self.kept = self.kept, None
+
+
+@pytest.mark.parametrize("validate_every", [10, 1000])
+def test_a_state_under_lazy_adam_that_a_callback_kept_stays_the_same_state(validate_every: int) -> None:
+    results = []
+    for variant in ("dense", "lazy"):
+        optimizer = OptimizerConfig(learning_rate=3e-3, variant=variant)
+        settings = wide_config("float32", optimizer=optimizer, validate_every=validate_every)
+        held_out = mx.array(wide_rows()[:40])
+        results.append(
+            fit(wide_sae(), wide_source(), settings, validation=held_out, callbacks=[TurnsBack(15, 22)])
+        )
+    assert_same_bits(*(weights(result.sae) for result in results))
+    dense, lazy = (flat(result.state.optimizer) for result in results)
+    for name in dense:
+        assert mx.array_equal(dense[name], lazy[name]).item(), name
+
+
+def test_a_step_under_lazy_adam_that_an_error_ends_leaves_the_weights_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = []
+    for variant in ("dense", "lazy"):
+        optimizer = OptimizerConfig(learning_rate=3e-3, variant=variant)
+        sae, calls, update = wide_sae(), [], ops.feature_update
+
+        def interrupted(*args: Any, calls: list = calls, update: Any = update, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 40:
+                raise KeyboardInterrupt
+            return update(*args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "feature_update", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fit(sae, wide_source(), wide_config("float32", optimizer=optimizer))
+        kept.append(weights(sae))
+    assert_same_bits(*kept)
+
+
 def test_row_sparse_adam_leaves_rows_that_a_batch_does_not_use() -> None:
     results = {}
     for variant in ("dense", "row_sparse"):

@@ -248,7 +248,7 @@ class FusedEngine:
             touched = _touched(self._d_sae, encoded.code, encoded.aux_code)
             mx.eval(encoded, touched)
             due = mx.arange(self._d_sae) % LAZY_WINDOW == step % LAZY_WINDOW
-            lazy = _caught_up(arrays, lazy, touched | due, config)
+            _catch_up(arrays, lazy, touched | due, config)
         params = _rows(arrays["params"])
         f = self._forward(encoded, params, rule, carried[0], x, y, scheduled.get("prefixes"))
         # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
@@ -307,7 +307,7 @@ class FusedEngine:
         """``arrays`` of a run under lazy Adam with every row of the decoder at the last step, without ``lazy``."""
         arrays = dict(arrays)
         lazy = arrays.pop("lazy")
-        _caught_up(arrays, lazy, mx.ones(lazy.last_step.shape, mx.bool_), config)
+        _catch_up(arrays, lazy, mx.ones(lazy.last_step.shape, mx.bool_), config)
         return arrays
 
     def _encode(
@@ -426,11 +426,11 @@ def _touched(d_sae: int, *codes: Sparse | None) -> mx.array:
     return found[0] if len(found) == 1 else found[0] | found[1]
 
 
-def _caught_up(arrays: Arrays, lazy: Lazy, rows: mx.array, config: TrainConfig) -> Lazy:
-    """Puts a decoder into ``arrays`` whose ``rows`` have caught up. It leaves them before it goes in: a second reference
-    would make the op copy it."""
+def _catch_up(arrays: Arrays, lazy: Lazy, rows: mx.array, config: TrainConfig) -> None:
+    """Lets ``rows`` of the decoder in ``arrays`` catch up. It leaves them before it goes in: a second reference would make
+    the op copy it."""
     if not lazy.rates:  # nobody is behind
-        return lazy
+        return
     decoder, adam = arrays["params"]["decoder"], arrays["optimizer"]["decoder"]["weight"]
     out = ops.adam_catch_up(
         decoder.pop("weight"),
@@ -444,9 +444,8 @@ def _caught_up(arrays: Arrays, lazy: Lazy, rows: mx.array, config: TrainConfig) 
         eps=config.optimizer.eps,
         normalize=config.normalize_decoder,
     )
-    decoder["weight"], adam["m"], adam["v"] = out.w, out.m, out.v
+    decoder["weight"], adam["m"], adam["v"], lazy.last_step = out
     mx.eval(out)
-    return lazy._replace(last_step=out.last_step)
 
 
 def make_engine(

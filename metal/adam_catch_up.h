@@ -22,6 +22,7 @@ template <int V, typename M>
   threadgroup float pad[kPad];
   uint turn = 0;
   const int last = last_step[j];
+  threadgroup_barrier(mem_flags::mem_device);  // all have read it before it is written over
   const bool missed = rows[j] && last < step;
   if (tid == 0) last_step_out[j] = missed ? step : last;
   const ulong row = ulong(j) * d;

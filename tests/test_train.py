@@ -40,7 +40,7 @@ from mlxsae.train import (
     train_sae_from_activations,
 )
 from mlxsae.train.checkpoint import checkpoints
-from mlxsae.train.engine import AutodiffEngine, make_engine
+from mlxsae.train.engine import AutodiffEngine, FusedEngine, make_engine
 from mlxsae.train.state import flat
 
 D, D_SAE, K = 16, 48, 4
@@ -791,6 +791,17 @@ def test_a_step_under_lazy_adam_that_an_error_ends_leaves_the_weights_before(
     assert_same_bits(*kept)
 
 
+def test_lazy_adam_settles_by_the_engine_s_own_configuration() -> None:
+    run, results = wide_config("float32"), []
+    for variant in ("dense", "lazy"):
+        own = OptimizerConfig(betas=(0.5, 0.9), eps=1e-4, variant=variant)
+        sae = wide_sae()
+        loss = run.loss.build(sae, run.total_steps)
+        engine = FusedEngine(sae, loss, replace(run, optimizer=own, normalize_decoder=False))
+        results.append(weights(fit(sae, wide_source(), run, engine=engine).sae))
+    assert_same_bits(*results)
+
+
 def test_row_sparse_adam_leaves_rows_that_a_batch_does_not_use() -> None:
     results = {}
     for variant in ("dense", "row_sparse"):
@@ -810,6 +821,10 @@ def test_variants_of_adam_want_the_fused_one() -> None:
     lazy = OptimizerConfig(variant="lazy")
     with pytest.raises(ValueError, match="variant must be dense for the autodiff engine but got lazy: aut"):
         fit(new_sae(), source(), config(engine="autodiff", optimizer=lazy))
+    with pytest.raises(
+        ValueError, match="variant must be dense for a module or loss of your own but got lazy"
+    ):
+        fit(new_sae(), source(), config(optimizer=lazy), loss=lambda x, x_recon, z, step: x_recon.sum())
     with pytest.raises(ValueError, match=r"\[config\] variant must be dense for lion but got 'lazy'"):
         OptimizerConfig(variant="lazy", name="lion")
     with pytest.raises(

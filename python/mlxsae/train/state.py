@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.ops import Shadow
 from mlxsae.sae import SAE, Rule
+from mlxsae.train.config import TrainConfig
 
 ACTIVATIONS, LOSS, GRADIENT = 1, 2, 3
 """What ``failed[1]`` says was not finite."""
@@ -26,6 +27,7 @@ class Lazy:
     last_step: mx.array  # int32 [d_sae]: the last step that each row has made
     step: int  # the last step of the others
     rates: tuple[float, ...]  # learning rates up to that of `step`
+    config: TrainConfig  # that of the engine
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ template <int V, typename M>
   threadgroup float pad[kPad];
   uint turn = 0;
   const int last = last_step[j];
+  threadgroup_barrier(mem_flags::mem_device);  // all have read it before it is written over
   const bool missed = rows[j] && last < step;
   if (tid == 0) last_step_out[j] = missed ? step : last;
   const ulong row = ulong(j) * d;
@@ -40,10 +41,10 @@ template <int V, typename M>
   adam.clip = 1.0f;
   adam.live = true;
   const int oldest = step - int(count) + 1;
-  for (int t = max(last + 1, oldest); t <= step; ++t) {
-    adam.step_size = corrections[2 * (t - oldest)];
-    adam.inverse = corrections[2 * (t - oldest) + 1];
-    adam.seed = uint(t);
+  for (int i = max(last, oldest - 1) + 1 - oldest; i < int(count); ++i) {
+    adam.step_size = corrections[2 * i];
+    adam.inverse = corrections[2 * i + 1];
+    adam.seed = uint(oldest + i);
     if ((as_type<uint>(adam.step_size) & 0x7fffffffu) > 0x7f800000u) continue;
     Lanes<V> norm = Lanes<V>(0.0f);
     for (uint c = tid * V; c < d; c += stride) {

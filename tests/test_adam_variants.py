@@ -243,6 +243,20 @@ def test_a_row_that_has_missed_more_steps_than_there_are_rates():
     mx.eval(ops.adam_catch_up(w, w, w, last_step, last_step == 3, step=4, lr=[0.1, 0.1]))
 
 
+@pytest.mark.parametrize("context", [contextlib.nullcontext, ops.plain])
+def test_the_last_step_that_int32_holds(context):
+    last = 2**31 - 1
+    w = mx.ones((3, 4))
+    last_step = mx.array([last - 2, last - 1, last], mx.int32)
+    with context():
+        out = ops.adam_catch_up(
+            w, w, w, last_step, mx.ones(3, mx.bool_), step=last, lr=[0.5, 0.25], normalize=False
+        )
+        mx.eval(out)
+    np.testing.assert_allclose(np.array(out.m)[:, 0], [0.81, 0.9, 1], rtol=1e-6)
+    np.testing.assert_array_equal(np.array(out.last_step), last)
+
+
 def test_untouched_must_be_a_name():
     args = mlx_args(*problem(np.random.default_rng(0), 8, 6, 6, 20, 3, 1))
     with pytest.raises(ValueError, match="untouched must be step, keep_decoder or keep but got lazy"):

@@ -40,7 +40,7 @@ from mlxsae.train import (
     train_sae_from_activations,
 )
 from mlxsae.train.checkpoint import checkpoints
-from mlxsae.train.engine import AutodiffEngine, make_engine
+from mlxsae.train.engine import AutodiffEngine, FusedEngine, make_engine
 from mlxsae.train.state import flat
 
 D, D_SAE, K = 16, 48, 4
@@ -740,6 +740,68 @@ def test_a_run_under_lazy_adam_that_fails_keeps_the_weights_before() -> None:
     assert_same_bits(*kept)
 
 
+class TurnsBack(Callback):
+    """Keeps the state of one step and goes back to it later, once."""
+
+    def __init__(self, keep: int, back: int):
+        self.keep, self.back, self.kept = keep, back, None
+
+    def on_step(self, run: Run) -> None:
+        if run.state.step == self.keep:
+            self.kept = run.state
+        elif run.state.step == self.back and self.kept is not None:
+            run.state, self.kept = self.kept, None
+
+
+@pytest.mark.parametrize("validate_every", [10, 1000])
+def test_a_state_under_lazy_adam_that_a_callback_kept_stays_the_same_state(validate_every: int) -> None:
+    results = []
+    for variant in ("dense", "lazy"):
+        optimizer = OptimizerConfig(learning_rate=3e-3, variant=variant)
+        settings = wide_config("float32", optimizer=optimizer, validate_every=validate_every)
+        held_out = mx.array(wide_rows()[:40])
+        results.append(
+            fit(wide_sae(), wide_source(), settings, validation=held_out, callbacks=[TurnsBack(15, 22)])
+        )
+    assert_same_bits(*(weights(result.sae) for result in results))
+    dense, lazy = (flat(result.state.optimizer) for result in results)
+    for name in dense:
+        assert mx.array_equal(dense[name], lazy[name]).item(), name
+
+
+def test_a_step_under_lazy_adam_that_an_error_ends_leaves_the_weights_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = []
+    for variant in ("dense", "lazy"):
+        optimizer = OptimizerConfig(learning_rate=3e-3, variant=variant)
+        sae, calls, update = wide_sae(), [], ops.feature_update
+
+        def interrupted(*args: Any, calls: list = calls, update: Any = update, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 40:
+                raise KeyboardInterrupt
+            return update(*args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "feature_update", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fit(sae, wide_source(), wide_config("float32", optimizer=optimizer))
+        kept.append(weights(sae))
+    assert_same_bits(*kept)
+
+
+def test_lazy_adam_settles_by_the_engine_s_own_configuration() -> None:
+    run, results = wide_config("float32"), []
+    for variant in ("dense", "lazy"):
+        own = OptimizerConfig(betas=(0.5, 0.9), eps=1e-4, variant=variant)
+        sae = wide_sae()
+        loss = run.loss.build(sae, run.total_steps)
+        engine = FusedEngine(sae, loss, replace(run, optimizer=own, normalize_decoder=False))
+        results.append(weights(fit(sae, wide_source(), run, engine=engine).sae))
+    assert_same_bits(*results)
+
+
 def test_row_sparse_adam_leaves_rows_that_a_batch_does_not_use() -> None:
     results = {}
     for variant in ("dense", "row_sparse"):
@@ -759,6 +821,10 @@ def test_variants_of_adam_want_the_fused_one() -> None:
     lazy = OptimizerConfig(variant="lazy")
     with pytest.raises(ValueError, match="variant must be dense for the autodiff engine but got lazy: aut"):
         fit(new_sae(), source(), config(engine="autodiff", optimizer=lazy))
+    with pytest.raises(
+        ValueError, match="variant must be dense for a module or loss of your own but got lazy"
+    ):
+        fit(new_sae(), source(), config(optimizer=lazy), loss=lambda x, x_recon, z, step: x_recon.sum())
     with pytest.raises(ValueError, match=r"\[config\] variant must be dense for lion but got 'lazy'"):
         OptimizerConfig(variant="lazy", name="lion")
     with pytest.raises(

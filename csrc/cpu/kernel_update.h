@@ -279,7 +279,7 @@ inline void catch_up(const CatchUp& c) {
   Param p = c.w_dec;
   for (int64_t j = c.f0; j < c.f1; ++j) {
     if (!c.rows[j]) continue;
-    for (int t = c.last_step[j] + 1; t <= c.step; ++t) {
+    for (int64_t t = int64_t{c.last_step[j]} + 1; t <= c.step; ++t) {
       const float* correction = c.corrections + 2 * (c.n_corrections - 1 - (c.step - t));
       adam.step_size = correction[0], adam.inv_sqrt_bias = correction[1];
       if (adam.step_size != adam.step_size) continue;

@@ -13,10 +13,11 @@ constexpr int kDecoder = 2;  // among the parameters, as in feature_update
 Arrays adam_catch_up_graph(const Arrays& in, const CatchUpOptions& o, mx::Stream s) {
   auto w = in[0], m = in[1], v = in[2];
   const auto &last_step = in[3], &rows = in[4];
-  int first = o.step - static_cast<int>(o.lr.size()) + 1;
-  for (int t = std::max(first, 1); t <= o.step; ++t) {
-    float lr = o.lr[t - first];
-    if (std::isnan(lr)) continue;
+  int steps = static_cast<int>(o.lr.size());
+  for (int i = 0; i < steps; ++i) {
+    int t = o.step - steps + 1 + i;
+    float lr = o.lr[i];
+    if (t < 1 || std::isnan(lr)) continue;
     auto stepped = adam_graph(
         w, m, v, mx::array(0.0f),
         {o.beta1, o.beta2, o.eps, bias_correction(lr, o.beta1, o.beta2, t), noise_seed(t, kDecoder), o.normalize}, s);

@@ -773,7 +773,9 @@ def test_every_barrier_is_needed():
 
     wide = [random_array(rng, (3, 301)) ** 2 for _ in range(3)]
     rows = np.int32([0, 1, 0]), np.ones(3, bool), [0.1, 0.1, 0.1], 3
-    assert not without_barrier("adam_catch_up", lambda libs: catch_up(*wide, *rows, libraries=libs))
+    assert not without_barrier(
+        "adam_catch_up", lambda libs: catch_up(*wide, *rows, donate=True, libraries=libs)
+    )
 
 
 # ---- from arrays to plans --------------------------------------------------------------------------------------------

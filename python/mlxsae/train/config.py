@@ -44,8 +44,9 @@ K_FROM = 8
 GHOSTS = 0.1
 """Weight of the term ``ghost_gradients`` by its flat name ``use_ghost_grads``."""
 MOMENTS = ("float32", "bfloat16")
-VARIANTS = ("dense", "lazy", "row_sparse")
 """Types in which Adam's moments are kept (:class:`OptimizerConfig`)."""
+VARIANTS = ("dense", "lazy", "row_sparse")
+"""What Adam does to latents that a batch does not use (:class:`OptimizerConfig`)."""
 
 
 class _Config:

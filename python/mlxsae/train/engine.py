@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -244,11 +245,11 @@ class FusedEngine:
         encoded = self._encode(_rows(arrays["params"]), shadow, rule, *carried, x, auxk)
         lazy = touched = None
         if variant == "lazy":
-            lazy = arrays.get("lazy") or Lazy(mx.full(self._d_sae, step, mx.int32), step, ())
+            lazy = arrays.get("lazy") or Lazy(mx.full(self._d_sae, step, mx.int32), step, (), config)
             touched = _touched(self._d_sae, encoded.code, encoded.aux_code)
             mx.eval(encoded, touched)
             due = mx.arange(self._d_sae) % LAZY_WINDOW == step % LAZY_WINDOW
-            lazy = _caught_up(arrays, lazy, touched | due, config)
+            _catch_up(arrays, lazy, touched | due)
         params = _rows(arrays["params"])
         f = self._forward(encoded, params, rule, carried[0], x, y, scheduled.get("prefixes"))
         # A kernel in flight holds its weights, and weights that are held cannot be updated in place: the forward
@@ -299,15 +300,17 @@ class FusedEngine:
         }
         if lazy is not None and touched is not None:
             last_step = mx.where(touched, step + 1, lazy.last_step)
-            new["lazy"] = Lazy(last_step, step + 1, (*lazy.rates, lr)[-LAZY_WINDOW:])
+            new["lazy"] = replace(
+                lazy, last_step=last_step, step=step + 1, rates=(*lazy.rates, lr)[-LAZY_WINDOW:]
+            )
         return new if shadow is None else new | {"shadow": updated.shadow}, metrics
 
     @staticmethod
-    def settled(arrays: Arrays, config: TrainConfig) -> Arrays:
+    def settled(arrays: Arrays) -> Arrays:
         """``arrays`` of a run under lazy Adam with every row of the decoder at the last step, without ``lazy``."""
         arrays = dict(arrays)
         lazy = arrays.pop("lazy")
-        _caught_up(arrays, lazy, mx.ones(lazy.last_step.shape, mx.bool_), config)
+        _catch_up(arrays, lazy, mx.ones(lazy.last_step.shape, mx.bool_))
         return arrays
 
     def _encode(
@@ -426,11 +429,11 @@ def _touched(d_sae: int, *codes: Sparse | None) -> mx.array:
     return found[0] if len(found) == 1 else found[0] | found[1]
 
 
-def _caught_up(arrays: Arrays, lazy: Lazy, rows: mx.array, config: TrainConfig) -> Lazy:
-    """Puts a decoder into ``arrays`` whose ``rows`` have caught up. It leaves them before it goes in: a second reference
-    would make the op copy it."""
+def _catch_up(arrays: Arrays, lazy: Lazy, rows: mx.array) -> None:
+    """Lets ``rows`` of the decoder in ``arrays`` catch up. It leaves them before it goes in: a second reference would make
+    the op copy it."""
     if not lazy.rates:  # nobody is behind
-        return lazy
+        return
     decoder, adam = arrays["params"]["decoder"], arrays["optimizer"]["decoder"]["weight"]
     out = ops.adam_catch_up(
         decoder.pop("weight"),
@@ -440,13 +443,12 @@ def _caught_up(arrays: Arrays, lazy: Lazy, rows: mx.array, config: TrainConfig) 
         rows,
         step=lazy.step,
         lr=lazy.rates,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        normalize=config.normalize_decoder,
+        betas=lazy.config.optimizer.betas,
+        eps=lazy.config.optimizer.eps,
+        normalize=lazy.config.normalize_decoder,
     )
-    decoder["weight"], adam["m"], adam["v"] = out.w, out.m, out.v
+    decoder["weight"], adam["m"], adam["v"], lazy.last_step = out
     mx.eval(out)
-    return lazy._replace(last_step=out.last_step)
 
 
 def make_engine(

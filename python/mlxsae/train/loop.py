@@ -185,7 +185,7 @@ class Run:
         :meth:`export`, :meth:`write_back`, :meth:`current`, the result."""
         if self.state.lazy is None:
             return
-        self.state = replace(self.state, **FusedEngine.settled(self.state.arrays, self.config), lazy=None)
+        self.state = replace(self.state, **FusedEngine.settled(self.state.arrays), lazy=None)
 
     def export(self) -> Any:
         """A copy of the SAE with the current weights, for raw activations."""

@@ -90,6 +90,11 @@ class ModuleEngine:
                 "[fit] moments must be float32 for a module or loss of your own but got "
                 f"{config.optimizer.moments}."
             )
+        if config.optimizer.variant != "dense":
+            raise ValueError(
+                "[fit] variant must be dense for a module or loss of your own but got "
+                f"{config.optimizer.variant}."
+            )
         if config.k_start is not None and not isinstance(module, SAE):
             raise ValueError(
                 f"[fit] k_start must be None for a module of your own but got k_start={config.k_start}."

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxsae.ops import Shadow
 from mlxsae.sae import SAE, Rule
+from mlxsae.train.config import TrainConfig
 
 ACTIVATIONS, LOSS, GRADIENT = 1, 2, 3
 """What ``failed[1]`` says was not finite."""
 
 
-class Lazy(NamedTuple):
-    """Of a decoder some of whose rows have missed steps that they will make (:func:`mlxsae.ops.adam_catch_up`)."""
+@dataclass
+class Lazy:
+    """Of a decoder some of whose rows have missed steps that they will make (:func:`mlxsae.ops.adam_catch_up`).
+
+    Where rows catch up, decoder, moments and ``last_step`` change together, in place, so that whoever holds the state holds
+    the same state as before.
+    """
 
     last_step: mx.array  # int32 [d_sae]: the last step that each row has made
     step: int  # the last step of the others
     rates: tuple[float, ...]  # learning rates up to that of `step`
+    config: TrainConfig  # that of the engine
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """State in, state out: a step makes a new one and never changes its arrays.
+    """State in, state out: a step makes a new one and never changes what the old one says (:class:`Lazy`).
 
     Attributes
     ----------

@@ -414,10 +414,18 @@ static void run_group(uint32_t index, U3 groups) {
     for (uint32_t s = 0; s < simdgroups; ++s) observer::meet(s);
 }
 
-// The buffers of an observed launch live far from each other, at the alignment that Metal gives them.
+// The buffers of an observed launch live far from each other, at the alignment that Metal gives them; those that are
+// one memory stay one.
 struct Guarded {
   char* memory = nullptr;
   size_t bytes = 0;
+  static Buffer* same(const Launch& given, int i) {
+    for (int j = 0; j < i; ++j)
+      if (given.buffers[i].size && given.buffers[j].data == given.buffers[i].data &&
+          given.buffers[j].size == given.buffers[i].size)
+        return &launch.buffers[j];
+    return nullptr;
+  }
   bool take_in(const Launch& given) {
     bytes = buffer_gap;
     for (auto& b : given.buffers)
@@ -429,6 +437,11 @@ struct Guarded {
     for (int i = 0; i < max_buffers; ++i) {
       Buffer& b = launch.buffers[i];
       if (!b.data) continue;
+      if (Buffer* first = same(given, i)) {  // by which accesses find both
+        b.data = first->data;
+        first->writable |= b.writable;
+        continue;
+      }
       memcpy(at, given.buffers[i].data, b.size);
       b.data = at;
       at += (b.size + 4095) / 4096 * 4096 + buffer_gap;

@@ -548,24 +548,28 @@ __attribute__((noinline)) void emit_intervals(Intervals& lists, const vf* lower,
   }
 }
 
+/** Features whose rows are at hand together: two tiles, one of which finds a panel of tokens in the second-level cache
+ * where it comes from the third. */
+constexpr int kScreenTile = 6, kScreenBlock = 2 * kScreenTile;
+
 /** The shadow that a screen multiplies: the given one, or rows that are made of the float32 ones as they are reached.
  */
 template <class Q>
 class ShadowRows {
  public:
-  explicit ShadowRows(const Screen& s) : s_(s), stride_(s.w16 ? s.d_sae : kFeatures) {
+  explicit ShadowRows(const Screen& s) : s_(s), stride_(s.w16 ? s.d_sae : kScreenBlock) {
     static thread_local Scratch mem;
-    if (!s.w16) made_ = mem.get<uint16_t>(kFeatures * s.d);
+    if (!s.w16) made_ = mem.get<uint16_t>(kScreenBlock * s.d);
   }
   /** The m features from f on, which those below are then about. */
   void reach(int64_t f, int m) {
     if (!made_) return;
     first_ = f;
     for (int i = 0; i < m; ++i) {
-      shadow_row<Q>(s_.w + (f + i) * s_.d, made_ + i * s_.d, s_.d, columns_ + i, kFeatures);
+      shadow_row<Q>(s_.w + (f + i) * s_.d, made_ + i * s_.d, s_.d, columns_ + i, kScreenBlock);
       if (!(columns_[i] < 1e18f)) __atomic_store_n(s_.unusable, true, __ATOMIC_RELAXED);
       for (int c : {0, 2})  // every task says the same
-        __atomic_store(s_.made + c * s_.d_sae + f + i, columns_ + c * kFeatures + i, __ATOMIC_RELAXED);
+        __atomic_store(s_.made + c * s_.d_sae + f + i, columns_ + c * kScreenBlock + i, __ATOMIC_RELAXED);
     }
   }
   const uint16_t* row(int64_t j) const { return made_ ? made_ + (j - first_) * s_.d : s_.w16 + j * s_.d; }
@@ -581,14 +585,12 @@ class ShadowRows {
   }
 
  private:
-  static constexpr int kFeatures = Integers::kFeatures;  // of the blocks of all types
-
   const float* of(int64_t j) const { return made_ ? columns_ + (j - first_) : s_.columns + j; }
 
   const Screen& s_;
   const int64_t stride_;
   uint16_t* made_ = nullptr;
-  float columns_[Q::kColumns * kFeatures];
+  float columns_[Q::kColumns * kScreenBlock];
   int64_t first_ = 0;
 };
 
@@ -597,7 +599,7 @@ class ShadowRows {
  * come, however a dictionary is sorted. The steps are the golden section of the whole.
  */
 struct EvenWalk {
-  static constexpr int kFeatures = 6;
+  static constexpr int kFeatures = kScreenBlock;
 
   const int64_t d_sae, whole = d_sae / kFeatures;  // blocks of that many; those after them are single features
   const int64_t blocks = whole + d_sae % kFeatures;
@@ -678,16 +680,21 @@ struct ScreenTask {
    */
   template <class Q, class Rows, class ColumnOf, class Take, class Done>
   void scan(const ScreenTokens& x, int64_t b0, int64_t b1, Rows&& rows, ColumnOf&& column, Take&& take, Done&& done) {
-    static_assert(Q::kVectors * kLanes == kWidth && Q::kFeatures == EvenWalk::kFeatures);
+    static_assert(Q::kVectors * kLanes == kWidth && Q::kFeatures == kScreenTile);
     auto block = [&]<int M>(std::integral_constant<int, M>, int64_t b) {
       int64_t f = walk.first(b);
       ScreenRows w = rows(f, M, b + 1 < walk.whole ? walk.first(b + 1) : -1);
       ScreenColumn columns[M];
       for (int i = 0; i < M; ++i) columns[i] = column(f + i);
+      constexpr int kRows = M < kScreenTile ? M : kScreenTile;
       for (int64_t p = 0; p * kWidth < padded; ++p)
-        tile<Q, M>(x, s.d, w, columns, p, p == 0 && w.ahead,
-                   [&](int i, int64_t t0, auto&& interval)
-                       __attribute__((always_inline)) { take(f + i, t0, interval); });
+        for (int first = 0; first < M; first += kRows) {
+          ScreenRows part{w.w + first * w.stride, w.stride, w.ahead ? w.ahead + first * w.ahead_bytes : nullptr,
+                          w.ahead_bytes};
+          tile<Q, kRows>(x, s.d, part, columns + first, p, p == 0 && w.ahead,
+                         [&](int i, int64_t t0, auto&& interval)
+                             __attribute__((always_inline)) { take(f + first + i, t0, interval); });
+        }
       done(f, M);
     };
     int64_t b = b0;
@@ -823,7 +830,7 @@ inline void products(const int8_t* high, int64_t d, float unit, const uint16_t* 
 /** The same by bytes, then in 16 bits what bytes cannot decide. */
 template <>
 inline void screen<Bytes>(const Screen& s) {
-  constexpr int M = Bytes::kFeatures, NV = Bytes::kVectors;
+  constexpr int M = kScreenBlock, NV = Bytes::kVectors;
   static thread_local Scratch mem[8];
   ScreenTask task(s);
   auto& lists = task.lists;

@@ -1,13 +1,13 @@
 #pragma once
-// The steps that rows of a decoder have missed while their features had no entries: Adam with gradient 0 and the renorm,
-// one step after the other, by one threadgroup a row. A thread keeps to its own columns, so the row may lie in the memory
-// of the old one, and stays in the cache from one step to the next.
+// The steps that rows of a decoder have missed while their features had no entries: Adam with gradient 0 and the
+// renorm, one step after the other, by one threadgroup a row. A thread keeps to its own columns, so the row may lie in
+// the memory of the old one, and stays in the cache from one step to the next.
 
 #include "common/adam.h"
 #include "common/reduce.h"
 
-/** corrections [count, 2]: step size and 1 / sqrt(1 - beta2^t) of the last steps, up to `step`; a step size of NaN: nobody
- * made that step. */
+/** corrections [count, 2]: step size and 1 / sqrt(1 - beta2^t) of the last steps, up to `step`; a step size of NaN:
+ * nobody made that step. */
 template <int V, typename M>
 [[kernel, max_total_threads_per_threadgroup(256)]] void adam_catch_up(
     const device float* w [[buffer(0)]], const device M* m [[buffer(1)]], const device M* v [[buffer(2)]],
@@ -39,7 +39,6 @@ template <int V, typename M>
   adam.beta2 = beta2;
   adam.eps = eps;
   adam.clip = 1.0f;
-  adam.live = true;
   const int oldest = step - int(count) + 1;
   for (int i = max(last, oldest - 1) + 1 - oldest; i < int(count); ++i) {
     adam.step_size = corrections[2 * i];
@@ -50,7 +49,7 @@ template <int V, typename M>
     for (uint c = tid * V; c < d; c += stride) {
       const ulong place = row + c;
       const Lanes<V> stepped =
-          adam_piece<V, M>(adam, load<float, V>(w_out + place), Lanes<V>(0.0f), m_out + place, v_out + place,
+          adam_piece<V, M>(adam, true, load<float, V>(w_out + place), Lanes<V>(0.0f), m_out + place, v_out + place,
                            m_out + place, v_out + place, noise_dec(adam, j) + c);
       store<float, V>(w_out + place, stepped);
       norm += stepped * stepped;

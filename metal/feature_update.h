@@ -51,12 +51,6 @@ METAL_FUNC void read_adam(const device float* control, thread Adam& a) {
   a.seed = as_type<uint>(control[kSeed]);
 }
 
-/** The step of a row that keeps what it has. */
-METAL_FUNC Adam adam_of_kept(Adam a) {
-  a.live = false;
-  return a;
-}
-
 /** The first feature of a part: where its share of the work begins. */
 METAL_FUNC uint part_begin(const device uint* starts, uint d_sae, uint part, uint parts) {
   ulong all = starts[d_sae] + ulong(kEntriesPerFeature) * d_sae, goal = all * part / parts;
@@ -127,7 +121,6 @@ template <int V, bool kGroup, typename M>
   adam.clip = control[kClip];
   const uint f0 = part_begin(starts, d_sae, part, parts), f1 = part_begin(starts, d_sae, part + 1, parts);
   const bool dry = (flags & kDry) != 0, sums = (flags & kSums) != 0, shadow = (flags & kShadow) != 0 && !dry;
-  const Adam still = adam_of_kept(adam);
   // Rows that stay what they are need not be touched where old and new are one memory; else they are copied.
   const bool keep_enc = (flags & kKeepEncoder) != 0, keep_dec = (flags & kKeepDecoder) != 0;
   const bool enc_stays = keep_enc && !shadow && w_enc == w_enc_out && m_enc == m_enc_out && v_enc == v_enc_out;
@@ -152,7 +145,7 @@ template <int V, bool kGroup, typename M>
       const bool any = e0 < end;
       const bool no_enc = !any && (dry || enc_stays), no_dec = !any && (dry || dec_stays);
       if (no_enc && no_dec) continue;
-      const Adam step_enc = any || !keep_enc ? adam : still, step_dec = any || !keep_dec ? adam : still;
+      const bool live_enc = adam.live && (any || !keep_enc), live_dec = adam.live && (any || !keep_dec);
       const ulong enc = ulong(j0 + i) * d_in, dec = ulong(j0 + i) * d_out;
       Lanes<V> w[kColumns], g_dec[kColumns], g_enc[kColumns];
       for (int u = 0; u < kColumns; ++u) {
@@ -211,7 +204,7 @@ template <int V, bool kGroup, typename M>
           Lanes<V> old = load<float, V>(w_enc + place);
           if (any && sums && (flags & kThrough)) pass_through[u] = scaled(db, old, pass_through[u]);
           if (!dry) {
-            old = adam_piece<V, M>(step_enc, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place,
+            old = adam_piece<V, M>(adam, live_enc, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place,
                                    v_enc_out + place, noise_enc(adam, j0 + i) + c[u]);
             store<float, V>(w_enc_out + place, old);
             if (shadow) shadow_piece<V>(old, w16 + place, full, rest, low);
@@ -219,7 +212,7 @@ template <int V, bool kGroup, typename M>
         }
         if (!dry && !no_dec && c[u] < d_out) {
           const ulong place = dec + c[u];
-          w[u] = adam_piece<V, M>(step_dec, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place,
+          w[u] = adam_piece<V, M>(adam, live_dec, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place,
                                   v_dec_out + place, noise_dec(adam, j0 + i) + c[u]);
           norm += w[u] * w[u];
         }
@@ -229,7 +222,7 @@ template <int V, bool kGroup, typename M>
       float totals[4] = {sum(norm), sum(full), sum(rest), sum(low)};
       if (shadow || (flags & kNormalize)) team_sum<4, kGroup>(totals, pad, turn, lane, simdgroup, simdgroups);
       float inverse = 1.0f;
-      if ((flags & kNormalize) && step_dec.live && totals[0] > 0.0f) inverse = 1.0f / precise::sqrt(totals[0]);
+      if ((flags & kNormalize) && live_dec && totals[0] > 0.0f) inverse = 1.0f / precise::sqrt(totals[0]);
       for (int u = 0; u < kColumns; ++u)
         if (c[u] < d_out && !no_dec) store<float, V>(w_dec_out + dec + c[u], w[u] * inverse);
       if (lane == i) my_shadow = shadow_columns(totals[1], totals[2], totals[3], d_in);
@@ -274,7 +267,6 @@ template <int V, typename M>
   adam.clip = control[kClip];
   const uint f0 = part_begin(starts, d_sae, part, parts), f1 = part_begin(starts, d_sae, part + 1, parts);
   const bool dry = (flags & kDry) != 0, sums = (flags & kSums) != 0, shadow = (flags & kShadow) != 0 && !dry;
-  const Adam still = adam_of_kept(adam);
   // Rows that stay what they are need not be touched where old and new are one memory; else they are copied.
   const bool keep_enc = (flags & kKeepEncoder) != 0, keep_dec = (flags & kKeepDecoder) != 0;
   const bool enc_stays = keep_enc && !shadow && w_enc == w_enc_out && m_enc == m_enc_out && v_enc == v_enc_out;
@@ -293,7 +285,7 @@ template <int V, typename M>
       if (sums && tid == 0) db_enc[j] = 0.0f;
       continue;
     }
-    const Adam step_enc = any || !keep_enc ? adam : still, step_dec = any || !keep_dec ? adam : still;
+    const bool live_enc = adam.live && (any || !keep_enc), live_dec = adam.live && (any || !keep_dec);
     const ulong enc = ulong(j) * d_in, dec = ulong(j) * d_out;
     float db = 0.0f, along = 0.0f;
     for (uint e0 = begin; e0 < end; e0 += kEntries) {
@@ -331,7 +323,7 @@ template <int V, typename M>
       part_square += g * g;
       if (dry) continue;
       const ulong place = dec + c;
-      const Lanes<V> stepped = adam_piece<V, M>(step_dec, w, g, m_dec + place, v_dec + place, m_dec_out + place,
+      const Lanes<V> stepped = adam_piece<V, M>(adam, live_dec, w, g, m_dec + place, v_dec + place, m_dec_out + place,
                                                 v_dec_out + place, noise_dec(adam, j) + c);
       store<float, V>(w_dec_out + place, stepped);
       norm += stepped * stepped;
@@ -347,7 +339,7 @@ template <int V, typename M>
       if (passes && any) store<float, V>(passed + c, scaled(db, w, load<float, V>(passed + c)));
       if (dry) continue;
       const ulong place = enc + c;
-      const Lanes<V> stepped = adam_piece<V, M>(step_enc, w, g, m_enc + place, v_enc + place, m_enc_out + place,
+      const Lanes<V> stepped = adam_piece<V, M>(adam, live_enc, w, g, m_enc + place, v_enc + place, m_enc_out + place,
                                                 v_enc_out + place, noise_enc(adam, j) + c);
       store<float, V>(w_enc_out + place, stepped);
       if (shadow) shadow_piece<V>(stepped, w16 + place, full, rest, low);
@@ -357,7 +349,7 @@ template <int V, typename M>
     if (dry) continue;
     float totals[4] = {sum(norm), sum(full), sum(rest), sum(low)};
     team_sum<4, true>(totals, pad, turn, lane, simdgroup, simdgroups);
-    if ((flags & kNormalize) && step_dec.live && totals[0] > 0.0f) {
+    if ((flags & kNormalize) && live_dec && totals[0] > 0.0f) {
       const float inverse = 1.0f / precise::sqrt(totals[0]);
       for (uint c = tid * V; c < d_out; c += step)
         store<float, V>(w_dec_out + dec + c, inverse * load<float, V>(w_dec_out + dec + c));
@@ -444,7 +436,7 @@ template <int V>
   const float length = precise::sqrt(total[0]);
   adam.clip = clip_norm > 0.0f && length > clip_norm ? clip_norm / length : 1.0f;
   for (uint c = tid; c < d; c += simdgroups * kSimd)
-    b_out[c] = adam_piece<1, float>(adam, b[c], gradient[c], m + c, v + c, m_out + c, v_out + c);
+    b_out[c] = adam_piece<1, float>(adam, adam.live, b[c], gradient[c], m + c, v + c, m_out + c, v_out + c);
   if (tid == 0) {
     norm[0] = adam.live ? length : not_a_number();
     control[kClip] = adam.clip;
@@ -463,5 +455,5 @@ template <int V>
   read_adam(control, adam);
   adam.clip = control[kClip];
   if ((flags & kKeepEncoder) && starts[j] == starts[j + 1]) adam.live = false;
-  b_out[j] = adam_piece<1, float>(adam, b[j], db[j], m + j, v + j, m_out + j, v_out + j);
+  b_out[j] = adam_piece<1, float>(adam, adam.live, b[j], db[j], m + j, v + j, m_out + j, v_out + j);
 }

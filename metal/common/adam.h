@@ -1,6 +1,6 @@
 #pragma once
-// Adam on a thread's numbers of a row. M, the type in which moments are kept, is float or bfloat; arithmetic is in float32
-// either way.
+// Adam on a thread's numbers of a row. M, the type in which moments are kept, is float or bfloat; arithmetic is in
+// float32 either way.
 
 #include "common/rounding.h"
 
@@ -10,17 +10,18 @@ struct Adam {
   uint seed;
 };
 
-/** One step on V numbers with gradient clip * g: moments are stored, the new weights returned. */
+/** One step on V numbers with gradient clip * g: moments are stored, the new weights returned. Not live: all as it was.
+ */
 template <int V, typename M>
-METAL_FUNC Lanes<V> adam_piece(const thread Adam& a, Lanes<V> w, Lanes<V> g, const device M* m, const device M* v,
-                               device M* m_out, device M* v_out, uint place = 0) {
+METAL_FUNC Lanes<V> adam_piece(const thread Adam& a, bool live, Lanes<V> w, Lanes<V> g, const device M* m,
+                               const device M* v, device M* m_out, device M* v_out, uint place = 0) {
   g *= a.clip;
   const Lanes<V> old_m = load<M, V>(m), old_v = load<M, V>(v);
   const Lanes<V> new_m = a.beta1 * old_m + (1.0f - a.beta1) * g;
   const Lanes<V> new_v = a.beta2 * old_v + (1.0f - a.beta2) * (g * g);
-  store_moments<M, V>(m_out, v_out, a.live ? new_m : old_m, a.live ? new_v : old_v, place);
+  store_moments<M, V>(m_out, v_out, live ? new_m : old_m, live ? new_v : old_v, place);
   const Lanes<V> new_w = w - a.step_size * new_m / (precise::sqrt(new_v) * a.inverse + a.eps);
-  return a.live ? new_w : w;
+  return live ? new_w : w;
 }
 
 /** The noise of a row of w_enc, of w_dec. */

@@ -27,12 +27,7 @@ template <int V, typename M>
   if (tid == 0) last_step_out[j] = missed ? step : last;
   const ulong row = ulong(j) * d;
   const uint stride = simdgroups * kSimd * V;
-  if (w_out != w || m_out != m || v_out != v)
-    for (uint c = tid * V; c < d; c += stride) {
-      store<float, V>(w_out + row + c, load<float, V>(w + row + c));
-      store<M, V>(m_out + row + c, load<M, V>(m + row + c));
-      store<M, V>(v_out + row + c, load<M, V>(v + row + c));
-    }
+  copy_row<V, M>(w, m, v, w_out, m_out, v_out, row, d, tid * V, stride);
   if (!missed) return;
   Adam adam;
   adam.beta1 = beta1;

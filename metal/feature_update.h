@@ -35,6 +35,7 @@ constant constexpr uint kSums = 8;     // sum up the squares of all gradients (a
 constant constexpr uint kDry = 16;     // sums only, change nothing
 constant constexpr uint kShadow = 32;  // keep the encoder's shadow
 constant constexpr uint kKeepEncoder = 64, kKeepDecoder = 128;  // rows of features without entries stay what they are
+constant constexpr uint kKeeps = kKeepEncoder | kKeepDecoder;
 
 constant constexpr int kColumns = 4;             // pieces of a row in each thread's registers
 constant constexpr int kEntries = 4;             // entries whose products are summed up at once
@@ -121,10 +122,6 @@ template <int V, bool kGroup, typename M>
   adam.clip = control[kClip];
   const uint f0 = part_begin(starts, d_sae, part, parts), f1 = part_begin(starts, d_sae, part + 1, parts);
   const bool dry = (flags & kDry) != 0, sums = (flags & kSums) != 0, shadow = (flags & kShadow) != 0 && !dry;
-  // Rows that stay what they are need not be touched where old and new are one memory; else they are copied.
-  const bool keep_enc = (flags & kKeepEncoder) != 0, keep_dec = (flags & kKeepDecoder) != 0;
-  const bool enc_stays = keep_enc && !shadow && w_enc == w_enc_out && m_enc == m_enc_out && v_enc == v_enc_out;
-  const bool dec_stays = keep_dec && w_dec == w_dec_out && m_dec == m_dec_out && v_dec == v_dec_out;
 
   uint c[kColumns];
   Lanes<V> pass_through[kColumns];
@@ -143,14 +140,12 @@ template <int V, bool kGroup, typename M>
       const uint end = simd_shuffle(stop, ushort(i));
       uint e0 = simd_shuffle(start, ushort(i));
       const bool any = e0 < end;
-      const bool no_enc = !any && (dry || enc_stays), no_dec = !any && (dry || dec_stays);
-      if (no_enc && no_dec) continue;
-      const bool live_enc = adam.live && (any || !keep_enc), live_dec = adam.live && (any || !keep_dec);
+      if (!any && (dry || (flags & kKeeps) != 0)) continue;
       const ulong enc = ulong(j0 + i) * d_in, dec = ulong(j0 + i) * d_out;
       Lanes<V> w[kColumns], g_dec[kColumns], g_enc[kColumns];
       for (int u = 0; u < kColumns; ++u) {
         w[u] = g_dec[u] = g_enc[u] = Lanes<V>(0.0f);
-        if (c[u] < d_out && !no_dec) w[u] = load<float, V>(w_dec + dec + c[u]);
+        if (c[u] < d_out) w[u] = load<float, V>(w_dec + dec + c[u]);
       }
 
       float db = 0.0f, along = 0.0f;
@@ -199,20 +194,20 @@ template <int V, bool kGroup, typename M>
       // w_enc: summed up and stepped; w_dec: stepped, and stored once its norm is known.
       Lanes<V> norm = Lanes<V>(0.0f), full = norm, rest = norm, low = norm;
       for (int u = 0; u < kColumns; ++u) {
-        if (c[u] < d_in && !no_enc) {
+        if (c[u] < d_in) {
           const ulong place = enc + c[u];
           Lanes<V> old = load<float, V>(w_enc + place);
           if (any && sums && (flags & kThrough)) pass_through[u] = scaled(db, old, pass_through[u]);
           if (!dry) {
-            old = adam_piece<V, M>(adam, live_enc, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place,
+            old = adam_piece<V, M>(adam, adam.live, old, g_enc[u], m_enc + place, v_enc + place, m_enc_out + place,
                                    v_enc_out + place, noise_enc(adam, j0 + i) + c[u]);
             store<float, V>(w_enc_out + place, old);
             if (shadow) shadow_piece<V>(old, w16 + place, full, rest, low);
           }
         }
-        if (!dry && !no_dec && c[u] < d_out) {
+        if (!dry && c[u] < d_out) {
           const ulong place = dec + c[u];
-          w[u] = adam_piece<V, M>(adam, live_dec, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place,
+          w[u] = adam_piece<V, M>(adam, adam.live, w[u], g_dec[u], m_dec + place, v_dec + place, m_dec_out + place,
                                   v_dec_out + place, noise_dec(adam, j0 + i) + c[u]);
           norm += w[u] * w[u];
         }
@@ -222,14 +217,14 @@ template <int V, bool kGroup, typename M>
       float totals[4] = {sum(norm), sum(full), sum(rest), sum(low)};
       if (shadow || (flags & kNormalize)) team_sum<4, kGroup>(totals, pad, turn, lane, simdgroup, simdgroups);
       float inverse = 1.0f;
-      if ((flags & kNormalize) && live_dec && totals[0] > 0.0f) inverse = 1.0f / precise::sqrt(totals[0]);
+      if ((flags & kNormalize) && adam.live && totals[0] > 0.0f) inverse = 1.0f / precise::sqrt(totals[0]);
       for (int u = 0; u < kColumns; ++u)
-        if (c[u] < d_out && !no_dec) store<float, V>(w_dec_out + dec + c[u], w[u] * inverse);
+        if (c[u] < d_out) store<float, V>(w_dec_out + dec + c[u], w[u] * inverse);
       if (lane == i) my_shadow = shadow_columns(totals[1], totals[2], totals[3], d_in);
     }
     if (me >= count) continue;
     if (sums) db_enc[j0 + me] = my_db;
-    if (shadow) store_columns(my_shadow, columns, d_sae, j0 + me);
+    if (shadow && (start < stop || (flags & kKeeps) == 0)) store_columns(my_shadow, columns, d_sae, j0 + me);
   }
 
   if (!sums) return;
@@ -267,10 +262,6 @@ template <int V, typename M>
   adam.clip = control[kClip];
   const uint f0 = part_begin(starts, d_sae, part, parts), f1 = part_begin(starts, d_sae, part + 1, parts);
   const bool dry = (flags & kDry) != 0, sums = (flags & kSums) != 0, shadow = (flags & kShadow) != 0 && !dry;
-  // Rows that stay what they are need not be touched where old and new are one memory; else they are copied.
-  const bool keep_enc = (flags & kKeepEncoder) != 0, keep_dec = (flags & kKeepDecoder) != 0;
-  const bool enc_stays = keep_enc && !shadow && w_enc == w_enc_out && m_enc == m_enc_out && v_enc == v_enc_out;
-  const bool dec_stays = keep_dec && w_dec == w_dec_out && m_dec == m_dec_out && v_dec == v_dec_out;
   const bool passes = sums && (flags & kThrough) != 0;
   const uint step = simdgroups * kSimd * V;
   device float* passed = through + ulong(part) * d_in;
@@ -280,12 +271,10 @@ template <int V, typename M>
 
   for (uint j = f0; j < f1; ++j) {
     const uint begin = starts[j], end = starts[j + 1];
-    const bool any = begin < end, no_enc = !any && (dry || enc_stays), no_dec = !any && (dry || dec_stays);
-    if (no_enc && no_dec) {
+    if (begin == end && (dry || (flags & kKeeps) != 0)) {
       if (sums && tid == 0) db_enc[j] = 0.0f;
       continue;
     }
-    const bool live_enc = adam.live && (any || !keep_enc), live_dec = adam.live && (any || !keep_dec);
     const ulong enc = ulong(j) * d_in, dec = ulong(j) * d_out;
     float db = 0.0f, along = 0.0f;
     for (uint e0 = begin; e0 < end; e0 += kEntries) {
@@ -311,7 +300,7 @@ template <int V, typename M>
     if (!(flags & kProject)) along = 0.0f;
 
     Lanes<V> norm = Lanes<V>(0.0f), full = norm, rest = norm, low = norm, part_square = norm;
-    for (uint c = tid * V; c < d_out && !no_dec; c += step) {
+    for (uint c = tid * V; c < d_out; c += step) {
       const Lanes<V> w = load<float, V>(w_dec + dec + c);
       Lanes<V> g = Lanes<V>(0.0f);
       for (uint e = begin; e < end; ++e) {
@@ -319,16 +308,16 @@ template <int V, typename M>
         const device float* r = t < n ? residual + ulong(t) * d_out : residual_aux + ulong(t - n) * d_out;
         g = scaled(control[kScales + t / n] * values[e], load<float, V>(r + c), g);
       }
-      if (any) g -= along * w;
+      if (begin < end) g -= along * w;
       part_square += g * g;
       if (dry) continue;
       const ulong place = dec + c;
-      const Lanes<V> stepped = adam_piece<V, M>(adam, live_dec, w, g, m_dec + place, v_dec + place, m_dec_out + place,
+      const Lanes<V> stepped = adam_piece<V, M>(adam, adam.live, w, g, m_dec + place, v_dec + place, m_dec_out + place,
                                                 v_dec_out + place, noise_dec(adam, j) + c);
       store<float, V>(w_dec_out + place, stepped);
       norm += stepped * stepped;
     }
-    for (uint c = tid * V; c < d_in && !no_enc; c += step) {
+    for (uint c = tid * V; c < d_in; c += step) {
       const Lanes<V> w = load<float, V>(w_enc + enc + c);
       Lanes<V> g = Lanes<V>(0.0f);
       for (uint e = begin; e < end; ++e) {
@@ -336,10 +325,10 @@ template <int V, typename M>
         g = scaled(products[e], load<float, V>(x + ulong(t % n) * d_in + c), g);
       }
       part_square += g * g;
-      if (passes && any) store<float, V>(passed + c, scaled(db, w, load<float, V>(passed + c)));
+      if (passes && begin < end) store<float, V>(passed + c, scaled(db, w, load<float, V>(passed + c)));
       if (dry) continue;
       const ulong place = enc + c;
-      const Lanes<V> stepped = adam_piece<V, M>(adam, live_enc, w, g, m_enc + place, v_enc + place, m_enc_out + place,
+      const Lanes<V> stepped = adam_piece<V, M>(adam, adam.live, w, g, m_enc + place, v_enc + place, m_enc_out + place,
                                                 v_enc_out + place, noise_enc(adam, j) + c);
       store<float, V>(w_enc_out + place, stepped);
       if (shadow) shadow_piece<V>(stepped, w16 + place, full, rest, low);
@@ -349,7 +338,7 @@ template <int V, typename M>
     if (dry) continue;
     float totals[4] = {sum(norm), sum(full), sum(rest), sum(low)};
     team_sum<4, true>(totals, pad, turn, lane, simdgroup, simdgroups);
-    if ((flags & kNormalize) && live_dec && totals[0] > 0.0f) {
+    if ((flags & kNormalize) && adam.live && totals[0] > 0.0f) {
       const float inverse = 1.0f / precise::sqrt(totals[0]);
       for (uint c = tid * V; c < d_out; c += step)
         store<float, V>(w_dec_out + dec + c, inverse * load<float, V>(w_dec_out + dec + c));
@@ -360,6 +349,51 @@ template <int V, typename M>
   float total[1] = {square};
   team_sum<1, true>(total, pad, turn, lane, simdgroup, simdgroups);
   if (tid == 0) squares[part] = total[0];
+}
+
+/**
+ * The features without entries where the walk leaves these out, by a threadgroup each: w_dec stays what it is, as does
+ * w_enc (kKeepEncoder) or it makes the step by its momentum alone. What stays need not be touched where old and new are
+ * one memory; else it is copied.
+ */
+template <int V, typename M>
+[[kernel, max_total_threads_per_threadgroup(512)]] void update_spared(
+    const device uint* starts [[buffer(0)]], const device float* control [[buffer(1)]],
+    const device float* w_enc [[buffer(2)]], const device M* m_enc [[buffer(3)]], const device M* v_enc [[buffer(4)]],
+    const device float* w_dec [[buffer(5)]], const device M* m_dec [[buffer(6)]], const device M* v_dec [[buffer(7)]],
+    device float* w_enc_out [[buffer(8)]], device M* m_enc_out [[buffer(9)]], device M* v_enc_out [[buffer(10)]],
+    device float* w_dec_out [[buffer(11)]], device M* m_dec_out [[buffer(12)]], device M* v_dec_out [[buffer(13)]],
+    device bfloat* w16 [[buffer(14)]], device float* columns [[buffer(15)]], constant uint& d_in [[buffer(16)]],
+    constant uint& d_out [[buffer(17)]], constant uint& d_sae [[buffer(18)]], constant uint& flags [[buffer(19)]],
+    uint j [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float pad[kPad];
+  uint turn = 0;
+  if (starts[j] < starts[j + 1]) return;
+  const uint first = tid * V, stride = simdgroups * kSimd * V;
+  copy_row<V, M>(w_dec, m_dec, v_dec, w_dec_out, m_dec_out, v_dec_out, ulong(j) * d_out, d_out, first, stride);
+  const ulong enc = ulong(j) * d_in;
+  Adam adam;
+  read_adam(control, adam);
+  adam.clip = 1.0f;
+  const bool shadow = (flags & kShadow) != 0, steps = adam.live && (flags & kKeepEncoder) == 0;
+  if (!shadow && !steps) {
+    copy_row<V, M>(w_enc, m_enc, v_enc, w_enc_out, m_enc_out, v_enc_out, enc, d_in, first, stride);
+    return;
+  }
+  Lanes<V> full = Lanes<V>(0.0f), rest = full, low = full;
+  for (uint c = first; c < d_in; c += stride) {
+    const ulong place = enc + c;
+    const Lanes<V> w = adam_piece<V, M>(adam, steps, load<float, V>(w_enc + place), Lanes<V>(0.0f), m_enc + place,
+                                        v_enc + place, m_enc_out + place, v_enc_out + place, noise_enc(adam, j) + c);
+    store<float, V>(w_enc_out + place, w);
+    if (shadow) shadow_piece<V>(w, w16 + place, full, rest, low);
+  }
+  if (!shadow) return;
+  float totals[3] = {sum(full), sum(rest), sum(low)};
+  team_sum<3, true>(totals, pad, turn, lane, simdgroup, simdgroups);
+  if (tid == 0) store_columns(shadow_columns(totals[0], totals[1], totals[2], d_in), columns, d_sae, j);
 }
 
 constant constexpr uint kSumSimdgroups = 8;

@@ -7,7 +7,8 @@
   template [[host_name("feature_update_threadgroup_" #M "_" #V)]] [[kernel]] decltype(feature_update<V, true, M>)  \
       feature_update<V, true, M>;                                                                                  \
   template [[host_name("feature_update_wide_" #M "_" #V)]] [[kernel]] decltype(feature_update_wide<V, M>)          \
-      feature_update_wide<V, M>;
+      feature_update_wide<V, M>;                                                                                   \
+  template [[host_name("update_spared_" #M "_" #V)]] [[kernel]] decltype(update_spared<V, M>) update_spared<V, M>;
 #define INSTANTIATE(V)                                                                                             \
   INSTANTIATE_WALK(float, V)                                                                                       \
   INSTANTIATE_WALK(bfloat, V)                                                                                      \

@@ -136,6 +136,20 @@ Plan feature_update(const FeatureUpdateSize& s, const FeatureUpdateOptions& o) {
         .argument(28, static_cast<uint32_t>(parts))
         .argument(29, flags | how);
     if (wide) launch.write(30, products);
+    if ((how & dry) || !(o.keep_encoder || o.keep_decoder) || s.d_sae == 0) return;
+    auto& spared = plan.launch(library, kernel_name("update_spared", s.moments, s.aligned), {s.d_sae},
+                               {kSimd * std::clamp<int64_t>(ceil_div(std::max(s.d_in, s.d_out), width), 1, 8)});
+    spared.read(0, by.starts).read(1, control);
+    index = 2;
+    for (int i : {0, 2}) spared.read(index, p[i]).read(index + 1, m[i]).read(index + 2, v[i]), index += 3;
+    for (int i : {0, 2})
+      spared.write(index, p_out[i]).write(index + 1, m_out[i]).write(index + 2, v_out[i]), index += 3;
+    spared.write(14, w16)
+        .write(15, columns)
+        .argument(16, static_cast<uint32_t>(s.d_in))
+        .argument(17, static_cast<uint32_t>(s.d_out))
+        .argument(18, static_cast<uint32_t>(s.d_sae))
+        .argument(19, flags);
   };
   bool clip = o.clip_norm > 0;
   walk(clip ? sums | dry : sums);

@@ -27,3 +27,16 @@ METAL_FUNC Lanes<V> adam_piece(const thread Adam& a, bool live, Lanes<V> w, Lane
 /** The noise of a row of w_enc, of w_dec. */
 METAL_FUNC uint noise_enc(const thread Adam& a, uint j) { return noise_key(2 * a.seed, j); }
 METAL_FUNC uint noise_dec(const thread Adam& a, uint j) { return noise_key(2 * a.seed + 1, j); }
+
+/** Numbers first, first + stride, ... of a row at `row` and of its moments, to where the new ones stand if that is
+ * another memory. */
+template <int V, typename M>
+METAL_FUNC void copy_row(const device float* w, const device M* m, const device M* v, device float* w_out,
+                         device M* m_out, device M* v_out, ulong row, uint d, uint first, uint stride) {
+  if (w == w_out && m == m_out && v == v_out) return;
+  for (uint c = first; c < d; c += stride) {
+    store<float, V>(w_out + row + c, load<float, V>(w + row + c));
+    store<M, V>(m_out + row + c, load<M, V>(m + row + c));
+    store<M, V>(v_out + row + c, load<M, V>(v + row + c));
+  }
+}

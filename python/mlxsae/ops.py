@@ -507,9 +507,9 @@ def feature_update(
         step: ``t >= 1`` of Adam's bias correction; seed of the rounding.
         clip_norm: largest global norm of all gradients after the projection; 0 for no clipping. Clipping is exact, by a
             first pass that computes the norm.
-        untouched: what becomes of features without entries. ``"step"``: Adam with gradient 0, as :math:`\nabla = 0`
-            says. ``"keep_decoder"``: their ``w_dec`` and its moments stay as they are until :func:`adam_catch_up` makes the
-            steps that they have missed: together the bits of ``"step"``. ``"keep"``: ``w_enc``, ``b_enc``, ``w_dec`` and
+        untouched: what becomes of features without entries. ``"step"``: Adam with gradient 0. ``"keep_decoder"``:
+            their ``w_dec`` and its moments stay as they are until :func:`adam_catch_up` makes the steps that they have
+            missed: together the bits of ``"step"``. ``"keep"``: ``w_enc``, ``b_enc``, ``w_dec`` and
             their moments stay for good, and the missed steps are never made: *row-sparse* Adam, as
             ``torch.optim.SparseAdam`` has it. That is another optimiser: a feature's momentum neither moves it nor decays
             between its batches.
@@ -589,7 +589,7 @@ def adam_catch_up(
     A decoder's row is read where its feature fires, and moves by its momentum alone in between. So it may stay behind:
     before a batch is decoded the rows that it uses catch up to the step before, ``feature_update`` moves these and no
     others, and before anything else reads the decoder (an evaluation, a file) all rows catch up. On the CPU the result has
-    the bits of dense Adam; on a GPU, whose compiler may round sums of the two kernels differently, those but for the last.
+    the bits of dense Adam; on a GPU, whose compiler may fuse other operations in the two kernels, a last bit may differ.
 
     Args:
         w, m, v: ``[d_sae, d]``, as :func:`feature_update`'s ``w_dec``: float32, moments float32 or bfloat16. Their buffers are

@@ -206,9 +206,8 @@ struct UpdateOptions {
  * makes its mean exact, by a hash of step, matrix, row and column (the same in every run and on every device). Per
  * feature: dz = <g, w_dec>, the gradients of both
  * rows, the projection, Adam with bias correction (every feature, unless `untouched` spares those without entries),
- * the renorm. Where `loss` is not
- * finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where the step was skipped); where
- * the encoder's shadow is given, also its new w16 and columns.
+ * the renorm. Where `loss` is not finite nothing changes. Returns params, m, v and the norm of the gradients (NaN where
+ * the step was skipped); where the encoder's shadow is given, also its new w16 and columns.
  *
  * The buffers of params, m and v are reused where nobody else holds them; else they are copied. Deterministic; the
  * result does not depend on the number of threads.

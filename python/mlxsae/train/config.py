@@ -93,8 +93,8 @@ class OptimizerConfig(_Config):
 
     ``variant`` is how Adam treats latents that a batch does not use, with the fused engine. ``dense``: they move by their
     momentum, as Adam says. ``lazy``: the same, in bits, but a decoder row makes its missed steps when it is next used, or
-    looked at, or LAZY_WINDOW steps later, which spares memory traffic where batches use few of the latents. ``row_sparse``:
-    rows of both matrices that a batch does not use stay as they are, moments included (``torch.optim.SparseAdam``): less
+    looked at, or 64 steps later (``mlxsae.train.engine.LAZY_WINDOW``), which spares memory traffic where batches use few of
+    the latents. ``row_sparse``: rows of both matrices that a batch does not use stay as they are, moments included (``torch.optim.SparseAdam``): less
     work again, and another optimiser.
 
     beta_2 is 0.99: the gradient shrinks by orders of magnitude within the first hundred steps, and a longer
